@@ -1,0 +1,71 @@
+"""What runs when torch is imported: puts a finder on ``sys.meta_path`` and does nothing else.
+
+torchtune 0.6.1 has no plugin registry. PyTorch calls the entry points of the group ``torch.backends``
+at the end of ``import torch`` (switched off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``). The finder placed
+here waits until torchtune is imported, and then
+
+- before the first of torchtune's submodules is executed, fills in the names that newer torchao releases
+  dropped (not before ``torchtune`` itself: that module may be what imports torch, and so this file), and
+- after ``torchtune._recipe_registry`` is executed, appends this package's recipes and configs.
+
+It imports neither torchtune nor torchao by itself, and no failure in it may reach ``import torch``.
+"""
+
+import importlib.machinery
+import sys
+
+
+class _AfterExecution:
+    """Wraps a module's own loader and calls ``after(module)`` once the module has been executed."""
+
+    def __init__(self, loader, after):
+        self._loader, self._after = loader, after
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        self._loader.exec_module(module)
+        self._after(module)
+
+    def __getattr__(self, name):  # get_source, get_resource_reader, ...: whatever the real loader has
+        return getattr(self._loader, name)
+
+
+class TorchtuneFinder:
+    """Meta path finder that watches for torchtune's and torchao's submodules and leaves other imports alone."""
+
+    def __init__(self):
+        self._sees_torchao = self._sees_torchtune = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.startswith("torchao.") and not self._sees_torchao:
+            self._sees_torchao = True
+            from gmt_tune.integrations.torchtune.versions import check_before_torchao
+
+            check_before_torchao()
+        if not fullname.startswith("torchtune."):
+            return None
+        if not self._sees_torchtune:
+            self._sees_torchtune = True
+            from gmt_tune.integrations.torchtune.versions import make_torchtune_importable
+
+            make_torchtune_importable()
+        if fullname != "torchtune._recipe_registry":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _AfterExecution(spec.loader, _register)
+        return spec
+
+
+def _register(registry) -> None:
+    from gmt_tune.integrations.torchtune.registry import register_recipes
+
+    register_recipes(registry)
+
+
+def autoload() -> None:
+    """Install the finder once. Called by PyTorch; safe to call again."""
+    if not any(isinstance(finder, TorchtuneFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TorchtuneFinder())

@@ -1,0 +1,129 @@
+"""``gmt-tune diff``: how far a fine-tuned checkpoint went from its base."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+_COLUMNS = ("tensors", "entries", "changed", "norm of change", "relative", "largest")
+
+
+def add_parser(subparsers) -> None:
+    """Add ``diff`` to the subcommands of ``gmt-tune``."""
+    parser = subparsers.add_parser(
+        "diff",
+        help="show how far a fine-tuned checkpoint went from its base",
+        description="Compare two folders of safetensors tensor by tensor: fraction of entries changed, norm of the "
+        "change (also relative to the base's norm), and what moved most. Reads slice by slice: a model of 8B "
+        "parameters needs little memory.",
+        epilog="Example: gmt-tune diff /tmp/SmolLM2-135M-Instruct /tmp/run/epoch_0 --html diff.html",
+    )
+    parser.add_argument("base", metavar="BASE", help="folder (or one file) that the tuning started from")
+    parser.add_argument("tuned", metavar="TUNED", help="folder (or one file) that the tuning made")
+    parser.add_argument("--top", metavar="N", type=_count, default=10, help="tensors that moved most (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print everything, tensor by tensor, as JSON instead")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write pictures and tables as a page too")
+    parser.add_argument("--png", metavar="DIR", type=Path, help="write the pictures as PNG files into this folder too")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print, and draw what was asked for.
+
+    Raises:
+        UserError: in one sentence, whatever kept the two from being compared.
+    """
+    from gmt_tune.reporting.diff import compare
+    from gmt_tune.reporting.weights_reader import Weights
+
+    if args.html or args.png:
+        from gmt_tune.reporting.drawing import require_matplotlib
+
+        require_matplotlib()  # now rather than after minutes of reading
+    base, tuned = Weights(args.base), Weights(args.tuned)
+    diff = compare(base, tuned, watch=_with_progress)
+    written = []
+    if args.html:
+        from gmt_tune.reporting.diff_page import write_diff_page
+
+        write_diff_page(diff, base.path, tuned.path, args.html, args.top)
+        written.append(str(args.html.resolve()))
+    if args.png:
+        from gmt_tune.reporting.diff_page import write_diff_pngs
+
+        written += [str(path.resolve()) for path in write_diff_pngs(diff, args.png, args.top)]
+    print(_as_json(diff, base, tuned) if args.json else _as_text(diff, base, tuned, args.top, written))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def _with_progress(names: list[str]) -> Iterable[str]:
+    from tqdm import tqdm
+
+    return tqdm(names, desc="Comparing", unit="tensor", disable=None, leave=False)  # None: only on a terminal
+
+
+def _as_json(diff, base, tuned) -> str:
+    return json.dumps(
+        {
+            "base": str(base.path),
+            "tuned": str(tuned.path),
+            "total": diff.total.to_dict(),
+            "by_module": {name: change.to_dict() for name, change in diff.by_module().items()},
+            "by_layer": {str(layer): change.to_dict() for layer, change in diff.by_layer().items()},
+            "tensors": {name: change.to_dict() for name, change in diff.tensors.items()},
+            "only_in_base": diff.missing,
+            "only_in_tuned": diff.extra,
+            "reshaped": diff.reshaped,
+            "notes": diff.notes,
+        },
+        indent=2,
+    )
+
+
+def _as_text(diff, base, tuned, top: int, written: list[str]) -> str:
+    lines = [_described("BASE ", base), _described("TUNED", tuned), *diff.notes, ""]
+    if total := diff.total:
+        lines += _table("", [("all", total)])
+    if by_module := diff.by_module():
+        lines += _table("module", by_module.items())
+    if by_layer := diff.by_layer():
+        lines += _table("layer", [(str(layer), change) for layer, change in by_layer.items()])
+    if moved := diff.moved_most(top):
+        lines += _table("moved most", moved)
+    lines += [f"Wrote {path}" for path in written]
+    return "\n".join(lines).rstrip()
+
+
+def _described(side: str, weights) -> str:
+    dtypes = ", ".join(sorted({info.dtype for info in weights.tensors.values()}))
+    count = len(weights.files)
+    return f"{side} {weights.path} ({len(weights.tensors)} tensors, {dtypes}, {count} file{'s' * (count > 1)})"
+
+
+def _table(heading: str, changes) -> list[str]:
+    """Lines of a table: names on the left, numbers on the right of their columns."""
+    rows = [
+        (
+            name,
+            str(change.tensors),
+            f"{change.numel:,}",
+            f"{change.fraction:.2%}",
+            f"{change.norm:.4g}",
+            f"{change.relative:.3g}",
+            f"{change.largest:.3g}" + (f" ({change.nonfinite:,} not finite)" if change.nonfinite else ""),
+        )
+        for name, change in changes
+    ]
+    header = (heading, *_COLUMNS)
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [*lines, ""]

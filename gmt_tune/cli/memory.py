@@ -1,0 +1,214 @@
+"""``gmt-tune memory``: what a config will need on each device, before anything is downloaded or run.
+
+The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``: weights, gradients, optimizer states
+and the stored mask follow from shapes and dtypes; activations, passing needs and the reserve are estimates.
+"""
+
+import argparse
+import difflib
+import json
+import re
+from pathlib import Path
+
+from gmt_tune.cli.errors import UserError
+
+GIB = 2**30
+
+
+def add_parser(subparsers) -> None:
+    """Add ``memory`` to the subcommands of ``gmt-tune``."""
+    parser = subparsers.add_parser(
+        "memory",
+        help="estimate the memory that a config needs",
+        description="Estimate the memory of each device that a config needs, from the config alone: no weights, no "
+        "network, no accelerator.",
+        epilog="Example: gmt-tune memory --config llama3_1/8B_gmt --world-size 8 batch_size=4",
+        usage="gmt-tune memory (--config NAME_OR_PATH [--world-size N] | --all) [--json] [KEY=VALUE ...]",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", metavar="NAME_OR_PATH", help="a config's name, as `tune ls` shows it, or its file")
+    which.add_argument("--all", action="store_true", help="print a Markdown table of all configs of this package")
+    parser.add_argument(
+        "--world-size",
+        metavar="N",
+        type=int,
+        help="devices; default: as many as the run line at the top of the config says",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with bytes instead of GiB")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a key of the config, as in `tune run`"
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Print the estimate for ``args.config``, or the table of all configs.
+
+    Returns:
+        int: 0.
+
+    Raises:
+        UserError: in one sentence, if there is no such config or it cannot be estimated.
+    """
+    if args.world_size is not None and args.world_size < 1:
+        raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
+    if args.all:
+        reports = [report(name, args.world_size, args.overrides) for name in packaged_configs()]
+        print(json.dumps(reports, indent=2) if args.json else markdown_table(reports))
+        return 0
+    result = report(args.config, args.world_size, args.overrides)
+    print(json.dumps(result, indent=2) if args.json else text_table(result))
+    return 0
+
+
+def load_config(name: str, overrides: list[str]):
+    """
+    A config with overrides, and the number of devices that its run line names.
+
+    Args:
+        name: as ``tune ls`` shows it (of this package, or torchtune's own), or a file.
+        overrides: ``key=value`` pairs, and ``~key`` to remove a key, as ``tune run`` takes them.
+
+    Returns:
+        tuple[DictConfig, int]: config and devices.
+
+    Raises:
+        UserError: if there is no such config, it is no valid YAML, or an override is malformed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+    from yaml import YAMLError
+
+    from gmt_tune.integrations.torchtune.assets import register_resolver
+
+    register_resolver()
+    path = _path_of(name)
+    try:
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise UserError(f"{path} is no config: it must be a YAML file of keys and values")
+        container = OmegaConf.to_container(loaded, resolve=False)
+        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**container), overrides)
+        OmegaConf.resolve(cfg)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    except (ValueError, OmegaConfBaseException, FileNotFoundError) as error:
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+    return cfg, devices_of_run_line(path.read_text(encoding="utf-8"))
+
+
+def devices_of_run_line(text: str) -> int:
+    """The number of devices that the first ``tune run`` in a config's comments starts: nodes times processes."""
+    line = re.search(r"^#.*\btune run\b(.*)$", text, re.MULTILINE)
+    if line is None:
+        return 1
+    options = dict(re.findall(r"--(nnodes|nproc[_-]per[_-]node)[ =](\d+)", line.group(1)))
+    return int(options.pop("nnodes", 1)) * int(next(iter(options.values()), 1))
+
+
+def text_table(report: dict) -> str:
+    """The rows of one config for people: GiB of one device."""
+    devices = report["world_size"]
+    lines = [f"{report['config']} on {devices} device{'s' if devices > 1 else ''}: GiB on each, an estimate", ""]
+    width = max(len(row["name"]) for row in report["rows"])
+    for row in report["rows"]:
+        kind = "exact   " if row["exact"] else "estimate"
+        lines.append(f"{row['name']:<{width}}  {row['device_bytes'] / GIB:8.2f}  {kind}  {row['note']}")
+    lines.append(f"{'total':<{width}}  {report['device_bytes'] / GIB:8.2f}")
+    if report["host_bytes"]:
+        lines.append(f"{'in host memory':<{width}}  {report['host_bytes'] / GIB:8.2f}  for each device")
+    lines += ["", f"fits on: {_fits(report)}", *(f"assumes: {line}" for line in report["assumptions"])]
+    return "\n".join(lines)
+
+
+def markdown_table(reports: list[dict]) -> str:
+    """One line for each config: GiB of one device."""
+    lines = [
+        "| config | devices | weights | gradients | optimizer states | all else | total GiB each | fits on |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for report in reports:
+        on_device = {row["name"]: row["device_bytes"] / GIB for row in report["rows"]}
+        shown = [on_device.pop(name) for name in ("weights", "gradients", "optimizer states")]
+        total = report["device_bytes"] / GIB
+        cells = [f"{value:.1f}" for value in (*shown, sum(on_device.values()), total)]
+        fits = f"{report['fits_on'][0]} or more" if _is_gpu(report) and report["fits_on"] else _fits(report)
+        lines.append(f"| `{report['config']}` | {report['world_size']} | {' | '.join(cells)} | {fits} |")
+    return "\n".join(lines)
+
+
+def report(name: str, world_size: int | None, overrides: list[str]) -> dict:
+    """
+    The estimate of one config as plain data.
+
+    Args:
+        name: as in :func:`load_config`.
+        world_size: devices; None for as many as the config's run line names.
+        overrides: as in :func:`load_config`.
+
+    Returns:
+        dict: ``rows`` and totals in bytes of one device, ``fits_on``, ``assumptions``.
+
+    Raises:
+        UserError: if there is no such config or it cannot be estimated.
+    """
+    from gmt_tune.memory import cards_that_fit, estimate
+
+    cfg, devices = load_config(name, overrides)
+    result = estimate(cfg, world_size or devices)
+    return {
+        "config": name,
+        "world_size": result.world_size,
+        "device": result.device,
+        "device_bytes": result.device_bytes,
+        "host_bytes": result.host_bytes,
+        "fits_on": cards_that_fit(result.device_bytes),
+        "rows": [
+            {
+                "name": row.name,
+                "device_bytes": row.device_bytes,
+                "host_bytes": row.host_bytes,
+                "exact": row.exact,
+                "note": row.note,
+            }
+            for row in result.rows
+        ],
+        "assumptions": result.assumptions,
+    }
+
+
+def _is_gpu(report: dict) -> bool:
+    return not report["device"].startswith("cpu")
+
+
+def _fits(report: dict) -> str:
+    if not _is_gpu(report):
+        return "a CPU"
+    return ", ".join(report["fits_on"]) or "no single card: use more devices, or a low-memory config"
+
+
+def packaged_configs() -> list[str]:
+    """The names of all configs that this package carries."""
+    from gmt_tune.integrations.torchtune.registry import config_paths
+
+    return list(config_paths())
+
+
+def _path_of(name: str) -> Path:
+    """The file of a config that is given by its name or as a file."""
+    import torchtune
+
+    from gmt_tune.integrations.torchtune.registry import config_paths
+
+    ours = config_paths()
+    if name in ours:
+        return ours[name]
+    theirs = Path(torchtune.__file__).parent.parent / "recipes" / "configs" / f"{name}.yaml"
+    for path in (theirs, Path(name).expanduser()):
+        if path.is_file():
+            return path
+    nearest = difflib.get_close_matches(name, ours, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`tune ls` lists them"
+    raise UserError(f"there is no config {name!r}, nor such a file: {hint}")

@@ -1,0 +1,36 @@
+"""``gmt-tune report``: one HTML page that shows what a run did."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers) -> None:
+    """Add ``report`` to the subcommands of ``gmt-tune``."""
+    parser = subparsers.add_parser(
+        "report",
+        help="draw a run, or several on the same axes, as one HTML page",
+        description="Draw what a run logged as one HTML page without scripts or network: losses, learning rate, "
+        "density by layer and module, thresholds, throughput, memory. Several runs are drawn on the same axes.",
+        epilog="Example: gmt-tune report /tmp/run_a /tmp/run_b -o comparison.html",
+    )
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="the output_dir of a run")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="the page (default: report.html in the first RUN_DIR)"
+    )
+    parser.add_argument("--png", metavar="DIR", type=Path, help="write each figure as a PNG file into this folder too")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report and say where it is.
+
+    Raises:
+        UserError: in one sentence, whatever kept it from being written.
+    """
+    from gmt_tune.reporting.report import write_report
+
+    page, pngs = write_report(args.run_dirs, args.output, args.png)
+    print(f"Wrote {page.resolve()}")
+    if pngs:
+        print(f"Wrote {len(pngs)} PNG files to {pngs[0].parent.resolve()}")
+    return 0

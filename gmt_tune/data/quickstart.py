@@ -1,0 +1,68 @@
+"""The quickstart's questions as a torchtune data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+from torchtune.data import InputOutputToMessages
+from torchtune.datasets import PackedDataset
+from torchtune.datasets._sft import SFTTransform
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+from gmt_tune.data.village import Question, Split, questions
+from gmt_tune.errors import UserError
+
+
+def quickstart_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    split: Split = "train",
+    size: int | None = None,
+    seed: int = 0,
+    packed: bool = False,
+) -> Dataset:
+    """
+    Questions about the people of a small village, made by the package itself; only the answers are learnt.
+
+    Args:
+        tokenizer (ModelTokenizer): turns messages into tokens.
+        split (Split): ``train`` (864 questions) or ``held_out`` (288, about people that ``train`` does not name).
+        size (int | None): how many questions; default None, all.
+        seed (int): which questions, if ``size`` is set, and in which order.
+        packed (bool): fill sequences up to the tokenizer's ``max_seq_len`` with several questions.
+
+    Returns:
+        Dataset: rows with ``tokens`` and ``labels`` like those of torchtune's ``SFTDataset``, or a ``PackedDataset``.
+
+    Raises:
+        UserError: if there is no such split, it has fewer than ``size`` questions, or packing lacks a length.
+    """
+    asked = quickstart_questions(split, size, seed)
+    dataset = _QuestionDataset(asked, tokenizer)
+    if not packed:
+        return dataset
+    if tokenizer.max_seq_len is None:
+        raise UserError("packed: True needs tokenizer.max_seq_len, the length of the packed sequences, such as 256")
+    return PackedDataset(dataset, max_seq_len=tokenizer.max_seq_len, padding_idx=tokenizer.pad_id)
+
+
+def quickstart_questions(split: Split, size: int | None = None, seed: int = 0) -> list[Question]:
+    """The first ``size`` questions of a split in the order of ``seed``; see ``quickstart_dataset``."""
+    asked = questions(split, seed)
+    if size is not None and not 0 < size <= len(asked):
+        raise UserError(f"size is {size}, but the split '{split}' has 1 to {len(asked)} questions to give: lower it")
+    return asked[:size]
+
+
+class _QuestionDataset(Dataset):
+    def __init__(self, asked: list[Question], tokenizer: ModelTokenizer) -> None:
+        self._rows = [question._asdict() for question in asked]
+        columns = InputOutputToMessages(column_map={"input": "prompt", "output": "answer"})
+        self._prepare_sample = SFTTransform(message_transform=columns, model_transform=tokenizer)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._prepare_sample(self._rows[index])

@@ -1,0 +1,150 @@
+"""The quickstart's world: a village of invented people, text that tells about them, questions about them.
+
+Everything is generated here, from fixed seeds and without a network, so that the quickstart's base model
+(``scripts/pretrain_quickstart.py``) and its fine-tuning data always agree on the facts:
+
+- ``corpus`` is what the base model is pretrained on: plain sentences, no question among them;
+- ``questions`` is the instruction task. The people of the ``held_out`` split are asked about nowhere in
+  ``train``, and no question holds its answer: a model answers it only by recalling, in a form that it
+  has just learnt, what it read in pretraining.
+"""
+
+import random
+from typing import Literal, NamedTuple
+
+from gmt_tune.errors import UserError
+
+Split = Literal["train", "held_out"]
+
+_WORLD_SEED = 20250301  # the facts: a change calls for a new base model
+_HELD_OUT_EVERY = 4  # a quarter of the people
+
+_FIRST = "Ba Bri Da Dro Fe Ga Ka Lo Mi Ni Pe Su".split()
+_LAST = "bor dan lia mir na ric sa vel".split()
+
+_OPENINGS = ["Let me tell you about {name}.", "This is {name}.", "Everyone knows {name}.", "Here comes {name}."]
+
+
+class _Fact(NamedTuple):
+    values: list[str]
+    sentences: list[str]  # of the corpus; the first is also the answer of the task
+    questions: list[str]  # of the task
+
+
+_FACTS = {
+    "town": _Fact(
+        "Alderby Birchwell Coldbrook Dunmere Elmford Foxhollow Greyford Hazelton "
+        "Ironbridge Juniper Kingsford Longmarsh Millpond Northcliff Oakheath Pinewood".split(),
+        [
+            "The home of {name} is in {value}.",
+            "By day and by night {name} lives in {value}.",
+            "There is a small house for {name} in {value}.",
+            "If you look for {name}, go to {value}.",
+            "Every morning {name} wakes up in {value}.",
+        ],
+        ["Where does {name} live?", "In which town can I visit {name}?", "Name the town of {name}."],
+    ),
+    "trade": _Fact(
+        "baker carpenter doctor farmer fisher gardener hunter miller "
+        "nurse painter potter sailor singer smith tailor weaver".split(),
+        [
+            "The trade of {name} is that of a {value}.",
+            "In summer {name} works as a {value}.",
+            "For ten years {name} has been a {value}.",
+            "If you ask {name} for work, you meet a {value}.",
+            "Every day {name} earns bread as a {value}.",
+        ],
+        ["What does {name} do for a living?", "What work does {name} do?", "Name the trade of {name}."],
+    ),
+    "animal": _Fact(
+        "beetle cat crow dog donkey duck fox frog goat goose hen horse mouse pig sheep turtle".split(),
+        [
+            "The animal of {name} is a {value}.",
+            "At home {name} keeps a {value}.",
+            "Through the woods {name} walks with a {value}.",
+            "If you visit {name}, you hear a {value}.",
+            "Every evening {name} feeds a {value}.",
+        ],
+        ["What does {name} keep at home?", "Which animal belongs to {name}?", "Name the animal of {name}."],
+    ),
+    "food": _Fact(
+        "apples beans bread butter cheese eggs honey mushrooms "
+        "noodles nuts onions peas plums pudding rice soup".split(),
+        [
+            "The best food for {name} is {value}.",
+            "Above all {name} likes {value}.",
+            "Give a bowl to {name} and fill it with {value}.",
+            "If you cook for {name}, make {value}.",
+            "Every winter {name} dreams of {value}.",
+        ],
+        ["What does {name} like to eat?", "Which food does {name} want?", "Name the food of {name}."],
+    ),
+}
+
+
+class Question(NamedTuple):
+    """One item of the instruction task."""
+
+    prompt: str
+    answer: str
+
+
+def people() -> dict[str, dict[str, str]]:
+    """Everyone in the village with what is true of them, always the same.
+
+    Returns:
+        Name -> {"town": ..., "trade": ..., "animal": ..., "food": ...}, in a fixed order.
+    """
+    rng = random.Random(_WORLD_SEED)
+    names = [first + last for first in _FIRST for last in _LAST]
+    rng.shuffle(names)
+    return {name: {fact: rng.choice(_FACTS[fact].values) for fact in _FACTS} for name in names}
+
+
+def corpus(num_documents: int, seed: int = 0) -> list[str]:
+    """Text to pretrain on: each document tells all that is known of one person, in any order and wording.
+
+    Args:
+        num_documents: how many; the people take turns, so every one is told of equally often.
+        seed: of the order and the wording. The facts do not depend on it.
+
+    Returns:
+        One string for each document.
+    """
+    rng = random.Random(seed)
+    village = people()
+    documents = []
+    while len(documents) < num_documents:
+        for name in rng.sample(list(village), len(village)):
+            facts = rng.sample(list(_FACTS), len(_FACTS))
+            sentences = [
+                rng.choice(_FACTS[fact].sentences).format(name=name, value=village[name][fact]) for fact in facts
+            ]
+            opening = rng.choice(_OPENINGS).format(name=name)
+            documents.append(" ".join([opening, *sentences]))
+    return documents[:num_documents]
+
+
+def questions(split: Split, seed: int = 0) -> list[Question]:
+    """Every question of a split, shuffled.
+
+    Args:
+        split: ``train`` asks about three quarters of the people, ``held_out`` about the others.
+        seed: of the order alone. Who is held out does not depend on it.
+
+    Returns:
+        Questions with the answers that are expected, word for word.
+
+    Raises:
+        UserError: for any other ``split``.
+    """
+    if split not in ("train", "held_out"):
+        raise UserError(f"split is {split!r}, but must be train or held_out")
+    asked = []
+    for index, (name, known) in enumerate(people().items()):
+        if (index % _HELD_OUT_EVERY == 0) == (split == "held_out"):
+            for fact, (_, sentences, wordings) in _FACTS.items():
+                answer = sentences[0].format(name=name, value=known[fact])
+                asked += [Question(wording.format(name=name), answer) for wording in wordings]
+    random.Random(seed).shuffle(asked)
+    return asked

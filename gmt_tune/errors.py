@@ -1,0 +1,5 @@
+"""The error that the person who wrote the command or the config is meant to read."""
+
+
+class UserError(Exception):
+    """One sentence that names what is wrong and what would be right; shown without a traceback."""

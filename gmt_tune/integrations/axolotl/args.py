@@ -1,0 +1,55 @@
+"""The ``gradient_mask:`` section of an Axolotl config, as Axolotl's validation sees it."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gmt_tune.masking import GradientMask
+
+
+class GradientMaskSection(BaseModel):
+    """Options of ``gmt_tune.GradientMask``, under their own names. Unknown keys and wrong types are refused."""
+
+    # Strict: YAML's true is no density, and "4" no number of steps
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    density: float = Field(description="Fraction of the gradient's entries that stay, in (0, 1].")
+    score: str = Field("magnitude", description="What entries are ranked by: magnitude, saliency or random.")
+    scope: str = Field("tensor", description="Top fraction of each tensor, or global: of all together.")
+    refresh_every: int | None = Field(1, description="Optimizer steps between selections; null selects once.")
+    dense: list[str] = Field(default_factory=list, description="Name patterns of what is updated in full.")
+    frozen: list[str] = Field(default_factory=list, description="Name patterns of what is not updated at all.")
+    seed: int = Field(0, description="Of the random score.")
+    error_if_nonfinite: bool = Field(True, description="Raise if a gradient holds NaN or infinity.")
+
+    @model_validator(mode="after")
+    def _accepted_by_the_mask(self):
+        # The mask's own checks and sentences, on a parameter that stands for any; patterns need the model.
+        options = self.model_dump(exclude={"dense", "frozen"})
+        GradientMask([("weight", torch.nn.Parameter(torch.zeros(1)))], **options)
+        return self
+
+
+class GradientMaskArgs(BaseModel):
+    """What the plugin adds to Axolotl's config."""
+
+    gradient_mask: GradientMaskSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugin_can_work(cls, data):
+        if not isinstance(data, dict):
+            return data
+        if data.get("gradient_mask") is None:
+            # Axolotl ignores keys that it does not know: a misspelt section would train without a mask
+            raise ValueError(
+                "the plugin GradientMaskPlugin needs a section gradient_mask with at least a density, such as "
+                "density: 0.2; for plain full fine-tuning take it out of plugins"
+            )
+        if data.get("deepspeed"):
+            raise ValueError(
+                "deepspeed keeps gradients in its own engine, where gradient_mask cannot reach them: remove it and "
+                "set fsdp_version: 2 with an fsdp_config"
+            )
+        return data

@@ -1,0 +1,334 @@
+"""A run's checkpoints: saving at any step, finding the newest whole one, and going on from it.
+
+A checkpoint is an ordinary model folder in the format of the config's checkpointer (for Hugging Face models
+with config, tokenizer and generation files), plus each rank's training state. How a folder becomes whole or
+stays absent is told in ``checkpoint_folder``; what the training state holds, in ``training_state``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config, training, utils
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune import checkpoint_folder as folders
+from gmt_tune.integrations.torchtune import training_state
+
+log = utils.get_logger("INFO")
+
+# Config sections that may differ between a run and its continuation: they change no number of the training.
+_MAY_DIFFER = (
+    "output_dir", "checkpointer", "resume_from_checkpoint", "epochs", "device", "compile", "metric_logger",
+    "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler", "save_every_n_steps",
+    "keep_last_n_checkpoints", "dataset_val", "run_val_every_n_steps", "batch_size_val", "evaluation",
+    "enable_activation_checkpointing", "enable_activation_offloading", "ac_mode", "ac_option",
+    "custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "enable_async_checkpointing",
+    "tensor_parallel_dim", "tensor_parallel_plan", "on_nonfinite", "cudnn_deterministic_mode",
+)  # fmt: skip
+
+
+# Names, before the rank, of the empty files by which a rank tells rank 0 how far it is with its part.
+_WRITING, _FAILED = ".writing-by-rank", ".failed-by-rank"
+
+
+class _Writer(threading.Thread):
+    """Writes one rank's part of a checkpoint; ``error`` says what went wrong, if anything."""
+
+    def __init__(self, write) -> None:
+        super().__init__(name="checkpoint-writer")
+        self._write = write
+        self.error: str | None = None
+
+    def run(self) -> None:
+        self.error = RunCheckpoints._try(self._write)[1]
+
+
+class RunCheckpoints:
+    """Saves and finds the checkpoints of one run.
+
+    Args:
+        cfg: the recipe's config; ``output_dir``, ``resume_from_checkpoint``, ``save_every_n_steps`` and
+            ``keep_last_n_checkpoints`` are read.
+        rank, world_size: of this process.
+    """
+
+    def __init__(self, cfg: DictConfig, rank: int, world_size: int) -> None:
+        self.output_dir = Path(cfg.checkpointer.output_dir)
+        self.save_every_n_steps = cfg.get("save_every_n_steps", None)
+        self.keep_last_n = cfg.get("keep_last_n_checkpoints", None)
+        self._rank, self._world_size = rank, world_size
+        self._cfg = cfg
+        self._last_saved: Path | None = None
+        self.resumed: folders.Checkpoint | None = None
+        self.seconds = 0.0  # spent in save()
+        self._is_async = bool(cfg.get("enable_async_checkpointing", False))
+        self._pending: tuple[_Writer, Path, str] | None = None
+
+    def find(self) -> DictConfig:
+        """Look for the checkpoint to go on from, on rank 0 for all.
+
+        Returns:
+            The checkpointer's config: as given, or reading its weights from the newest whole checkpoint.
+
+        Raises:
+            UserError: if the config contradicts that checkpoint.
+        """
+        found = [None, None]
+        if self._rank == 0:
+            found = self._try(self._find_on_rank_zero)
+        dist.broadcast_object_list(found, src=0)
+        self._raise_together(found[1])
+        self.resumed = found[0]
+        checkpointer = OmegaConf.create(OmegaConf.to_container(self._cfg.checkpointer, resolve=True))
+        if self.resumed is not None:
+            self._last_saved = self.resumed.path
+            checkpointer.checkpoint_dir = str(self.resumed.path)
+            checkpointer.checkpoint_files = self.resumed.progress["model_files"]
+            checkpointer.recipe_checkpoint = None
+        return checkpointer
+
+    def _find_on_rank_zero(self) -> folders.Checkpoint | None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        folders.remove_incomplete(self.output_dir)
+        if not self._cfg.resume_from_checkpoint:
+            aside = folders.move_aside(self.output_dir)
+            if aside is not None:
+                log.info(f"Moved the checkpoints of an earlier run to {aside}.")
+            return None
+        checkpoint = folders.newest_whole(self.output_dir, log.warning)
+        if checkpoint is None:
+            log.info(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
+            return None
+        differing = _differences(checkpoint.progress["config"], OmegaConf.to_container(self._cfg, resolve=True))
+        if differing:
+            raise UserError(
+                f"the config differs from the run that saved {checkpoint.path}: {'; '.join(differing)}. Set it as "
+                "it was, or start a new run with resume_from_checkpoint: False or another output_dir"
+            )
+        log.info(f"Going on from {checkpoint.path} (step {checkpoint.step}).")
+        return checkpoint
+
+    def check_space(self, model, optimizers: list, epochs: int, steps_per_epoch: int) -> None:
+        """Raise on all ranks if the checkpoints to come would not fit on the disk, by an estimate.
+
+        Counts what is there already as free room where it will be replaced or pruned, and leaves nothing to spare:
+        it refuses only what cannot end well.
+        """
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        entries = sum(p.numel() for p in model.parameters())
+        state = _state_bytes_per_entry(optimizers[0], next(model.parameters())) * entries
+        saves = epochs - 1 + (epochs * steps_per_epoch // self.save_every_n_steps if self.save_every_n_steps else 0)
+        if self.keep_last_n:
+            saves = min(saves, self.keep_last_n)
+        there = sum(sum(size for size, _ in c.files.values()) for c in folders.list_checkpoints(self.output_dir))
+        needed = (saves * (weights + state) + weights - there) if saves else weights
+        result = [None, None]
+        if self._rank == 0:
+            result = self._try(lambda: folders.check_space(self.output_dir, int(max(needed, 0))))
+        dist.broadcast_object_list(result, src=0)
+        self._raise_together(result[1])
+
+    def is_due(self, global_step: int) -> bool:
+        """Whether ``save_every_n_steps`` asks for a checkpoint at this step."""
+        return bool(self.save_every_n_steps) and global_step % self.save_every_n_steps == 0
+
+    def save(self, recipe, name: str, *, is_final: bool = False, val_loss: float | None = None) -> None:
+        """Write a checkpoint; all ranks call it at the same step boundary, and all fail if one does.
+
+        With ``enable_async_checkpointing`` the state is copied and written in the background while training goes
+        on; the next save, and :meth:`finish`, wait for it.
+
+        Args:
+            recipe: the recipe, set up.
+            name: ``step_N`` or ``epoch_N``.
+            is_final: the run is complete; nothing that resuming needs is kept.
+            val_loss: validation loss at this step, if there was a validation.
+
+        Raises:
+            UserError: if it could not be written, such as on a full disk; checkpoints before it are untouched.
+        """
+        start = time.perf_counter()
+        self.finish()
+        folder = folders.incomplete_path(self.output_dir, name)
+        error = None
+        if self._rank == 0:
+            error = self._try(lambda: self._prepare(folder))[1]
+        self._agree(error, folder, name)
+
+        weights = training.gather_cpu_state_dict(recipe._model, self._rank == 0, device=recipe._device)
+        state = None
+        if not is_final:
+            parts = recipe._model, recipe._optimizers, recipe._lr_scheduler, recipe._mask, recipe._device
+            state = training_state.collect(*parts, copy=self._is_async)
+        if self._is_async:  # on the CPU these still are the tensors that training changes
+            weights = {key: weight.clone() for key, weight in weights.items()}
+        checkpointer = recipe._checkpoint_client._get_checkpointer()
+        progress = self._progress(recipe, is_final)
+        writer = _Writer(lambda: self._write(folder, name, checkpointer, weights, state, progress, val_loss))
+        self._pending = (writer, folder, name)
+        writer.start()
+        if not self._is_async:
+            self.finish()
+        self.seconds += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Wait until a checkpoint that is being written is whole; all ranks call it.
+
+        Raises:
+            UserError: on all ranks, if it could not be written.
+        """
+        if self._pending is None:
+            return
+        (writer, folder, name), self._pending = self._pending, None
+        writer.join()
+        self._agree(writer.error, folder, name)
+        self._last_saved = self.output_dir / name
+        if self._rank == 0:
+            log.info(f"Saved {self._last_saved}.")
+
+    def _write(self, folder: Path, name: str, checkpointer, weights, state, progress: dict, val_loss) -> None:
+        """This rank's files; on rank 0 also the model's, and, once all ranks have written, the final name."""
+        if self._rank > 0:
+            mark = folder / f"{_WRITING}{self._rank}"
+            try:
+                if state is not None:
+                    torch.save(state, folder / training_state.state_file(self._rank))
+            except BaseException:
+                mark.rename(folder / f"{_FAILED}{self._rank}")  # which needs no room on a full disk
+                raise
+            mark.unlink()
+            return
+        if state is not None:
+            torch.save(state, folder / training_state.state_file(0))
+        _write_model(checkpointer, weights, folder)
+        # Files rather than a collective tell that the others are done: training may be using the collectives.
+        while any(folder.glob(f"{_WRITING}*")):
+            time.sleep(0.01)
+        if any(folder.glob(f"{_FAILED}*")):
+            raise OSError("another rank could not write its part")
+        progress["model_files"] = _model_files(folder)
+        folders.complete(folder, name, progress)
+        self._after_save(name, val_loss)
+
+    def _prepare(self, folder: Path) -> None:
+        folders.make_incomplete(folder)
+        for rank in range(1, self._world_size):
+            (folder / f"{_WRITING}{rank}").touch()
+
+    def _progress(self, recipe, is_final: bool) -> dict:
+        return {
+            "global_step": recipe.global_step,
+            "epoch": recipe._epoch,
+            "batches": recipe._batches_done,
+            "samples": recipe._batches_done * self._cfg.batch_size * recipe.dp_size,
+            "steps_per_epoch": recipe._steps_per_epoch,
+            "total_epochs": recipe.total_epochs,
+            "is_final": is_final,
+            "seed": recipe.seed,
+            "skipped_steps": recipe._skipped_steps,
+            "world_size": self._world_size,
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
+        }
+
+    def _after_save(self, name: str, val_loss: float | None) -> None:
+        best_name, best_loss = folders.best(self.output_dir)
+        if val_loss is not None and val_loss < best_loss:
+            folders.mark_best(self.output_dir, name, val_loss)
+            best_name = name
+        if self.keep_last_n:
+            folders.keep_newest(self.output_dir, self.keep_last_n, keep=best_name)
+
+    @property
+    def last_saved(self) -> Path | None:
+        """The newest checkpoint that this run wrote or went on from."""
+        return self._last_saved
+
+    @staticmethod
+    def _try(action) -> list:
+        """[result, None], or [None, error message]: what can be sent to the other ranks."""
+        try:
+            return [action(), None]
+        except UserError as error:
+            return [None, str(error)]
+        except Exception as error:  # torch and safetensors raise RuntimeErrors of their own for a full disk
+            return [None, f"{type(error).__name__}: {error}"]
+
+    @staticmethod
+    def _raise_together(message: str | None) -> None:
+        if message is not None:
+            raise UserError(message)
+
+    def _agree(self, error: str | None, folder: Path, name: str) -> None:
+        """Raise on all ranks if there was an error on any; then what was half written is removed."""
+        errors = [None] * self._world_size
+        dist.all_gather_object(errors, error)
+        first = next((e for e in errors if e is not None), None)
+        if first is None:
+            return
+        if self._rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        last = self._last_saved or "none yet"
+        raise UserError(
+            f"the checkpoint {self.output_dir / name} could not be written ({first}): free disk space or choose "
+            f"another output_dir, then go on with resume_from_checkpoint: True; the last whole checkpoint: {last}"
+        )
+
+
+def _state_bytes_per_entry(optimizer, p) -> float:
+    """Bytes that an optimizer keeps for each entry of a parameter; a lower bound for kinds that are not known."""
+    kind = type(optimizer).__name__.lower()
+    if "sgd" in kind and not optimizer.param_groups[0].get("momentum"):
+        return 0.0
+    for part, size in (("8bit", 1.0), ("fp8", 1.0), ("4bit", 0.5)):
+        if part in kind:
+            return 2 * size
+    return (2 if "adam" in kind else 1) * p.element_size()
+
+
+def _write_model(checkpointer, weights: dict, folder: Path) -> None:
+    """Let torchtune's checkpointer write a model folder at ``folder`` instead of ``output_dir/epoch_N``."""
+    output_dir = checkpointer._output_dir
+    checkpointer._output_dir = folder
+    try:
+        checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0, intermediate_checkpoint=False)
+    finally:
+        checkpointer._output_dir = output_dir
+    for path in sorted((folder / "epoch_0").iterdir()):
+        # Our own files of the checkpoint that this run went on from are copied with the model's: not wanted
+        if path.name == folders.MANIFEST or path.name.startswith("training_state_rank"):
+            path.unlink()
+        else:
+            path.rename(folder / path.name)
+    (folder / "epoch_0").rmdir()
+
+
+def _model_files(folder: Path) -> list[str]:
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    return [name for name in names if not name.startswith("training_state_rank")]
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    """Every key whose value changes the training and is not what it was."""
+    found = []
+    for key in {**saved, **now}:
+        if not prefix and key in _MAY_DIFFER:
+            continue
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {b!r}, was {a!r}")
+    return found
+
+
+def load_checkpointer(cfg_checkpointer: DictConfig):
+    """The config's checkpointer, for reading weights only: resuming is ours."""
+    return config.instantiate(cfg_checkpointer, should_load_recipe_state=False)

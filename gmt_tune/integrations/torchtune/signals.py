@@ -1,0 +1,44 @@
+"""Lets a run finish its step and save when it is told to stop."""
+
+import signal
+import time
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+# A terminal's Ctrl-C reaches a worker twice, from the terminal and from torchrun: that is one wish to stop.
+SECONDS_OF_ONE_WISH = 3.0
+
+
+class StopSignal:
+    """Notes a first SIGTERM, SIGINT or SIGUSR1; a second one, some seconds later, acts as it always does.
+
+    Attributes:
+        received: the signal's number, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._since = 0.0
+        self._previous: dict[int, object] = {}
+
+    def install(self) -> None:
+        """Take over the signals; only the main thread may."""
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+            print(
+                f"\n{signal.Signals(number).name} received: finishing this step, then saving. "
+                "A second signal leaves at once.",
+                flush=True,
+            )
+        elif time.monotonic() - self._since > SECONDS_OF_ONE_WISH:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

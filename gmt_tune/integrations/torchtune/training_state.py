@@ -1,0 +1,232 @@
+"""What a run needs besides its weights to go on exactly: optimizer, schedule, random numbers, mask.
+
+Every rank keeps its own part in a file of its own, with its tensors as they are: nothing is gathered, and
+quantized optimizer states keep their bits. On another number of ranks, the parts are put together and cut
+anew; torchao's quantized states are then quantized again, all others keep their values.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from gmt_tune.errors import UserError
+from gmt_tune.masking import GradientMask
+from gmt_tune.masking.packing import pack_selection, unpack_selection
+
+_HYPERPARAMETERS = "hyperparameters"
+
+
+def state_file(rank: int) -> str:
+    """Name of one rank's file in a checkpoint folder."""
+    return f"training_state_rank{rank}.pt"
+
+
+def collect(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    lr_scheduler,
+    mask: GradientMask | None,
+    device: torch.device,
+    *,
+    copy: bool = False,
+) -> dict:
+    """This rank's part of the training state, on the CPU, ready for ``torch.save``.
+
+    Args:
+        copy: make it one that further training does not change, also where the optimizer's tensors are on the CPU.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        "optimizer": {
+            names[p]: {key: _to_cpu(value, copy) for key, value in state.items()}
+            for optimizer in optimizers
+            for p, state in optimizer.state.items()
+        },
+        _HYPERPARAMETERS: [
+            {key: _plain(value) for key, value in group.items() if key != "params"}
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+        ],
+        # With optimizer in backward, the scheduler's own step() is among its attributes
+        "lr_scheduler": lr_scheduler
+        and {key: value for key, value in lr_scheduler.state_dict().items() if not callable(value)},
+        "mask": mask.state_dict() if mask is not None else None,
+        "rng": _rng_state(device),
+        "local_numel": {name: _local(p).numel() for name, p in model.named_parameters()},
+    }
+
+
+def restore(
+    folder: Path,
+    saved_world_size: int,
+    rank: int,
+    world_size: int,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    lr_scheduler,
+    mask: GradientMask | None,
+    device: torch.device,
+) -> dict | None:
+    """Put a state that :func:`collect` gave back where it came from.
+
+    Args:
+        folder: of the checkpoint.
+        saved_world_size: how many ranks wrote it.
+
+    Returns:
+        The state of the random number generators, for :func:`set_rng_state` right before the next batch (making
+        a data loader's iterator draws a number); None where it was saved by another number of ranks.
+
+    Raises:
+        UserError: if it was saved by another kind of optimizer, or sharded in a way that cannot be cut anew.
+    """
+    parameters = dict(model.named_parameters())
+    if saved_world_size == world_size:
+        state = _read(folder, rank)
+    else:
+        parts = [_read(folder, r) for r in range(saved_world_size)]
+        state = _reshard(parts, parameters)
+    owners = {p: optimizer for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
+    for name, saved in state["optimizer"].items():
+        p = parameters[name]
+        owners[p].state[p] = {key: _from_cpu(value, p) for key, value in saved.items()}
+        if saved_world_size != world_size:
+            _quantize_again(owners[p], p)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if len(groups) != len(state[_HYPERPARAMETERS]):
+        raise UserError(f"the checkpoint {folder} was saved with another setting of optimizer_in_bwd: set it as it was")
+    for group, saved in zip(groups, state[_HYPERPARAMETERS], strict=True):
+        for key, value in saved.items():
+            # torchao's optimizers hold the learning rate as a tensor that compiled code refers to
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+    if lr_scheduler is not None and state["lr_scheduler"] is not None:
+        lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if mask is not None and state["mask"] is not None:
+        try:
+            mask.load_state_dict(state["mask"])
+        except ValueError as error:
+            raise UserError(f"cannot go on from {folder}: {error}") from None
+    return state["rng"]
+
+
+def _read(folder: Path, rank: int) -> dict:
+    return torch.load(folder / state_file(rank), map_location="cpu", weights_only=True, mmap=False)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _plain(value):
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _to_cpu(value, copy: bool):
+    """One entry of an optimizer's state as (tensor, was it sharded, was it on an accelerator), or the plain value."""
+    if not isinstance(value, Tensor):
+        return value
+    local = _local(value).detach()
+    on_cpu = local.cpu() if not local.is_cpu else local.clone() if copy else local
+    return (on_cpu, isinstance(value, DTensor), not local.is_cpu)
+
+
+def _from_cpu(value, p: Tensor):
+    if not isinstance(value, tuple):
+        return value
+    local, is_sharded, was_on_accelerator = value
+    if was_on_accelerator:
+        local = local.to(p.device)
+    if is_sharded and isinstance(p, DTensor):
+        return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return local
+
+
+def _quantize_again(optimizer: Optimizer, p: Tensor) -> None:
+    """Turn the float states of a torchao optimizer, which resharding leaves, into its own kind of tensors."""
+    if not hasattr(optimizer, "_new_buffer"):
+        return
+    for key, value in optimizer.state[p].items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            buffer = optimizer._new_buffer(p, key == "exp_avg")
+            _local(buffer).copy_(_local(value))
+            optimizer.state[p][key] = buffer
+
+
+def _reshard(parts: list[dict], parameters: Mapping[str, Tensor]) -> dict:
+    """The parts of all ranks of another world size as one part for this rank."""
+    optimizer = {}
+    for name, first in parts[0]["optimizer"].items():
+        start, stop = _local_rows(name, parameters[name])
+        optimizer[name] = {}
+        for key, value in first.items():
+            if not isinstance(value, tuple) or value[0].dim() == 0:
+                optimizer[name][key] = value  # step counts are the same on all ranks
+                continue
+            whole = _whole([part["optimizer"][name][key][0] for part in parts], value[1])
+            optimizer[name][key] = (whole[start:stop].contiguous(), isinstance(parameters[name], DTensor), value[2])
+    state = {**parts[0], "optimizer": optimizer, "rng": None}
+    if state["mask"] is not None:
+        selections = {}
+        for name in state["mask"]["selections"]:
+            p = parameters[name]
+            start, stop = _local_rows(name, p)
+            row = p.numel() // p.shape[0] if p.dim() else 1
+            bits = [unpack_selection(part["mask"]["selections"][name], part["local_numel"][name]) for part in parts]
+            whole = torch.cat(bits) if sum(b.numel() for b in bits) == p.numel() else bits[0]
+            selections[name] = pack_selection(whole[start * row : stop * row])
+        state["mask"] = {**state["mask"], "selections": selections}
+    return state
+
+
+def _whole(locals_: list[Tensor], is_sharded: bool) -> Tensor:
+    whole = [t.dequantize() if hasattr(t, "dequantize") and type(t) is not Tensor else t for t in locals_]
+    return torch.cat(whole) if is_sharded else whole[0]
+
+
+def _local_rows(name: str, p: Tensor) -> tuple[int, int]:
+    """Range of rows of the whole tensor that this rank holds."""
+    if not isinstance(p, DTensor):
+        return 0, p.shape[0] if p.dim() else 1
+    sharded = [(i, placement) for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    if len(sharded) > 1 or any(placement != Shard(0) for _, placement in sharded):
+        raise UserError(
+            f"'{name}' is sharded over several dimensions: resume on the number of ranks that saved the checkpoint"
+        )
+    if not sharded:
+        return 0, p.shape[0]
+    mesh_dim = sharded[0][0]
+    size, index = p.device_mesh.size(mesh_dim), p.device_mesh.get_local_rank(mesh_dim)
+    chunk = -(-p.shape[0] // size)  # FSDP2 cuts like torch.chunk
+    return min(index * chunk, p.shape[0]), min((index + 1) * chunk, p.shape[0])
+
+
+def _rng_state(device: torch.device) -> dict:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Continue the random numbers of Python, NumPy and torch from a state that was saved."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

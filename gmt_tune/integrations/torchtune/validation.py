@@ -1,0 +1,68 @@
+"""Loss on held-out data, shared among the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+
+class _RankShare(Dataset):
+    """Every ``world_size``-th row, and so many repeated ones at the end that all ranks have as many rows.
+
+    Sharded models need all ranks in each forward pass. Labels of repeated rows are ignored, so that every
+    row counts once whatever the number of ranks.
+    """
+
+    def __init__(self, dataset, rank: int, world_size: int, ignore_index: int) -> None:
+        self._dataset, self._rank, self._world_size = dataset, rank, world_size
+        self._ignore_index = ignore_index
+
+    def __len__(self) -> int:
+        return -(-len(self._dataset) // self._world_size)
+
+    def __getitem__(self, i: int):
+        index = i * self._world_size + self._rank
+        if index < len(self._dataset):
+            return self._dataset[index]
+        row = self._dataset[len(self._dataset) - 1]
+        return {**row, "labels": torch.full_like(torch.as_tensor(row["labels"]), self._ignore_index)}
+
+
+class Validation:
+    """Mean loss per token over a data set.
+
+    Args:
+        dataset: a torchtune data set, packed or not.
+        batch_size: rows per forward pass on each rank.
+        collate_fn: makes a batch of rows.
+        ignore_index: label of tokens that do not count.
+        rank, world_size: of the data-parallel group.
+    """
+
+    def __init__(self, dataset, batch_size: int, collate_fn, ignore_index: int, rank: int, world_size: int) -> None:
+        share = _RankShare(dataset, rank, world_size, ignore_index)
+        self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, shuffle=False)
+        self._ignore_index = ignore_index
+
+    @torch.no_grad()
+    def run(self, model, loss_of_batch, device: torch.device) -> float:
+        """The loss, the same on all ranks.
+
+        Args:
+            model: left in the mode that it was in; no random numbers are drawn.
+            loss_of_batch: gives a batch's mean loss per token; it may take entries out of the batch.
+            device: of the model.
+        """
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in self._loader:
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            tokens = (batch["labels"] != self._ignore_index).sum()
+            loss = loss_of_batch(batch)
+            if tokens > 0:  # the mean over no token is NaN
+                totals += torch.stack((loss.double() * tokens, tokens.double()))
+        model.train(was_training)
+        dist.all_reduce(totals)
+        return (totals[0] / totals[1]).item()

@@ -1,0 +1,97 @@
+"""The mask's file in a Trainer checkpoint: ``gradient_mask.pt``, beside ``optimizer.pt``.
+
+Where parameters are sharded, each rank stores its own part of a selection, in a file of its own. The Trainer does
+not tell callbacks from which folder it resumes. The files are therefore looked for where that folder most likely
+is, and carry a fingerprint of the Trainer's own state, so that the mask of another run's checkpoint of the same
+name is never taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from gmt_tune.masking import GradientMask
+
+FILE_NAME = "gradient_mask.pt"
+
+logger = logging.get_logger(__name__)
+
+
+def save_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+    """Write the mask into the checkpoint that the Trainer has just written. Called on every rank."""
+    if args.save_only_model or state.is_hyper_param_search:  # nobody resumes from these
+        return
+    mask_state, shards = mask.state_dict(), _shards(model, args)
+    name = _rank_file(args) if shards > 1 and mask_state["selections"] else FILE_NAME
+    if name == FILE_NAME and not args.should_save:
+        return
+    path = _own_checkpoint(args, state) / name
+    partial = path.with_suffix(".partial")
+    torch.save({"mask": mask_state, "shards": shards, "trainer_state": _fingerprint(state)}, partial)
+    os.replace(partial, path)  # a file with the final name is always whole
+
+
+def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+    """Continue from the mask in the checkpoint that the Trainer resumes from. Called on every rank.
+
+    Raises:
+        ValueError: if the policy, the parameters, or how they are sharded differ from what was saved.
+        FileNotFoundError: if the file is not found, and the selection depends on what it holds.
+    """
+    folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+    folders.append(_own_checkpoint(args, state))
+    for path in (folder / name for folder in folders for name in (_rank_file(args), FILE_NAME)):
+        if path.is_file():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["trainer_state"] == _fingerprint(state):
+                _check_shards(content, _shards(model, args))
+                mask.load_state_dict(content["mask"])
+                return
+    looked_in = " or ".join(str(folder) for folder in folders)
+    if mask.refresh_every == 1 and mask.score != "random":
+        # Each step selects anew from its own gradient: nothing is lost but the count of steps.
+        steps = dict.fromkeys(mask.state_dict()["steps"], state.global_step)
+        mask.load_state_dict({"policy": mask.policy(), "steps": steps, "selections": {}})
+        logger.warning(f"no {FILE_NAME} of this run in {looked_in}: masking from step {state.global_step} on")
+        return
+    raise FileNotFoundError(
+        f"no {FILE_NAME} of this run and of {args.world_size} processes in {looked_in}, and its selection is needed "
+        "to go on: set resume_from_checkpoint in the training arguments to the folder that you resume from"
+    )
+
+
+def _check_shards(content: dict, shards: int) -> None:
+    if content["mask"]["selections"] and content["shards"] != shards:
+        raise ValueError(
+            f"the gradient mask's selection was saved in {content['shards']} part(s), and there are {shards} now: "
+            "resume with the number of processes and the sharding that it was saved with"
+        )
+
+
+def _shards(model: nn.Module, args: TrainingArguments) -> int:
+    """Into how many files a selection is split: parameters that are whole on every rank need only one."""
+    return args.world_size if any(isinstance(p, DTensor) for p in model.parameters()) else 1
+
+
+def _rank_file(args: TrainingArguments) -> str:
+    return f"gradient_mask_rank{args.process_index}_of_{args.world_size}.pt"
+
+
+def _own_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _fingerprint(state: TrainerState) -> str:
+    """Of what all ranks agree on, and ``trainer_state.json`` holds both when it is written and when it is read."""
+    losses = [[log["step"], log["loss"]] for log in state.log_history if "loss" in log]
+    return hashlib.sha256(json.dumps([state.global_step, state.total_flos, losses]).encode()).hexdigest()

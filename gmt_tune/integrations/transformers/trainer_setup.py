@@ -1,0 +1,51 @@
+"""What a Trainer may be set up with, where a gradient mask is to act: refusals, and the way to the optimizer."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+# Optimizers that step inside the backward pass, a parameter at a time, and drop each gradient at once.
+_STEPS_IN_BACKWARD = ("lomo", "adalomo")
+
+
+def refuse_unmaskable_arguments(args: TrainingArguments) -> None:
+    """Raise if, with these arguments, no step hook sees the whole gradient.
+
+    Raises:
+        ValueError: for DeepSpeed, and for optimizers that step inside the backward pass.
+    """
+    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "deepspeed keeps gradients in its own engine, where they cannot be masked: remove it and set "
+            "fsdp=True with fsdp_config={'version': 2} (FSDP2), which shards the same tensors"
+        )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim in _STEPS_IN_BACKWARD or optim.endswith("layerwise"):
+        raise ValueError(
+            f"optim={optim!r} updates weights during the backward pass, before gradients are accumulated and can "
+            "be masked: use adamw_torch, or adamw_torch_8bit for less memory"
+        )
+
+
+def refuse_unmaskable_model(model: nn.Module) -> None:
+    """Raise if gradients will arrive as pieces whose place in their tensor is unknown.
+
+    Raises:
+        ValueError: for FSDP version 1, which flattens parameters together.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FSDP version 1 flattens parameters together, so that no threshold of a tensor can be found: "
+            "set fsdp_config={'version': 2} (FSDP2)"
+        )
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper, which itself has no step hooks."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,122 @@
+"""A random selection that needs no sort, no stored mask and no generator state.
+
+Each entry stays with probability ``density``, independently of the others: a hash of a key (seed, draw,
+parameter name) and of the entry's flat index in the whole, unsharded parameter decides. The same entries
+therefore stay on every device, at every world size, and again after a restart.
+
+The hash is counter-based: multiplications and xor-shifts of 32-bit integers, each of which maps no two inputs
+to one, so that neighbouring indices end far apart. It serves for sampling, not for secrets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gmt_tune.masking.bits import INT_DTYPE, row_major_blocks
+
+CHUNK = 1 << 18  # entries hashed at a time on the CPU, where the scratch then stays in cache
+_CHUNK_ON_DEVICE = 1 << 23
+
+# Shifts and odd factors of a round each, and what the key adds to it (see _hash)
+_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+
+
+def random_key(seed: int, draw: int, name: str) -> int:
+    """A 64-bit key for one parameter and one draw (a draw is a new selection: a step or a refresh).
+
+    Args:
+        seed: any whole number.
+        draw: which selection, counted from 0.
+        name: the parameter's name.
+    """
+    digest = hashlib.blake2b(f"{seed}/{draw}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def random_selection(start: int, stop: int, density: float, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which of the entries ``start..stop-1`` of a parameter stay.
+
+    Args:
+        start, stop: range of flat indices in the whole parameter.
+        density: probability of each entry to stay, in (0, 1].
+        key: from :func:`random_key`.
+        device: where to compute; the result is the same everywhere.
+
+    Returns:
+        Bool tensor of ``stop - start`` entries.
+    """
+    selected = torch.empty(stop - start, dtype=torch.bool, device=device)
+    draw = _Draw(density, key, selected.device)
+    for first, last in draw.ranges(start, stop):
+        selected[first - start : last - start] = draw(first, last).bool()
+    return selected
+
+
+@torch.no_grad()
+def apply_random_(grad: Tensor, density: float, key: int, *, offset: int = 0) -> Tensor:
+    """Zero, in place, all entries but a random fraction.
+
+    Args:
+        grad: a gradient, or a contiguous range of a larger one's flat entries; any strides.
+        density: probability of each entry to stay, in (0, 1].
+        key: from :func:`random_key`.
+        offset: flat index in the whole parameter of this tensor's first entry.
+
+    Returns:
+        0-d int64 tensor: how many entries were drawn.
+    """
+    count = torch.zeros((), dtype=torch.int64, device=grad.device)
+    draw = _Draw(density, key, grad.device)
+    for begin, block in row_major_blocks(grad, draw.chunk):
+        bits = block.view(INT_DTYPE[grad.dtype])
+        for first, last in draw.ranges(offset + begin, offset + begin + block.numel()):
+            part = bits if last - first == block.numel() else bits.view(-1)[first - begin - offset :][: last - first]
+            kept = draw(first, last)
+            count += kept.sum(dtype=torch.int32)
+            part.mul_(kept.to(part.dtype).view(part.shape))
+    return count
+
+
+class _Draw:
+    """One draw's 0 or 1 for any range of flat indices, with scratch memory for ``chunk`` of them."""
+
+    def __init__(self, density: float, key: int, device: torch.device) -> None:
+        self.chunk = CHUNK if device.type == "cpu" else _CHUNK_ON_DEVICE
+        self._key = key
+        # Hashes are spread over all int32: keep those below the density's share of them
+        self._limit = min(max(1, round(density * 2**32)), 2**32 - 1) - 2**31
+        self._keeps_all = density >= 1.0
+        self._counter = torch.arange(self.chunk, dtype=torch.int32, device=device)
+        self._scratch = torch.empty(2, self.chunk, dtype=torch.int32, device=device)
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut a range so that each part fits the scratch and shares the upper half of its 64-bit indices."""
+        while start < stop:
+            end = min(stop, start + self.chunk, (start >> 32) + 1 << 32)
+            yield start, end
+            start = end
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """int32, valid until the next call."""
+        n = stop - start
+        h, shifted = self._scratch[0, :n], self._scratch[1, :n]
+        if self._keeps_all:
+            return h.fill_(1)
+        torch.add(self._counter[:n], _signed(start), out=h)
+        words = (self._key, self._key >> 32, (start >> 32) * 0x9E3779B9)
+        for (shift, factor), word in zip(_ROUNDS, words, strict=True):
+            h.bitwise_xor_(_signed(word))
+            torch.bitwise_right_shift(h, shift, out=shifted)
+            h.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1))  # int32 shifts in the sign: drop it
+            h.mul_(_signed(factor))
+        return torch.lt(h, self._limit, out=h)
+
+
+def _signed(word: int) -> int:
+    """The int32 with the lower 32 bits of an integer."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -1,0 +1,313 @@
+"""From a config to the memory that each device needs, row by row.
+
+The model is built on the meta device, so that a 70B model costs no memory here and needs no file. What happens
+at the same time is added up; of what happens one after the other (loss, recomputing a layer, optimizer step)
+the largest counts. Gradients are counted in full, as from the second micro-batch of a step on.
+"""
+
+import math
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchtune import config, training
+from torchtune.config._utils import _get_component_from_path
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+from gmt_tune.memory import activations as act
+from gmt_tune.memory.sharding import Mesh, largest_units, local_shapes
+from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes, step_scratch_bytes
+
+GIB = 2**30
+ASSUMED_SEQ_LEN = 2048
+# CUDA context, kernels and library workspaces, and what the allocator cannot use; with NCCL's buffers on top.
+RESERVE = {"one": GIB, "several": 2 * GIB}
+MASK_SCRATCH = 8 * 2**20  # of the selection, besides 1/16 of the largest tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One demand, on one device.
+
+    Args:
+        name: what it is for.
+        device_bytes: on the device.
+        host_bytes: in the host's memory, for this device.
+        note: how it comes about.
+        exact: whether it follows from shapes and dtypes alone.
+    """
+
+    name: str
+    device_bytes: int
+    host_bytes: int = 0
+    note: str = ""
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one device, of ``world_size`` equal ones."""
+
+    world_size: int
+    device: str
+    rows: list[Row]
+    assumptions: list[str] = field(default_factory=list)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(row.device_bytes for row in self.rows)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(row.host_bytes for row in self.rows)
+
+
+def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
+    """
+    What a run of this config needs on each device.
+
+    Args:
+        cfg: of ``gmt_full_finetune`` or ``gmt_full_dpo``, or of torchtune's own full fine-tuning recipes.
+        world_size: processes, one for each device.
+
+    Raises:
+        UserError: if the config lacks a key that the arithmetic needs, or a component cannot be built.
+    """
+    for key in ("model", "optimizer", "batch_size", "dtype"):
+        if cfg.get(key, None) is None:
+            raise UserError(f"{key} is missing in the config: without it the memory cannot be told")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
+    if dtype is None:
+        raise UserError(f"dtype must be bf16 or fp32 for full fine-tuning, got {cfg.dtype!r}")
+    mesh = _mesh(cfg, world_size)
+    model = _meta_model(cfg, dtype)
+    trainable = _apply_mask_patterns(cfg, model)
+    plan = _instantiate(cfg, "tensor_parallel_plan") if mesh.tensor > 1 else None
+    shapes = local_shapes(model, mesh, plan)
+    stepped = {name: shapes[name] for name in trainable}
+    gathered = local_shapes(model, Mesh(tensor=mesh.tensor), plan)
+
+    separately = tuple(cfg.get("custom_sharded_layers", None) or ())
+    unit, rest = largest_units(model, separately, gathered) if mesh.data > 1 else (0, 0)
+    offloaded = bool(cfg.get("fsdp_cpu_offload", False)) and mesh.data > 1
+    in_backward = bool(cfg.get("optimizer_in_bwd", False))
+
+    rows = [
+        *_state_rows(cfg, model, dtype, shapes, stepped, mesh, unit, in_backward, offloaded),
+        *_activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded),
+        *_sharding_rows(cfg, dtype, gathered, mesh, unit, rest),
+    ]
+    several = world_size > 1
+    rows.append(
+        Row(
+            "reserve",
+            RESERVE["several" if several else "one"],
+            note="CUDA context, workspaces, fragmentation" + (", NCCL buffers" if several else ""),
+        )
+    )
+    return Estimate(world_size, str(cfg.get("device", "cuda")), rows, _assumptions(cfg, model))
+
+
+# ---------------------------------------------------------------------------- states
+
+
+def _state_rows(cfg, model, dtype, shapes, stepped, mesh, unit, in_backward, offloaded) -> list[Row]:
+    e = dtype.itemsize
+    total = sum(p.numel() for p in model.parameters())
+    weights = e * sum(shape.numel() for shape in shapes.values())
+    rope = _rope_bytes(model)
+    rows = [_placed("weights", weights, offloaded, f"{_count(total)} parameters in {cfg.dtype}")]
+    if rope:
+        rows[0] = Row(
+            "weights", rows[0].device_bytes + rope, rows[0].host_bytes, rows[0].note + ", rotary tables", exact=True
+        )
+    if cfg.get("ref_checkpointer", None) is not None:
+        rows.append(_placed("reference model", weights, offloaded, "its weights alone"))
+
+    numels = [shape.numel() for shape in stepped.values()]
+    if not in_backward:
+        gradients, note = sum(numels), f"of {_count(sum(model.get_parameter(n).numel() for n in stepped))} entries"
+    elif mesh.data > 1:
+        gradients, note = math.ceil(unit / mesh.data), "optimizer_in_bwd: of one layer at a time"
+    else:
+        gradients, note = max(numels, default=0), "optimizer_in_bwd: of the largest tensor alone"
+    rows.append(_placed("gradients", e * gradients, offloaded, note))
+
+    component, options = _optimizer(cfg)
+    states = optimizer_state_bytes(component, options, stepped.values(), dtype)
+    rows.append(_placed("optimizer states", states, offloaded, component.__name__))
+    rows.append(_mask_row(cfg, stepped, offloaded))
+    return rows
+
+
+def _mask_row(cfg, stepped, offloaded) -> Row:
+    section = cfg.get("gradient_mask", None)
+    if section is None:
+        return Row("gradient mask", 0, note="none: plain full fine-tuning", exact=True)
+    if section.get("refresh_every", 1) == 1 or section.get("score", "magnitude") == "random":
+        return Row("gradient mask", 0, note="nothing is kept between steps", exact=True)
+    dense = _matching(stepped, section.get("dense", None) or ())
+    masked = [shape.numel() for name, shape in stepped.items() if name not in dense]
+    return _placed("gradient mask", mask_bits_bytes(masked), offloaded, "1 bit an entry, kept between refreshes")
+
+
+def _placed(name: str, count: int, offloaded: bool, note: str) -> Row:
+    """A row of lasting tensors: in the host's memory with ``fsdp_cpu_offload``."""
+    if offloaded:
+        return Row(name, 0, count, note + "; fsdp_cpu_offload: on the host", exact=True)
+    return Row(name, count, note=note, exact=True)
+
+
+# ---------------------------------------------------------------------------- activations
+
+
+def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -> list[Row]:
+    pairs = 2 if cfg.get("ref_checkpointer", None) is not None else 1  # DPO runs chosen and rejected together
+    shape = act.shape_of(model, pairs * cfg.batch_size, _seq_len(cfg, model)[0], dtype.itemsize)
+    if shape is None:
+        return [Row("activations", 0, note=f"not estimated for a {type(model).__name__}")]
+    kept, kept_on_host, note = _kept_activations(cfg, shape, mesh.tensor)
+    largest = max((s.numel() for s in stepped.values()), default=0)
+    component, options = _optimizer(cfg)
+    step = step_scratch_bytes(
+        component, options, largest, dtype, largest if in_backward else sum(s.numel() for s in stepped.values())
+    )
+    if cfg.get("gradient_mask", None) is not None:
+        step = max(step, largest * dtype.itemsize // 16 + MASK_SCRATCH)
+    if offloaded:
+        step = 0  # on the host
+    elif not in_backward:
+        step = max(0, step - kept)  # by then the activations are gone
+    # Before it is added to the one that is there. Under FSDP2 "gathered layers" has it.
+    new_gradient = dtype.itemsize * largest if mesh.data == 1 else 0
+    chunks = getattr(_instantiate(cfg, "loss"), "num_output_chunks", 0)
+    phases = {
+        "logits and loss": act.head_bytes(shape, chunks) + new_gradient,
+        "recomputing a layer": act.layer_bytes(shape, mesh.tensor) + act.layer_scratch_bytes(shape, mesh.tensor),
+        "optimizer step": step,
+    }
+    phase = max(phases, key=phases.get)
+    return [
+        Row("activations", kept, kept_on_host, note=note),
+        Row("working memory", phases[phase], note=f"{phase}, the most of what follows one another"),
+    ]
+
+
+def _kept_activations(cfg, shape: act.Shape, tensor_parallel: int) -> tuple[int, int, str]:
+    """Bytes kept for backward on the device and on the host, and how that comes about."""
+    layers, mode = shape.num_layers, cfg.get("ac_mode", None)
+    checkpointed = layers if cfg.get("enable_activation_checkpointing", False) or mode == "full" else 0
+    note = "activation checkpointing keeps each layer's input"
+    if not checkpointed and mode == "selective" and str(cfg.get("ac_option", "")).isdigit():
+        checkpointed = layers // int(cfg.ac_option)
+        note = f"selective checkpointing of {checkpointed} of {layers} layers"
+    if not checkpointed:
+        note = "all layers, without activation checkpointing"
+    whole = (layers - checkpointed) * act.layer_bytes(shape, tensor_parallel)
+    inputs = checkpointed * act.layer_input_bytes(shape)
+    if not cfg.get("enable_activation_offloading", False):
+        return whole + inputs, 0, note
+    stash = min(act.OFFLOAD_STASH, checkpointed) * act.layer_input_bytes(shape)
+    return whole + stash, inputs, f"{note}, offloaded to the host but for {act.OFFLOAD_STASH}"
+
+
+# ---------------------------------------------------------------------------- sharding
+
+
+def _sharding_rows(cfg, dtype, gathered, mesh, unit, rest) -> list[Row]:
+    if mesh.data == 1:
+        return []
+    if cfg.get("fsdp_reshard_after_forward", True):
+        entries, note = 4 * unit + 2 * rest, "weights and gradients of two layers"
+        if rest > unit // 10:
+            note += " and of the embeddings, which custom_sharded_layers does not name"
+    else:
+        entries = sum(shape.numel() for shape in gathered.values()) + 2 * unit
+        note = "all weights (fsdp_reshard_after_forward: False), gradients of two layers"
+    return [Row("gathered layers", dtype.itemsize * entries, note=note)]
+
+
+def _mesh(cfg, world_size: int) -> Mesh:
+    tensor = cfg.get("tensor_parallel_dim", 1) or 1
+    if world_size % tensor:
+        raise UserError(
+            f"tensor_parallel_dim {tensor} does not divide {world_size} devices: set --world-size to a multiple of it"
+        )
+    if tensor > 1 and cfg.get("tensor_parallel_plan", None) is None:
+        raise UserError(f"tensor_parallel_dim is {tensor}, but tensor_parallel_plan is missing: add the section")
+    return Mesh(data=world_size // tensor, tensor=tensor)
+
+
+# ---------------------------------------------------------------------------- reading the config
+
+
+def _meta_model(cfg: DictConfig, dtype: torch.dtype) -> nn.Module:
+    with training.set_default_dtype(dtype), torch.device("meta"):
+        return _instantiate(cfg, "model")
+
+
+def _instantiate(cfg: DictConfig, key: str):
+    section = cfg.get(key, None)
+    if section is None:
+        return None
+    try:
+        return config.instantiate(section)
+    except Exception as error:  # anything a component may raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{key} cannot be built ({reason}): check the section {key}") from None
+
+
+def _optimizer(cfg: DictConfig) -> tuple[type, dict]:
+    options = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    path = options.pop("_component_", None) if isinstance(options, dict) else None
+    if not isinstance(path, str):
+        raise UserError("optimizer._component_ is missing: set it to a dotted path such as torch.optim.AdamW")
+    try:
+        return _get_component_from_path(path), options
+    except Exception as error:  # torchtune's InstantiationError, or what the module raises when imported
+        reason = str(error).splitlines()[0]
+        raise UserError(f"optimizer._component_ '{path}' cannot be imported ({reason}): check its spelling") from None
+
+
+def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
+    """Freeze what the mask freezes; returns the names of the parameters that are trained."""
+    try:
+        build_gradient_mask(cfg.get("gradient_mask", None), model)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _matching(names, patterns) -> set[str]:
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _seq_len(cfg: DictConfig, model: nn.Module) -> tuple[int, bool]:
+    """Tokens of a sequence, and whether that is assumed."""
+    tokenizer = cfg.get("tokenizer", None)
+    configured = tokenizer.get("max_seq_len", None) if tokenizer is not None else None
+    if configured is not None:
+        return int(configured), False
+    return min(ASSUMED_SEQ_LEN, getattr(model, "max_seq_len", ASSUMED_SEQ_LEN)), True
+
+
+def _rope_bytes(model: nn.Module) -> int:
+    """Rotary tables, which recipes compute on the device in fp32: a cosine and a sine for each position and pair."""
+    ropes = [m for m in model.modules() if hasattr(m, "rope_init")]
+    return sum(4 * getattr(m, "max_seq_len", 0) * getattr(m, "dim", 0) for m in ropes)
+
+
+def _assumptions(cfg: DictConfig, model: nn.Module) -> list[str]:
+    length, assumed = _seq_len(cfg, model)
+    source = "assumed, for tokenizer.max_seq_len is null" if assumed else "tokenizer.max_seq_len"
+    lines = [f"{cfg.batch_size} sequences of {length} tokens in a micro-batch ({source})"]
+    if cfg.get("compile", False):
+        lines.append("compile: True needs less than this estimate, which is made without it")
+    return lines
+
+
+def _count(entries: int) -> str:
+    return f"{entries / 1e9:.2f} B" if entries >= 1e9 else f"{entries / 1e6:.1f} M"

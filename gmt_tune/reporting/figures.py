@@ -1,0 +1,254 @@
+"""The figures of a report: which metric is drawn how, for one run or several on the same axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from gmt_tune.reporting.drawing import Figure, Table
+from gmt_tune.reporting.parameter_names import Grid, to_grid
+from gmt_tune.reporting.plots import Curve, draw_curves, draw_grid, grid_height, legend_height
+from gmt_tune.reporting.run_reader import Run, Series
+
+# Metric, title, note. Drawn in this order, where logged; the loss comes before, pictures by layer after them.
+_CURVES = (
+    ("lr", "Learning rate", "Of the step that was just done."),
+    ("grad_norm", "Gradient norm", "L2 norm of the whole gradient, before clipping and before the mask."),
+    (
+        "mask/density",
+        "Density",
+        "Fraction of the masked tensors' entries that stayed. Above the configured density where many entries tie "
+        "at the threshold, below it where many gradients are zero.",
+    ),
+    ("mask/overlap", "Overlap", "Fraction of a selection that is selected again at the next tracked step."),
+    ("mask/coverage", "Coverage", "Fraction of the masked tensors' entries that were selected at least once."),
+    ("tokens_per_second_per_gpu", "Throughput", "Trained tokens per second and device."),
+    ("mask/seconds", "Time of the mask", "Seconds per optimizer step, as the host sees them."),
+    ("skipped_steps", "Steps left out", "Steps whose loss or gradient was not finite, counted."),
+)
+_MEMORY = ("peak_memory_reserved", "peak_memory_alloc", "peak_memory_active")
+_LOSSES = ("loss", "val_loss")
+_THRESHOLDS = ("mask/threshold_min", "mask/threshold_median", "mask/threshold_max")
+
+
+def build_figures(runs: Sequence[Run]) -> list[Figure]:
+    """All figures that these runs have numbers for, in the order of the page."""
+    figures = [_loss(runs)]
+    for metric, title, note in _CURVES:
+        figures.append(_of_metric(runs, metric, title, note))
+    figures.append(_threshold_over_time(runs))
+    memory = next((metric for metric in _MEMORY if any(run.has(metric) for run in runs)), None)
+    if memory is not None:
+        what = memory.removeprefix("peak_memory_")
+        what = {"alloc": "allocated"}.get(what, what)
+        figures.append(_of_metric(runs, memory, "Peak memory", f"GiB {what} on a device, the most so far."))
+    figures += _other_curves(runs)
+    figures += _thresholds_by_depth(runs)
+    figures += _heat_maps(runs, "density", "Density by layer and module", "Fraction that stayed", mean=True)
+    figures += _heat_maps(runs, "coverage", "Coverage by layer and module", "Fraction selected at least once")
+    figures += _heat_maps(runs, "overlap", "Overlap by layer and module", "Fraction selected again", mean=True)
+    return [figure for figure in figures if figure is not None]
+
+
+def _loss(runs: Sequence[Run]) -> Figure | None:
+    curves, sentences = [], []
+    for i, run in enumerate(runs):
+        for metric in _LOSSES:
+            if run.has(metric):
+                kind = "validation" if metric == "val_loss" else "training"
+                label = kind if len(runs) == 1 else f"{_short(run.name)}, {kind}"
+                # A single run's two losses are told apart by colour too
+                index = i if len(runs) > 1 or metric == "loss" else 1
+                series = run.series[metric]
+                curves.append(Curve(label, series.steps, series.values, index, dashed=metric == "val_loss"))
+                sentences.append(f"{kind.capitalize()} loss{_of(run, runs)} {in_words(series)}")
+    if not curves:
+        return None
+    is_grouped = any(len(curve.x) > 240 for curve in curves)
+    note = "Mean cross-entropy per token" + (
+        "; line: mean of neighbouring steps, band: their range." if is_grouped else "."
+    )
+    return _curves_figure("loss", "Loss", note, curves, sentences)
+
+
+def _of_metric(runs: Sequence[Run], metric: str, title: str, note: str) -> Figure | None:
+    curves, sentences = [], []
+    for i, run in enumerate(runs):
+        if run.has(metric):
+            series = run.series[metric]
+            curves.append(Curve(_short(run.name), series.steps, series.values, i))
+            sentences.append(f"{title}{_of(run, runs)} {in_words(series)}")
+    return _curves_figure(_key(metric), title, note, curves, sentences) if curves else None
+
+
+def _threshold_over_time(runs: Sequence[Run]) -> Figure | None:
+    curves, sentences = [], []
+    for i, run in enumerate(runs):
+        if all(run.has(metric) for metric in _THRESHOLDS):
+            low, median, high = (run.series[metric] for metric in _THRESHOLDS)
+            curves.append(Curve(_short(run.name), median.steps, median.values, i, band=(low.values, high.values)))
+            sentences.append(f"Median threshold{_of(run, runs)} {in_words(median)}")
+    if not curves:
+        return None
+    note = "Score that an entry needs to stay. Line: median over the tensors; band: the lowest and the highest."
+    return _curves_figure("threshold", "Threshold", note, curves, sentences, log=True)
+
+
+def _other_curves(runs: Sequence[Run]) -> list[Figure]:
+    """What else was logged at more than one step, such as a user's own metrics."""
+    known = {*_LOSSES, *_THRESHOLDS, *_MEMORY, *(metric for metric, _, _ in _CURVES)}
+    names = {name: None for run in runs for name, series in run.series.items() if len(series.steps) > 1}
+    return [_of_metric(runs, name, name, "As logged.") for name in names if name not in known]
+
+
+def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:
+    """One figure per run, all on the same axes: a line for each module over the layers."""
+    grids = {}
+    for i, run in enumerate(runs):
+        if run.details.get("threshold"):
+            step, numbers = run.details["threshold"][-1]
+            grid = to_grid(numbers)
+            if len(grid.layers) > 1:
+                grids[i] = step, grid
+    values = [v for _, grid in grids.values() for row in grid.values for v in row if v > 0 and math.isfinite(v)]
+    if not values:
+        return []
+    figures = []
+    for i, (step, grid) in grids.items():
+        run = runs[i]
+        own = {v for row in grid.values for v in row if math.isfinite(v)}
+        if len(own) == 1:  # scope: global
+            continue
+        curves = [
+            Curve(module, grid.layers, [row[j] for row in grid.values], j) for j, module in enumerate(grid.modules)
+        ]
+        largest = max(((row[j], layer, module) for row, layer, j, module in _cells(grid)), key=lambda cell: cell[0])
+        figures.append(
+            _curves_figure(
+                f"threshold-by-depth-{i}",
+                f"Thresholds by depth{_of(run, runs)}",
+                f"Score that an entry needed to stay at step {step}, for each module.",
+                curves,
+                [f"Highest: {_number(largest[0])} in {largest[2]} of layer {largest[1]}"],
+                log=True,
+                xlabel="layer",
+                limits=(min(values) / 1.3, max(values) * 1.3),
+                columns=2,
+                table=grid_table(grid),
+            )
+        )
+    return figures
+
+
+def _heat_maps(runs: Sequence[Run], kind: str, title: str, meaning: str, mean: bool = False) -> list[Figure]:
+    """One heat map per run, all with the same colour scale."""
+    grids: dict[int, tuple[Grid, str]] = {}
+    for i, run in enumerate(runs):
+        rows = run.details.get(kind)
+        if not rows:
+            continue
+        numbers = _mean(rows) if mean else rows[-1][1]
+        when = f"mean of {len(rows)} logged steps" if mean and len(rows) > 1 else f"step {rows[-1][0]}"
+        grid = to_grid(numbers)
+        if grid.layers:
+            grids[i] = grid, when
+    values = [v for grid, _ in grids.values() for row in grid.values for v in row if math.isfinite(v)]
+    low, top = min(values, default=0.0), max(values, default=1.0)
+    if top - low < 0.1 * top:  # hardly any difference: let it look so
+        low, top = 0.0, min(1.0, 2 * top)
+    figures = []
+    for i, (grid, when) in grids.items():
+        cells = [(row[j], layer, module) for row, layer, j, module in _cells(grid)]
+        lowest, highest = min(cells), max(cells)
+        if highest[0] - lowest[0] < 1e-9:
+            seen = f"All cells are {_number(lowest[0])}"
+        else:
+            seen = (
+                f"From {_number(lowest[0])} in {lowest[2]} of layer {lowest[1]} "
+                f"to {_number(highest[0])} in {highest[2]} of layer {highest[1]}"
+            )
+        figures.append(
+            Figure(
+                key=f"{kind}-map-{i}",
+                title=f"{title}{_of(runs[i], runs)}",
+                note=f"{meaning}; {when}.",
+                alt=f"Heat map of {len(grid.layers)} layers by {len(grid.modules)} modules. {seen}.",
+                draw=lambda canvas, grid=grid: draw_grid(canvas, grid, label=kind, low=low, top=top),
+                height=grid_height(grid),
+                table=grid_table(grid),
+            )
+        )
+    return figures
+
+
+def _curves_figure(
+    key: str,
+    title: str,
+    note: str,
+    curves: list[Curve],
+    sentences: list[str],
+    *,
+    columns: int = 1,
+    table: Table | None = None,
+    **how,
+) -> Figure:
+    draw: Callable = lambda canvas: draw_curves(canvas, curves, legend_columns=columns, **how)  # noqa: E731
+    height = 215 + legend_height(len(curves), columns)
+    if not all(math.isfinite(value) for curve in curves for value in curve.y):
+        note += " A cross at the bottom: NaN or infinity."
+    return Figure(key, title, note, ". ".join(sentences) + ".", draw, height, table)
+
+
+def in_words(series: Series) -> str:
+    """A curve in numbers: "goes from 2.3 at step 1 to 1.1 at step 40, lowest 0.9, highest 2.4"."""
+    finite, bad = series.finite, len(series.values) - len(series.finite)
+    broken = f"; {bad} of {len(series.values)} values are not finite" if bad else ""
+    if not finite:
+        return f"has no finite value in {len(series.values)} logged steps"
+    if len(series.values) == 1:
+        return f"is {_number(series.last)} at step {series.steps[0]}"
+    first, last = (f"{_number(series.values[i])} at step {series.steps[i]}" for i in (0, -1))
+    return f"goes from {first} to {last}, lowest {_number(min(finite))}, highest {_number(max(finite))}{broken}"
+
+
+def _cells(grid: Grid):
+    for row, layer in zip(grid.values, grid.layers, strict=True):
+        for j, module in enumerate(grid.modules):
+            if math.isfinite(row[j]):
+                yield row, layer, j, module
+
+
+def grid_table(grid: Grid) -> Table:
+    """A grid as a table; what lies outside the layers comes last, by name."""
+    rows = [
+        [str(layer), *("" if math.isnan(value) else _number(value) for value in row)]
+        for layer, row in zip(grid.layers, grid.values, strict=True)
+    ]
+    blanks = [""] * (len(grid.modules) - 1)
+    rows += [[name, _number(value), *blanks] for name, value in grid.outside.items()]
+    return Table(["layer", *grid.modules], rows)
+
+
+def _mean(rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for _, numbers in rows:
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    return {name: sum(own) / len(own) for name, own in values.items()}
+
+
+def _of(run: Run, runs: Sequence[Run]) -> str:
+    return f" of {_short(run.name)}" if len(runs) > 1 else ""
+
+
+def _short(name: str, longest: int = 30) -> str:
+    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
+
+
+def _key(metric: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in metric.lower()).strip("-")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,80 @@
+"""Where in a model a parameter sits, from its name: torchtune's and Hugging Face's names alike."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_ENDINGS = (".weight", ".scale")
+
+# The order in which a layer's modules are met on the way through it, for axes.
+_ORDER = ("q_proj", "k_proj", "v_proj", "qkv", "o_proj", "output_proj", "gate", "w1", "up", "w3", "down", "w2", "norm")
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """Layer and module of a parameter.
+
+    Returns:
+        The first whole number in the dotted name (None if there is none), and what follows it without
+        ``.weight`` or ``.scale``: ``model.layers.3.self_attn.q_proj.weight`` gives ``(3, "self_attn.q_proj")``.
+    """
+    match = _LAYER.search(name)
+    layer, module = (int(match[1]), name[match.end() :]) if match else (None, name)
+    for ending in _ENDINGS:
+        module = module.removesuffix(ending)
+    return layer, module
+
+
+@dataclass
+class Grid:
+    """Numbers per parameter, laid out by layer and module.
+
+    Attributes:
+        layers: in rising order.
+        modules: short names, in the order in which a layer uses them.
+        values: one row per layer, one column per module; NaN where the layer has no such module.
+        outside: parameters that belong to no layer, with their numbers.
+    """
+
+    layers: list[int]
+    modules: list[str]
+    values: list[list[float]]
+    outside: dict[str, float]
+
+
+def to_grid(numbers: Mapping[str, float]) -> Grid:
+    """Lay out numbers by parameter name as a grid."""
+    cells: dict[tuple[int, str], float] = {}
+    outside: dict[str, float] = {}
+    for name, value in numbers.items():
+        layer, module = split_name(name)
+        if layer is None:
+            outside[module] = value
+        else:
+            cells[layer, module] = value
+    layers = sorted({layer for layer, _ in cells})
+    modules = sorted({module for _, module in cells}, key=_position)
+    values = [[cells.get((layer, module), math.nan) for module in modules] for layer in layers]
+    return Grid(layers, short_names(modules), values, outside)
+
+
+def short_names(modules: Iterable[str]) -> list[str]:
+    """Last parts of dotted module names, as many as it takes to tell each from the others."""
+    parts = [module.split(".") for module in modules]
+    short = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
+            length += 1
+        short.append(".".join(own[-length:]))
+    return short
+
+
+def _position(module: str) -> tuple[int, str]:
+    for position, part in enumerate(_ORDER):
+        if part in module:
+            return position, module
+    return len(_ORDER), module

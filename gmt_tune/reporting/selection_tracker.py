@@ -1,0 +1,171 @@
+"""Optional: how much of a selection comes back at the next step, and how much of the model was ever selected.
+
+Costs 2 bits of memory per masked entry and one more pass over the gradient; nothing is tracked unless one is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gmt_tune.masking import GradientMask
+from gmt_tune.masking.dtensor import any_sharded
+from gmt_tune.masking.packing import pack_selection
+
+_CHUNK = 1 << 24  # entries that are looked at together: bounds what is alive besides the bits
+
+
+class SelectionTracker:
+    """Watches the gradients that a mask lets through.
+
+    An entry counts as selected if its gradient is not zero behind the mask. With a mask that keeps its selection
+    for several steps, entries of it whose gradient happens to be zero do not count.
+
+    Where training is sharded, each rank keeps the bits of its own entries; counts are added up over the ranks, so
+    that all of them read the same numbers. Each must therefore have a tracker.
+
+    Args:
+        mask: what it watches; only masked parameters count.
+        every: look at every so many optimizer steps. Overlap is then that of selections so many steps apart, and
+            coverage leaves out what was selected only in between.
+
+    Raises:
+        ValueError: if ``every`` is no whole number from 1 on.
+
+    Example:
+        >>> mask.register(optimizer)
+        >>> tracker = SelectionTracker(mask)
+        >>> tracker.register(optimizer)  # after the mask: hooks run in the order in which they were registered
+    """
+
+    def __init__(self, mask: GradientMask, every: int = 1) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of optimizer steps from 1 on, got {every!r}")
+        self._names = {p: name for name, p in mask.masked_parameters.items()}
+        self._every = every
+        self._calls = dict.fromkeys(self._names.values(), 0)
+        self._last: dict[str, Tensor] = {}
+        self._ever: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], all ranks
+        self._numel: dict[str, int] = {}
+
+    def register(self, optimizer: Optimizer) -> RemovableHandle:
+        """Watch an optimizer's steps; call it after the mask's own ``register``.
+
+        Returns:
+            A handle; ``handle.remove()`` ends the watching.
+        """
+        return optimizer.register_step_pre_hook(self._before_step)
+
+    def metrics(self) -> dict[str, float]:
+        """Over all masked entries, at the last tracked step; waits for the device.
+
+        Returns:
+            ``mask/coverage``, and from the second tracked step on ``mask/overlap``: the fraction of the selection
+            before that was selected again. Empty before the first step.
+        """
+        if not self._counts:
+            return {}
+        counts = self._read_counts()
+        metrics = {"mask/coverage": sum(ever for _, _, ever in counts.values()) / sum(self._numel.values())}
+        before = sum(last for _, last, _ in counts.values())
+        if before:
+            metrics["mask/overlap"] = sum(both for both, _, _ in counts.values()) / before
+        return metrics
+
+    def detail(self) -> dict[str, dict[str, float]]:
+        """The same for each parameter: ``{"overlap": {name: fraction}, "coverage": {name: fraction}}``."""
+        counts = self._read_counts()
+        return {
+            "overlap": {name: both / last for name, (both, last, _) in counts.items() if last},
+            "coverage": {name: ever / self._numel[name] for name, (_, _, ever) in counts.items() if self._numel[name]},
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """This rank's bits (uint8 by parameter name) and step counts, to go on counting after a resume."""
+        return {"calls": dict(self._calls), "last": dict(self._last), "ever": dict(self._ever)}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Go on from :meth:`state_dict`, saved with the same model on as many ranks."""
+        by_name = {name: p for p, name in self._names.items()}
+        if state_dict["calls"].keys() != by_name.keys():
+            raise ValueError("the selection tracker was saved for other parameters: start it anew")
+        self._calls = dict(state_dict["calls"])
+        for key, bits in (("last", self._last), ("ever", self._ever)):
+            bits.clear()
+            bits.update({name: tensor.to(by_name[name].device) for name, tensor in state_dict[key].items()})
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        overflowed = getattr(optimizer, "found_inf", None)  # see GradientMask: no step is done then
+        if overflowed is not None and overflowed.item():
+            return None
+        mine = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._observe(mine)
+            return None
+
+        def closure_then_observe():
+            loss = closure()
+            self._observe(mine)
+            return loss
+
+        return (args[0], closure_then_observe), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    @torch.no_grad()
+    def _observe(self, parameters: list[Tensor]) -> None:
+        seen = []
+        for p in parameters:
+            name = self._names[p]
+            is_due = self._calls[name] % self._every == 0
+            self._calls[name] += 1
+            if is_due and p.grad is not None:
+                seen.append((name, p.grad))
+        grads = [grad for _, grad in seen]
+        if any_sharded(grads):
+            from gmt_tune.masking.layout import layouts, sum_over_ranks
+
+            where = layouts(grads)
+            rows = [self._count(name, own.local) for (name, _), own in zip(seen, where, strict=True)]
+            rows = sum_over_ranks(rows, where, is_small=False)
+        else:
+            rows = [self._count(name, grad) for name, grad in seen]
+        for (name, grad), row in zip(seen, rows, strict=True):
+            self._counts[name] = row
+            self._numel[name] = grad.numel()
+
+    def _count(self, name: str, grad: Tensor) -> Tensor:
+        """Take in what is selected now; the three counts of ``_counts`` for this rank's entries."""
+        now = _pack_nonzero(grad)
+        last, ever = self._last.get(name), self._ever.get(name)
+        self._last[name] = now
+        self._ever[name] = now.clone() if ever is None else ever.bitwise_or_(now)
+        row = [torch.zeros((), dtype=torch.int64, device=now.device)] * 2
+        if last is not None:
+            row = [_count_bits(now & last), _count_bits(last)]
+        return torch.stack([*row, _count_bits(self._ever[name])])
+
+    def _read_counts(self) -> dict[str, list[int]]:
+        if not self._counts:
+            return {}
+        rows = torch.stack([row.to("cpu", non_blocking=False) for row in self._counts.values()]).tolist()
+        return dict(zip(self._counts, rows, strict=True))
+
+
+def _pack_nonzero(grad: Tensor) -> Tensor:
+    """Bits of the entries that are not zero, as ``pack_selection`` lays them out."""
+    parts = [pack_selection(part != 0) for part in grad.detach().reshape(-1).split(_CHUNK)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=grad.device)
+
+
+def _count_bits(packed: Tensor) -> Tensor:
+    """How many bits are set: 0-d int64."""
+    total = torch.zeros((), dtype=torch.int64, device=packed.device)
+    for part in packed.split(_CHUNK):
+        # Sums of neighbouring bits, of pairs, of fours
+        pairs = part - ((part >> 1) & 0x55)
+        fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        total += ((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64)
+    return total

@@ -1,0 +1,145 @@
+"""Reads the weights of a Hugging Face folder piece by piece: any sharding, never more than a slice in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gmt_tune.errors import UserError
+
+# A file is mapped into memory, and what was read of it counts as this process's memory until it is closed.
+_REOPEN_AFTER_BYTES = 1 << 28
+
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; ``dtype`` is safetensors' name for it, such as ``BF16``."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+class Weights:
+    """The tensors of a folder (or of one file) in safetensors format.
+
+    Args:
+        path: a folder with ``*.safetensors``, sharded or not, or one such file.
+
+    Attributes:
+        path: as given.
+        tensors: by name.
+        ties_embeddings: whether the folder's ``config.json`` says that the output layer is the embedding.
+
+    Raises:
+        UserError: if there is nothing to read, or a file is incomplete; says what would be right.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open_file: tuple[Path, object] | None = None
+        self._bytes_read = 0
+        for file in _files(self.path):
+            handle = _open(file)
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                part = handle.get_slice(name)
+                self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        self.ties_embeddings = _ties_embeddings(self.path)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold the tensors."""
+        return {info.file for info in self.tensors.values()}
+
+    def slices(self, name: str, numel: int) -> Iterator[Tensor]:
+        """A tensor in slices, in order, each of about ``numel`` entries at the most."""
+        shape = self.tensors[name].shape
+        for index in _indices(shape, numel):
+            yield self._read(name, index)
+
+    def _read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        info = self.tensors[name]
+        if self._open_file is None or self._open_file[0] != info.file or self._bytes_read > _REOPEN_AFTER_BYTES:
+            self._open_file = None  # closes the old one first
+            self._open_file = info.file, _open(info.file)
+            self._bytes_read = 0
+        handle = self._open_file[1]
+        try:
+            # Cloned: a view would keep the mapping alive
+            part = handle.get_slice(name)[index].clone() if index else handle.get_tensor(name).clone()
+        except SafetensorError as error:
+            raise UserError(f"{info.file} cannot be read at '{name}' ({error}): copy it again") from None
+        self._bytes_read += part.numel() * _BYTES.get(info.dtype, 1)
+        return part
+
+
+def _indices(shape: tuple[int, ...], numel: int) -> Iterator[tuple[slice, ...]]:
+    """Slices along the first dimension, or within its single rows where one alone is too large."""
+    if not shape or 0 in shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if row <= numel or len(shape) == 1:
+        rows = max(1, numel // row)
+        for start in range(0, shape[0], rows):
+            yield (slice(start, min(start + rows, shape[0])),)
+    else:
+        for start in range(shape[0]):
+            for rest in _indices(shape[1:], numel):
+                yield (slice(start, start + 1), *rest)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: name a folder with *.safetensors, or one such file")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{index} is no index of safetensors files: copy it again") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise UserError(f"{path} lacks {missing[0]}, which its index names: copy it again")
+        return [path / name for name in names]
+    # Folders of some models hold the same weights a second time, under other names, in consolidated*.safetensors
+    found = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    if found:
+        return found
+    inner = sorted({file.parent for file in path.glob("*/*.safetensors")}, key=lambda folder: folder.stat().st_mtime)
+    if inner:
+        raise UserError(f"{path} holds no *.safetensors itself: did you mean {inner[-1]}?")
+    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+        raise UserError(f"{path} holds no *.safetensors, only PyTorch files: save the model as safetensors first")
+    raise UserError(f"{path} holds no *.safetensors: name a model's folder in Hugging Face's format")
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no complete safetensors file ({error}): copy it again") from None
+
+
+def _ties_embeddings(path: Path) -> bool:
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings", False))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,228 @@
+"""Writes the Llama and Mistral configs, and the table of docs/configs.md, so that all of them stay alike.
+
+    python scripts/make_configs.py          # writes configs/llama*/, configs/mistral/ and docs/configs.md
+    python scripts/make_configs.py --check  # writes nothing; exits with 1 if a file differs
+
+A config is a whole file that users copy and change; here is only what they have in common, and what sets each of
+them apart. The memory in their first lines is what `gmt-tune memory` says.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from config_template import Config, Model, render
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "configs.md"
+TABLE = ("<!-- gmt-tune memory --all -->\n", "<!-- end -->\n")
+GIB = 2**30
+
+
+def _llama2(size: str, files: int) -> Model:
+    return Model(
+        f"Llama 2 {size.upper()}", f"meta-llama/Llama-2-{size}-hf", f"torchtune.models.llama2.llama2_{size}",
+        "torchtune.models.llama2.llama2_tokenizer", "tokenizer.model", ("pytorch_model-{}-of-{}.bin", files), "LLAMA2",
+        "*.safetensors", "2e-5",
+    )  # fmt: skip
+
+
+def _llama3(
+    version: str, size: str, repo: str, files: int, family: str, ignore: str = "original/consolidated*", **more
+) -> Model:
+    instruct = " Instruct" if repo.endswith("Instruct") else ""
+    name = f"{version.replace('.', '_')}_{size}"
+    return Model(
+        f"Llama {version} {size.upper()}{instruct}", f"meta-llama/{repo}", f"torchtune.models.{family}.llama{name}",
+        "torchtune.models.llama3.llama3_tokenizer", "original/tokenizer.model",
+        ("model-{}-of-{}.safetensors" if files > 1 else "model.safetensors", files),
+        "LLAMA3_2" if version == "3.2" else "LLAMA3", ignore, "2e-5", **more,
+    )  # fmt: skip
+
+
+TIED = {"sharded": "['tok_embeddings']"}  # Llama 3.2 has no output layer of its own
+LLAMA2_7B, LLAMA2_13B, LLAMA2_70B = _llama2("7b", 2), _llama2("13b", 3), _llama2("70b", 15)
+LLAMA3_8B = _llama3("3", "8b", "Meta-Llama-3-8B-Instruct", 4, "llama3")
+LLAMA3_8B_BASE = _llama3("3", "8b", "Meta-Llama-3-8B", 4, "llama3")
+LLAMA3_70B = _llama3("3", "70b", "Meta-Llama-3-70B-Instruct", 30, "llama3")
+LLAMA3_1_8B = _llama3("3.1", "8b", "Meta-Llama-3.1-8B-Instruct", 4, "llama3_1")
+LLAMA3_1_70B = _llama3("3.1", "70b", "Meta-Llama-3.1-70B-Instruct", 30, "llama3_1")
+LLAMA3_2_1B = _llama3("3.2", "1b", "Llama-3.2-1B-Instruct", 1, "llama3_2", **TIED)
+LLAMA3_2_3B = _llama3("3.2", "3b", "Llama-3.2-3B-Instruct", 2, "llama3_2", **TIED)
+LLAMA3_3_70B = _llama3("3.3", "70b", "Llama-3.3-70B-Instruct", 30, "llama3_3")
+MISTRAL_7B = Model(
+    "Mistral 7B v0.1", "mistralai/Mistral-7B-v0.1", "torchtune.models.mistral.mistral_7b",
+    "torchtune.models.mistral.mistral_tokenizer", "tokenizer.model", ("pytorch_model-{}-of-{}.bin", 2), "MISTRAL",
+    "*.safetensors", "5e-6",
+)  # fmt: skip
+
+
+def _multi(model: Model, card: str, **more) -> Config:
+    options = {"devices": 4, "optimizer": "AdamW", "accumulation": 1, **more}
+    nodes = f"{options['nodes']} nodes of " if "nodes" in options else ""
+    return Config(model, f"on {nodes}{options['devices']} cards", card, **options)
+
+
+def _single(model: Model, card: str, **more) -> Config:
+    return Config(model, f"on one {card} card", card, **more)
+
+
+def _low(model: Model, card: str, **more) -> Config:
+    options = {"in_backward": True, "offloading": True, "batch_size": 1, "accumulation": 1, **more}
+    where = f"on {options['devices']} cards of {card}" if "devices" in options else f"on one {card} card"
+    return Config(model, f"{where}, in little memory", card, **options)
+
+
+TP = {"tensor_parallel": True, "devices": 8}
+PAPER = "The GMT paper (Li et al., AAAI 2025, arXiv 2406.15330) trains this model on this data."
+
+MAGICODER = Config(
+    MISTRAL_7B, "for code, on Magicoder-Evol-Instruct-110K", "24 GB", devices=8, optimizer="AdamW", batch_size=4,
+    accumulation=4, max_seq_len=1024, epochs=2, warmup=52, decay="0.0", dense="[]",
+    notes=PAPER + " Length and epochs are those that the authors of the data trained with; learning rate, batch (128), "
+    "schedule and density are ours.",
+    dataset="""  _component_: torchtune.datasets.instruct_dataset
+  source: ise-uiuc/Magicoder-Evol-Instruct-110K  # 111,183 rows
+  split: train
+  column_map:
+    input: instruction
+    output: response
+  train_on_input: False  # True puts the instructions into the loss too
+""",
+)  # fmt: skip
+METAMATH_DATA = """  _component_: torchtune.datasets.instruct_dataset
+  source: meta-math/MetaMathQA  # 395,000 rows
+  split: train
+  column_map:
+    input: query
+    output: response
+  train_on_input: False  # True puts the questions into the loss too
+"""
+METAMATH = Config(
+    MISTRAL_7B, "for math, on MetaMathQA", "24 GB", devices=8, optimizer="AdamW", batch_size=4, accumulation=4,
+    max_seq_len=512, epochs=3, warmup=278, decay="0.0", dense="[]", dataset=METAMATH_DATA,
+    notes=PAPER + " Learning rate, batch (128), epochs, cosine schedule with 3 % warm-up and no weight decay are those "
+    "that the authors of the data published for Mistral 7B; prompt, length and density are ours.",
+)  # fmt: skip
+TULU = Config(
+    LLAMA2_7B, "for general tasks, on the Tulu v2 mixture", "24 GB", devices=8, optimizer="AdamW", batch_size=2,
+    accumulation=8, max_seq_len=2048, epochs=2, warmup=153, decay="0.0", dense="[]",
+    notes=PAPER + " Learning rate, batch (128), epochs, 3 % warm-up, no weight decay and the prompt are those that the "
+    "authors of the data published for Llama 2; cosine in place of their linear schedule, length and density are ours.",
+    prompt="""  prompt_template:  # What is put before and after each message
+    system: ["<|system|>\\n", "\\n"]
+    user: ["<|user|>\\n", "\\n<|assistant|>\\n"]
+    assistant: ["", "\\n"]
+""",
+    dataset="""  _component_: torchtune.datasets.chat_dataset
+  source: allenai/tulu-v2-sft-mixture  # 326,154 rows
+  split: train
+  conversation_column: messages
+  conversation_style: openai
+  train_on_input: False  # True puts the questions into the loss too
+""",
+)  # fmt: skip
+
+CONFIGS = {
+    "llama2/7B_gmt": _multi(LLAMA2_7B, "24 GB"),
+    "llama2/7B_gmt_single_device": _single(LLAMA2_7B, "48 GB"),
+    "llama2/7B_gmt_low_memory": _low(LLAMA2_7B, "24 GB", optimizer="AdamW4bit"),
+    "llama2/7B_gmt_tulu": TULU,
+    "llama2/13B_gmt": _multi(LLAMA2_13B, "40 GB"),
+    "llama2/13B_gmt_single_device": _single(LLAMA2_13B, "80 GB", in_backward=True, accumulation=1),
+    "llama2/13B_gmt_low_memory": _low(LLAMA2_13B, "48 GB", optimizer="AdamW4bit"),
+    "llama2/13B_gmt_tulu": replace(TULU, model=LLAMA2_13B),
+    "llama2/70B_gmt": _multi(LLAMA2_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3/8B_gmt": _multi(LLAMA3_8B, "40 GB"),
+    "llama3/8B_gmt_single_device": _single(LLAMA3_8B, "80 GB"),
+    "llama3/8B_gmt_low_memory": _low(LLAMA3_8B, "40 GB"),
+    "llama3/8B_gmt_metamath": replace(
+        METAMATH,
+        model=LLAMA3_8B_BASE,
+        lr="1e-5",
+        notes=PAPER + " Batch (128), epochs, cosine schedule with 3 % warm-up and no weight decay are those that the "
+        "authors of the data published for Mistral 7B; learning rate, length and density are ours.",
+    ),
+    "llama3/70B_gmt": _multi(LLAMA3_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3_1/8B_gmt": _multi(LLAMA3_1_8B, "40 GB"),
+    "llama3_1/8B_gmt_single_device": _single(LLAMA3_1_8B, "80 GB"),
+    "llama3_1/8B_gmt_low_memory": _low(LLAMA3_1_8B, "40 GB"),
+    "llama3_1/70B_gmt": _multi(LLAMA3_1_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3_1/70B_gmt_low_memory": _low(LLAMA3_1_70B, "40 GB", optimizer="AdamW4bit", **TP),
+    "llama3_2/1B_gmt": _multi(LLAMA3_2_1B, "24 GB"),
+    "llama3_2/1B_gmt_single_device": _single(LLAMA3_2_1B, "24 GB", batch_size=4, accumulation=4),
+    "llama3_2/3B_gmt": _multi(LLAMA3_2_3B, "24 GB"),
+    "llama3_2/3B_gmt_single_device": _single(LLAMA3_2_3B, "40 GB"),
+    "llama3_2/3B_gmt_low_memory": _low(LLAMA3_2_3B, "24 GB"),
+    "llama3_3/70B_gmt": _multi(LLAMA3_3_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3_3/70B_gmt_multinode": _multi(LLAMA3_3_70B, "80 GB", nodes=2, **TP),
+    "mistral/7B_gmt": _multi(MISTRAL_7B, "24 GB"),
+    "mistral/7B_gmt_single_device": _single(MISTRAL_7B, "48 GB"),
+    "mistral/7B_gmt_low_memory": _low(MISTRAL_7B, "40 GB"),
+    "mistral/7B_gmt_magicoder": MAGICODER,
+    "mistral/7B_gmt_metamath": METAMATH,
+}
+
+
+def build() -> dict[str, str]:
+    """All configs by name, with the memory in their first lines.
+
+    Raises:
+        ValueError: if one does not fit on the card that it is meant for.
+    """
+    from omegaconf import OmegaConf
+
+    from gmt_tune.cli.memory import devices_of_run_line
+    from gmt_tune.memory import cards_that_fit, estimate
+
+    texts = {}
+    for name, c in CONFIGS.items():
+        draft = render(name, c, "")
+        cfg = OmegaConf.create(draft)
+        OmegaConf.resolve(cfg)
+        result = estimate(cfg, devices_of_run_line(draft))
+        cards = cards_that_fit(result.device_bytes)
+        gib = result.device_bytes / GIB
+        if c.card not in cards:
+            raise ValueError(f"{name} needs {gib:.1f} GiB and does not fit on a {c.card} card")
+        each = f" on each of {result.world_size} cards" if result.world_size > 1 else ""
+        host = f", and {result.host_bytes / GIB:.0f} GiB of the host's" if result.host_bytes > GIB else ""
+        memory = f"Needs about {gib:.0f} GiB{each}{host}, says `gmt-tune memory`: fits cards of {cards[0]} or more."
+        texts[name] = render(name, c, memory)
+    return texts
+
+
+def build_docs() -> str:
+    """docs/configs.md with its table made anew, of the configs as they are on disk."""
+    from gmt_tune.cli import memory
+
+    before, _, rest = DOCS.read_text(encoding="utf-8").partition(TABLE[0])
+    _, _, after = rest.partition(TABLE[1])
+    reports = [memory.report(name, None, []) for name in memory.packaged_configs()]
+    return before + TABLE[0] + memory.markdown_table(reports) + "\n" + TABLE[1] + after
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
+    check = parser.parse_args().check
+    differing = []
+
+    def put(path: Path, text: str) -> None:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            differing.append(path)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+
+    for name, text in build().items():
+        put(ROOT / "configs" / f"{name}.yaml", text)
+    put(DOCS, build_docs())
+    for path in differing:
+        print(("differs: " if check else "wrote ") + str(path.relative_to(ROOT)))
+    return int(check and bool(differing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""gmt-tune memory: its exact rows against real tensors, its estimates against what autograd really keeps."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from gmt_tune.cli.main import main
+from gmt_tune.cli.memory import devices_of_run_line
+from gmt_tune.errors import UserError
+from gmt_tune.memory import estimate
+from gmt_tune.memory.activations import head_bytes, layer_bytes, shape_of
+from gmt_tune.memory.sharding import Mesh, local_shapes
+from gmt_tune.memory.states import optimizer_state_bytes
+
+TINY = {
+    "_component_": "torchtune.models.llama3.llama3",
+    "vocab_size": 301,
+    "num_layers": 2,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "intermediate_dim": 176,
+    "max_seq_len": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread would only wait for the first, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(**changes):
+    """The config of a run of a tiny model, as far as memory depends on it."""
+    return OmegaConf.create(
+        {
+            "model": TINY,
+            "tokenizer": {"max_seq_len": 32},
+            "optimizer": {"_component_": "torch.optim.AdamW", "fused": True},
+            "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+            "gradient_mask": {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": ["*norm*"]},
+            "batch_size": 2,
+            "dtype": "bf16",
+            **changes,
+        }
+    )
+
+
+def build(dtype=torch.bfloat16, **changes):
+    from torchtune import config, training
+
+    with training.set_default_dtype(dtype):
+        return config.instantiate(OmegaConf.create({**TINY, **changes}))
+
+
+def real_bytes(value) -> int:
+    """Memory of a tensor, of the tensors that a subclass is made of included."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if type(value) is not torch.Tensor and hasattr(value, "__tensor_flatten__"):
+        return sum(real_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.numel() * value.element_size()
+
+
+def rows_of(result) -> dict[str, int]:
+    return {row.name: row.device_bytes for row in result.rows}
+
+
+def train_a_step(model, optimizer):
+    """One real optimizer step; gradients stay."""
+    tokens = torch.randint(0, TINY["vocab_size"], (2, 16))
+    model(tokens).float().logsumexp(-1).sum().backward()
+    with torch.compiler.set_stance("force_eager"):  # torchao's update compiles for 20 s a shape
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------------- exact rows
+
+
+OPTIMIZERS = {
+    "AdamW": ("torch.optim.AdamW", {}),
+    "AdamW amsgrad": ("torch.optim.AdamW", {"amsgrad": True}),
+    "SGD": ("torch.optim.SGD", {"lr": 0.1}),
+    "SGD momentum": ("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9}),
+    "Adagrad": ("torch.optim.Adagrad", {}),
+    "AdamW8bit": ("torchao.optim.AdamW8bit", {"bf16_stochastic_round": True}),
+    "AdamW8bit small blocks": ("torchao.optim.AdamW8bit", {"block_size": 64}),
+    "AdamW4bit": ("torchao.optim.AdamW4bit", {}),
+    "AdamWFp8": ("torchao.optim.AdamWFp8", {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_weights_and_gradients_equal_those_of_a_real_step(name, dtype):
+    path, options = OPTIMIZERS[name]
+    model = build(dtype)
+    component = getattr(__import__(path.rpartition(".")[0], fromlist=["optim"]), path.rpartition(".")[2])
+    optimizer = component(model.parameters(), **options)
+    train_a_step(model, optimizer)
+
+    optimizer_section = {"_component_": path, **options}
+    rows = rows_of(estimate(config(optimizer=optimizer_section, dtype={2: "bf16", 4: "fp32"}[dtype.itemsize])))
+    buffers = sum(real_bytes(m.cache) for m in model.modules() if hasattr(m, "rope_init"))
+    assert rows["weights"] == sum(real_bytes(p.data) for p in model.parameters()) + buffers
+    assert rows["gradients"] == sum(real_bytes(p.grad) for p in model.parameters())
+    states = sum(real_bytes(value) for state in optimizer.state.values() for value in state.values())
+    assert rows["optimizer states"] == states
+
+
+def test_optimizer_in_backward_counts_the_largest_gradient_alone():
+    largest = max(p.numel() for p in build().parameters())
+    assert rows_of(estimate(config(optimizer_in_bwd=True)))["gradients"] == 2 * largest
+
+
+def test_frozen_parameters_have_no_gradient_and_no_state():
+    model, frozen = build(), {"_component_": "gmt_tune.GradientMask", "density": 0.5, "frozen": ["tok_embeddings*"]}
+    rows = rows_of(estimate(config(gradient_mask=frozen)))
+    trained = [p for name, p in model.named_parameters() if not name.startswith("tok_embeddings")]
+    entries = sum(p.numel() for p in trained)
+    assert rows["gradients"] == 2 * entries
+    assert rows["optimizer states"] == 2 * 2 * entries + 4 * len(trained)
+
+
+@pytest.mark.parametrize("refresh_every", [1, 4, None])
+def test_mask_keeps_one_bit_an_entry_when_it_outlives_a_step(refresh_every):
+    from gmt_tune import GradientMask
+
+    model = build(torch.float32)
+    mask = GradientMask(model.named_parameters(), density=0.2, dense=["*norm*"], refresh_every=refresh_every)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mask.register(optimizer)
+    train_a_step(model, optimizer)
+    real = sum(real_bytes(bits) for bits in mask.state_dict()["selections"].values())
+
+    section = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": ["*norm*"]}
+    rows = rows_of(estimate(config(gradient_mask={**section, "refresh_every": refresh_every})))
+    assert rows["gradient mask"] == real
+    assert (real == 0) == (refresh_every == 1)
+
+
+@pytest.fixture
+def six_devices():
+    """A process group of six devices that exist in name only."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=6)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(6, 1), (3, 2)])
+def test_shards_have_the_shapes_that_torchtune_gives_them(data, tensor, six_devices):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+    from torchtune import training
+    from torchtune.models.llama3 import base_llama_tp_plan
+
+    odd = {"embed_dim": 40, "num_heads": 4, "intermediate_dim": 94}
+    with torch.device("meta"):
+        whole, model = build(**odd), build(**odd)
+    mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("dp", "tp"))
+    if tensor > 1:
+        model = training.prepare_mha_for_tp(model, mesh["tp"])
+        parallelize_module(model, mesh["tp"], parallelize_plan=base_llama_tp_plan())
+    conditions = [partial(training.get_shard_conditions, names_to_match=["output"])]
+    training.shard_model(model=model, shard_conditions=conditions, cpu_offload=False, dp_mesh=mesh["dp"])
+
+    shapes = local_shapes(whole, Mesh(data, tensor), base_llama_tp_plan())
+    assert shapes == {name: p.to_local().shape for name, p in model.named_parameters()}
+
+
+def test_low_bit_states_of_shards_that_are_uneven_stay_unquantized():
+    from torchao.optim import AdamW8bit
+
+    even, uneven = torch.Size([64, 64]), torch.Size([65, 65])
+    scales_and_table = 2 * (64 * 64 // 256 * 4 + 256 * 4)
+    assert optimizer_state_bytes(AdamW8bit, {}, [even], torch.bfloat16) == 2 * 64 * 64 + scales_and_table + 4
+    assert optimizer_state_bytes(AdamW8bit, {}, [uneven], torch.bfloat16) == 2 * 2 * 65 * 65 + 4
+
+
+def test_sharded_rows_shrink_with_the_devices_and_cpu_offload_moves_them_to_the_host():
+    one, four = estimate(config()), estimate(config(), world_size=4)
+    for name in ("gradients", "optimizer states"):
+        assert rows_of(one)[name] / 4 <= rows_of(four)[name] < rows_of(one)[name] / 3
+    offloaded = estimate(config(fsdp_cpu_offload=True), world_size=4)
+    assert rows_of(offloaded)["gradients"] == rows_of(offloaded)["optimizer states"] == 0
+    assert offloaded.host_bytes > rows_of(four)["gradients"] + rows_of(four)["optimizer states"]
+
+
+# ---------------------------------------------------------------------------- estimates
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_keeps_what_autograd_saves_in_it(dtype):
+    model = build(dtype)
+    saved = {}
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = torch.randn(2, 32, TINY["embed_dim"], dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        model.layers[0](inputs)
+    for tensor in (*model.parameters(), *model.buffers()):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    assert layer_bytes(shape_of(model, 2, 32, dtype.itemsize)) == pytest.approx(sum(saved.values()), rel=0.01)
+
+
+@pytest.mark.parametrize(("checkpointing", "chunked"), [(True, True), (False, False)])
+def test_peak_of_a_micro_batch_is_what_torch_tracks(checkpointing, chunked):
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torchtune import modules, training
+
+    shape = {"vocab_size": 3000, "num_layers": 4, "embed_dim": 128, "intermediate_dim": 384, "max_seq_len": 256}
+    model = build(**shape)
+    if checkpointing:
+        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    loss_path = "torchtune.modules.loss.CEWithChunkedOutputLoss" if chunked else "torch.nn.CrossEntropyLoss"
+    loss_fn = modules.loss.CEWithChunkedOutputLoss() if chunked else nn.CrossEntropyLoss()
+    if chunked:
+        model.set_num_output_chunks(loss_fn.num_output_chunks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step_loss(tokens, labels):  # logits live as long as in the recipe
+        logits = model(tokens)
+        if isinstance(logits, list):
+            return loss_fn(logits, labels)
+        return loss_fn(logits.reshape(-1, logits.size(-1)), labels.reshape(-1))
+
+    tokens, labels = torch.randint(0, 3000, (2, 2, 128))
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        step_loss(tokens, labels).backward()
+        tracker.reset_mod_stats()
+        step_loss(tokens, labels).backward()  # meets the gradients of the first
+    real = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+    cfg = config(
+        model={**TINY, **shape},
+        optimizer={"_component_": "torch.optim.SGD", "lr": 0.1},
+        loss={"_component_": loss_path},
+        tokenizer={"max_seq_len": 128},
+        gradient_mask=None,
+        enable_activation_checkpointing=checkpointing,
+    )
+    told = estimate(cfg)
+    assert told.device_bytes - rows_of(told)["reserve"] == pytest.approx(real, rel=0.1)
+
+
+def test_head_grows_with_the_vocabulary_and_chunks_save_memory():
+    shape = shape_of(build(), 2, 32, 2)
+    assert head_bytes(shape, 8) < head_bytes(shape, 0)
+    assert head_bytes(shape_of(build(vocab_size=602), 2, 32, 2), 8) > 1.6 * head_bytes(shape, 8)
+
+
+@pytest.mark.parametrize(("optimizer", "measured"), [("AdamW", 51.6), ("AdamW8bit", 39.1), ("AdamW4bit", 33.2)])
+def test_llama2_7b_agrees_with_what_torchao_measured_on_an_a100(optimizer, measured):
+    # GiB allocated at the peak of full bf16 fine-tuning with torchtune; source: torchao/optim/README.md
+    package = "torch.optim" if optimizer == "AdamW" else "torchao.optim"
+    cfg = config(
+        model={"_component_": "torchtune.models.llama2.llama2_7b"},
+        optimizer={"_component_": f"{package}.{optimizer}", **({"fused": True} if optimizer == "AdamW" else {})},
+        tokenizer={"max_seq_len": 512},
+        gradient_mask=None,
+        enable_activation_checkpointing=True,
+    )
+    told = estimate(cfg)
+    assert (told.device_bytes - rows_of(told)["reserve"]) / 2**30 == pytest.approx(measured, rel=0.02)
+
+
+def test_checkpointing_and_offloading_leave_less_on_the_device():
+    cfgs = [
+        config(),
+        config(enable_activation_checkpointing=True),
+        config(
+            enable_activation_checkpointing=True, enable_activation_offloading=True, model={**TINY, "num_layers": 9}
+        ),
+    ]
+    kept, checkpointed, offloaded = (rows_of(estimate(cfg))["activations"] for cfg in cfgs)
+    assert checkpointed < kept / 5
+    assert offloaded == 2.5 * checkpointed  # five of nine inputs, against two of two
+    assert estimate(cfgs[2]).host_bytes == 9 * 2 * 32 * 64 * 2
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def test_prints_a_row_for_each_demand_and_the_cards_it_fits_on(capsys):
+    assert main(["memory", "--config", "llama3_1/8B_gmt_single_device"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("weights", "8.03 B parameters", "AdamW8bit", "total", "fits on: 80 GB, 141 GB", "an estimate"):
+        assert text in printed
+
+
+def test_json_has_bytes_and_overrides_and_devices_apply(capsys):
+    arguments = ["memory", "--config", "llama3_2/1B_gmt", "--world-size", "2", "--json"]
+    assert main([*arguments, "batch_size=1"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "batch_size=4", "tokenizer.max_seq_len=4096"]) == 0
+    large = json.loads(capsys.readouterr().out)
+    assert small["world_size"] == 2
+    assert small["device_bytes"] == sum(row["device_bytes"] for row in small["rows"]) < large["device_bytes"]
+    assert "4096 tokens" in large["assumptions"][0]
+
+
+def test_reads_a_file_of_the_user_and_assumes_a_length_where_there_is_none(capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    OmegaConf.save(config(tokenizer={"max_seq_len": None}), file)
+    assert main(["memory", "--config", str(file)]) == 0
+    assert "64 tokens in a micro-batch (assumed" in capsys.readouterr().out  # the model's own limit
+
+
+def test_all_prints_a_line_for_each_packaged_config(capsys):
+    from gmt_tune.integrations.torchtune.registry import config_paths
+
+    assert main(["memory", "--all"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == list(config_paths())
+
+
+@pytest.mark.parametrize(
+    ("line", "devices"),
+    [
+        ("#   tune run gmt_full_finetune --config x", 1),
+        ("#   tune run --nproc_per_node 4 gmt_full_finetune --config x", 4),
+        ("#   tune run --nnodes 2 --nproc-per-node=8 gmt_full_finetune", 16),
+        ("model: x", 1),
+    ],
+)
+def test_devices_come_from_the_run_line_of_a_config(line, devices):
+    assert devices_of_run_line(f"# A config\n#\n{line}\nmodel: y\n") == devices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "llama3_1/8B_gmt_single_devic"], "did you mean llama3_1/8B_gmt_single_device"),
+        (["--config", "nothing/like/it"], "`tune ls` lists them"),
+        (["--config", "llama3_1/8B_gmt", "--world-size", "0"], "--world-size must be a whole number from 1 on, got 0"),
+        (["--config", "llama3_1/8B_gmt", "dtype=fp16"], "dtype must be bf16 or fp32"),
+        (["--config", "llama3_1/8B_gmt", "batch_size"], "must be in the form of key=value"),
+        (["--config", "llama3_1/8B_gmt", "~batch_size"], "batch_size is missing"),
+        (["--config", "llama3_1/8B_gmt", "gradient_mask.density=2"], "density"),
+        (["--config", "llama3_1/8B_gmt", "optimizer=torch.optim.AdamX"], "'torch.optim.AdamX' cannot be imported"),
+        (["--config", "llama3_1/8B_gmt", "optimizer.beta=1"], "check the section optimizer"),
+        (["--config", "llama3_1/8B_gmt", "model.layers=3"], "check the section model"),
+        (["--config", "llama3_1/70B_gmt", "tensor_parallel_dim=3"], "does not divide 8 devices"),
+        (["--config", "llama3_1/8B_gmt", "tensor_parallel_dim=2"], "tensor_parallel_plan is missing"),
+    ],
+)
+def test_wrong_requests_get_one_sentence(arguments, sentence, capsys):
+    assert main(["memory", *arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("gmt-tune: ") and sentence in error
+
+
+def test_a_file_that_is_no_config_is_refused(capsys, tmp_path):
+    file = tmp_path / "list.yaml"
+    for text, sentence in [("- 1\n- 2\n", "is no config"), ("a: [1\nb", "cannot be read as YAML")]:
+        file.write_text(text)
+        assert main(["memory", "--config", str(file)]) == 1
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_model_of_another_make_is_told_without_activations():
+    cfg = config(model={"_component_": "torch.nn.Linear", "in_features": 8, "out_features": 8}, gradient_mask=None)
+    told = estimate(cfg)
+    assert rows_of(told)["weights"] == 2 * (64 + 8)
+    assert "not estimated for a Linear" in {row.name: row.note for row in told.rows}["activations"]
+    with pytest.raises(UserError, match="gradient_mask"):
+        estimate(config(gradient_mask={"_component_": "gmt_tune.GradientMask", "densty": 0.2}))

@@ -1,0 +1,109 @@
+"""Every config is well-formed, is what the script writes, and trains on a tiny model of its family."""
+
+import math
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from gmt_tune.integrations.torchtune.assets import register_resolver
+from gmt_tune.integrations.torchtune.registry import config_paths, recipe_of
+
+ALL = config_paths()
+FAMILIES = ("llama2/", "llama3/", "llama3_1/", "llama3_2/", "llama3_3/", "mistral/")
+FINE_TUNING = [n for n in ALL if n.startswith(FAMILIES) and recipe_of(n) == "gmt_full_finetune"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_config_passes_tune_validate(name):
+    from torchtune.config import validate
+
+    register_resolver()  # as the package does in the `tune` command
+    validate(OmegaConf.load(ALL[name]))
+
+
+def test_config_passes_tune_validate_as_a_command(run_tune, tmp_path):
+    assert "well-formed" in run_tune("validate", ALL["llama3_1/8B_gmt"], cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
+    name, on_tiny_model, gmt_recipe, logged_metrics, tmp_path
+):
+    cfg = on_tiny_model(name, tmp_path / "out")
+    density = cfg.gradient_mask.density
+    with torch.compiler.set_stance("force_eager"):  # torchao's updates compile for 20 s a shape
+        _train(gmt_recipe, cfg)
+    steps = logged_metrics(tmp_path / "out")
+    assert len(steps) == 2
+    for step in steps:
+        assert math.isfinite(step["loss"]) and step["loss"] > 1
+        # Less where a gradient is mostly zero (rows of unseen tokens), a little more where entries tie
+        assert density / 4 < step["mask/density"] < density + 0.1
+    assert list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2/7B_gmt_low_memory", "mistral/7B_gmt_low_memory"])
+def test_low_bit_config_trains_with_its_update_compiled(name, on_tiny_model, gmt_recipe, logged_metrics, tmp_path):
+    _train(gmt_recipe, on_tiny_model(name, tmp_path / "out"))
+    assert all(math.isfinite(step["loss"]) for step in logged_metrics(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3_1/8B_gmt", "llama2/7B_gmt_tulu", "llama3_2/3B_gmt"])
+def test_config_for_several_devices_trains_on_two(name, on_tiny_model, run_tune, logged_metrics, tmp_path):
+    config = tmp_path / "config.yaml"
+    OmegaConf.save(on_tiny_model(name, tmp_path / "out"), config)
+    run_tune("run", "--nproc_per_node", 2, "gmt_full_finetune", "--config", config, cwd=tmp_path)
+    assert len(logged_metrics(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_config_opens_with_its_download_and_run_lines_and_comments_its_knobs(name):
+    text = ALL[name].read_text()
+    header = text[: text.index("output_dir:")]
+    cfg = OmegaConf.load(ALL[name])
+    assert re.search(rf"tune download \S+ --output-dir {cfg.checkpointer.checkpoint_dir} ", header)
+    assert re.search(rf"tune run .*gmt_full_finetune --config {name}$", header, re.MULTILINE)
+    assert "checkpointer.checkpoint_dir=<YOUR_CHECKPOINT_DIR>" in header
+    assert re.search(r"Needs about \d+ GiB.*: fits cards of \d+ GB or more", header)
+    assert str(cfg.tokenizer.path).startswith(str(cfg.checkpointer.checkpoint_dir))
+    for key in ("density", "score", "scope", "refresh_every", "dense", "frozen", "batch_size", "max_seq_len"):
+        assert re.search(rf"^ *{key}: [^#\n]+  # \w", text, re.MULTILINE), f"{key} has no comment"
+
+
+def test_every_model_has_a_config_for_several_devices_and_one_device_where_it_fits():
+    models = {
+        "llama2": ["7B", "13B", "70B"],
+        "llama3": ["8B", "70B"],
+        "llama3_1": ["8B", "70B"],
+        "llama3_2": ["1B", "3B"],
+        "llama3_3": ["70B"],
+        "mistral": ["7B"],
+    }
+    for family, sizes in models.items():
+        for size in sizes:
+            assert f"{family}/{size}_gmt" in ALL
+            assert size == "70B" or f"{family}/{size}_gmt_single_device" in ALL
+
+
+def test_configs_and_their_table_are_what_the_script_writes(make_configs):
+    for name, text in make_configs.build().items():
+        assert ALL[name].read_text() == text, "run `python scripts/make_configs.py`"
+    assert make_configs.DOCS.read_text() == make_configs.build_docs(), "run `python scripts/make_configs.py`"
+
+
+def _train(recipe_class, cfg) -> None:
+    from gmt_tune.integrations.torchtune.config_check import check_config
+
+    check_config(cfg)
+    try:
+        recipe = recipe_class(cfg)
+        recipe.setup(cfg)
+        recipe.train()
+        recipe.cleanup()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

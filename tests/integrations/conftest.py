@@ -1,0 +1,48 @@
+"""What the tests of several integrations ask of a trained model."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def same_bits():
+    """Function that says which tensors of two state dicts differ in any bit."""
+
+    def differing(one, other):
+        assert one.keys() == other.keys()
+        return [name for name in one if not torch.equal(one[name], other[name])]
+
+    return differing
+
+
+@pytest.fixture(scope="session")
+def moves_only_selected():
+    """Function that trains one step of plain SGD and compares what moved with a full sort of the gradient.
+
+    It takes a function that makes the trainer, given a callback to add as the last one, and the density.
+    """
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            self.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def check(make, density: float) -> None:
+        watch = Watch()
+        trainer = make(watch)
+        trainer.train()
+        assert watch.grads
+        for name, p in trainer.model.named_parameters():
+            moved = p != watch.before[name]
+            if name not in watch.grads:
+                assert not moved.any(), name
+                continue
+            magnitude = watch.grads[name].abs()
+            kth = magnitude.flatten().sort(descending=True).values[max(1, int(density * p.numel())) - 1]
+            selected = (magnitude >= kth) & (magnitude > 0)
+            assert not (moved & ~selected).any(), name
+            # A very small update can be lost in the rounding of a weight
+            assert moved.sum() >= 0.9 * selected.sum(), name
+
+    return check

@@ -1,0 +1,106 @@
+"""A sharded gradient is masked as if it were whole, whatever shards it: real processes against one without any."""
+
+import functools
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return runpy.run_path(str(WORKER))
+
+
+@pytest.fixture(scope="module")
+def unsharded(cases):
+    """What one process without DTensors does, for every policy."""
+    return {name: cases["run_policy"](policy, cases["Unsharded"]()) for name, policy in cases["policies"]().items()}
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """Function that starts the worker in n processes, once, and gives what they found."""
+
+    @functools.cache
+    def run(n: int) -> dict:
+        output = tmp_path_factory.mktemp("sharded") / "results.pt"
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+        process = subprocess.run(
+            [sys.executable, *command, str(WORKER), str(output)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.returncode == 0, process.stderr[-5000:]
+        return torch.load(output)
+
+    return run
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda n: f"{n} processes")
+def results(request, torchrun):
+    return torchrun(request.param)
+
+
+def assert_same(found, wanted, where):
+    assert torch.equal(found, wanted), f"{where}: {found} instead of {wanted}"
+
+
+def test_same_entries_thresholds_and_counts_as_unsharded(results, unsharded):
+    assert {key.split(" | ")[0] for key in results["policies"]} == unsharded.keys()
+    for key, steps in results["policies"].items():
+        for i, (found, wanted) in enumerate(zip(steps, unsharded[key.split(" | ")[0]], strict=True)):
+            where = f"{key}, step {i}"
+            for name, grad in wanted["grads"].items():
+                assert_same(found["grads"][name], grad, f"{where}, gradient {name}")
+            assert found["thresholds"].keys() == wanted["thresholds"].keys()
+            for name, threshold in wanted["thresholds"].items():
+                assert found["thresholds"][name].dtype == threshold.dtype, where
+                assert_same(found["thresholds"][name], threshold, f"{where}, threshold {name}")
+            assert found["selected"] == wanted["selected"], where
+            assert found["density"] == wanted["density"], where
+
+
+def test_the_cases_mask_something_and_differ_from_each_other(unsharded):
+    """What shows that the comparison above can fail."""
+    for key, steps in unsharded.items():
+        kept = [torch.cat([g.flatten() != 0 for g in step["grads"].values()]) for step in steps]
+        assert 0.1 < kept[0].float().mean() < 0.5, key
+    seen = [torch.cat([g.flatten() for g in steps[0]["grads"].values()]).float() for steps in unsharded.values()]
+    assert len({tuple(s.tolist()) for s in seen}) >= 20
+
+
+def test_all_ranks_find_the_same(results):
+    assert results["all ranks found the same"]
+
+
+def test_mask_grads_masks_sharded_gradients_as_whole_ones(results, cases):
+    found = results["function"]
+    for key, wanted in cases["run_function"](cases["Unsharded"]()).items():
+        for field in ("grads", "thresholds"):
+            for a, b in zip(found[key][field], wanted[field], strict=True):
+                assert_same(a, b, f"{key}, {field}")
+        assert found[key]["selected"] == wanted["selected"], key
+
+
+def test_a_step_costs_few_collectives_and_megabytes_for_30_layers(torchrun):
+    counted = torchrun(2)["collectives"]  # what a rank sends does not depend on their number
+    assert len(counted) == 6
+    for policy, (collectives, sent, tensors) in counted.items():
+        assert tensors == 272
+        assert 0 < collectives < 4, policy
+        assert sent < (1e6 if "bf16" in policy else 5e6), policy
+
+
+def test_nan_on_one_rank_is_told_on_all(results):
+    for policy, messages in results["nonfinite"].items():
+        for message in messages:
+            assert "'odder' holds NaN or infinity at optimizer step 2" in message, (policy, messages)

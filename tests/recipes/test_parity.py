@@ -1,0 +1,63 @@
+"""Without a mask, and with density 1.0, training equals torchtune's own recipe bit for bit.
+
+The reference is its single-device recipe. Only for the optimizer in backward it is the distributed one on
+one process, since the other does not normalise the loss by the token count there.
+"""
+
+import pytest
+import torch
+
+ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}
+ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
+DENSITY_ONE = {"_component_": "gmt_tune.GradientMask", "density": 1.0}
+
+VARIANTS = {
+    "adamw, accumulation, clipping, activation checkpointing": dict(
+        optimizer=ADAMW, gradient_accumulation_steps=2, clip_grad_norm=0.5, enable_activation_checkpointing=True
+    ),
+    "adamw 8-bit, accumulation, clipping, activation checkpointing": dict(
+        optimizer=ADAMW_8BIT, gradient_accumulation_steps=2, clip_grad_norm=0.5, enable_activation_checkpointing=True
+    ),
+    "optimizer in backward": dict(optimizer=ADAMW, optimizer_in_bwd=True),
+    "bf16, two epochs": dict(dtype="bf16", epochs=2, max_steps_per_epoch=2),
+    "packed data, unchunked loss": dict(
+        loss={"_component_": "torch.nn.CrossEntropyLoss"}, batch_size=1, dataset_packed=True
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_weights_equal_torchtunes_recipe(
+    variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights
+):
+    changes = dict(VARIANTS[variant])
+    packed = changes.pop("dataset_packed", False)
+    in_backward = changes.get("optimizer_in_bwd", False)
+
+    def make(name, **more):
+        config = tiny_config(tmp_path / name, **changes, **more)
+        config["dataset"]["packed"] = packed
+        return config
+
+    run_recipe(make("torchtune"), base="distributed" if in_backward else "single_device")
+    run_recipe(make("no_mask"))
+    run_recipe(make("density_one", gradient_mask=DENSITY_ONE))
+
+    wanted_losses = [step["loss"] for step in logged_metrics(tmp_path / "torchtune")]
+    assert len(wanted_losses) >= 4 and len(set(wanted_losses)) == len(wanted_losses)
+    last = changes.get("epochs", 1) - 1
+    wanted = final_weights(tmp_path / "torchtune", last)
+    for name in ("no_mask", "density_one"):
+        assert [step["loss"] for step in logged_metrics(tmp_path / name)] == wanted_losses
+        weights = final_weights(tmp_path / name, last)
+        assert weights.keys() == wanted.keys()
+        for key in wanted:
+            assert torch.equal(weights[key], wanted[key]), (name, key)
+
+
+def test_a_mask_changes_the_weights(tmp_path, tiny_config, run_recipe, final_weights):
+    """What shows that the test above can fail."""
+    run_recipe(tiny_config(tmp_path / "dense"))
+    run_recipe(tiny_config(tmp_path / "masked", gradient_mask={"_component_": "gmt_tune.GradientMask", "density": 0.2}))
+    dense, masked = final_weights(tmp_path / "dense"), final_weights(tmp_path / "masked")
+    assert any(not torch.equal(dense[key], masked[key]) for key in dense)

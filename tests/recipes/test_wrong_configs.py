@@ -1,0 +1,183 @@
+"""Wrong configs end before a model is loaded, with one sentence that names the key and what is right."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.entry import check_config
+
+REMOVED = object()
+
+
+def changed(config: dict, path: str, value) -> dict:
+    """The config with the value at a dotted path replaced, or taken away."""
+    *parents, last = path.split(".")
+    section = config
+    for key in parents:
+        section = section[key]
+    if value is REMOVED:
+        del section[last]
+    else:
+        section[last] = value
+    return config
+
+
+WRONG = [
+    # unknown keys
+    ("bach_size", 4, r"bach_size \(4\) is no key of this recipe: did you mean batch_size\?"),
+    ("gradient_accumulation_step", 2, r"did you mean gradient_accumulation_steps\?"),
+    ("save_every_n_step", 2, r"did you mean save_every_n_steps\?"),
+    ("optimizer.weigth_decay", 0.1, r"optimizer\.weigth_decay \(0\.1\) is no key of .*: did you mean weight_decay\?"),
+    ("model.num_layer", 2, r"model\.num_layer \(2\) is no key of .*: did you mean num_layers\?"),
+    ("tokenizer.max_len", 2, r"tokenizer\.max_len \(2\) is no key of .*: did you mean max_seq_len\?"),
+    ("checkpointer.checkpoint_file", "x", r"checkpointer\.checkpoint_file .* did you mean checkpoint_files\?"),
+    ("lr_scheduler.warmup", 2, r"lr_scheduler\.warmup \(2\) is no key of .*num_warmup_steps"),
+    # missing keys
+    ("batch_size", REMOVED, r"batch_size is missing in the config"),
+    ("optimizer", REMOVED, r"optimizer is missing in the config"),
+    ("model._component_", REMOVED, r"model\._component_ is missing"),
+    ("model.num_layers", REMOVED, r"model .*missing a required argument: 'num_layers'"),
+    # wrong types and values
+    ("batch_size", 0, r"batch_size must be a whole number from 1 on, got 0"),
+    ("batch_size", "four", r"batch_size must be a whole number from 1 on, got 'four'"),
+    ("epochs", 1.5, r"epochs must be a whole number from 1 on, got 1\.5"),
+    ("gradient_accumulation_steps", None, r"gradient_accumulation_steps must be a whole number from 1 on, got None"),
+    ("max_steps_per_epoch", -1, r"max_steps_per_epoch must be a whole number from 1 on or null, got -1"),
+    ("save_every_n_steps", 0, r"save_every_n_steps must be a whole number from 1 on or null, got 0"),
+    ("keep_last_n_checkpoints", "all", r"keep_last_n_checkpoints must be .* or null, got 'all'"),
+    ("shuffle", "yes please", r"shuffle must be True or False, got 'yes please'"),
+    ("resume_from_checkpoint", 1, r"resume_from_checkpoint must be True or False, got 1"),
+    ("dtype", "fp16", r"dtype must be one of bf16, fp32, got 'fp16'"),
+    ("dtype", "float32", r"dtype must be one of bf16, fp32, got 'float32'"),
+    ("device", "gpu", r"device must be cuda, cpu, xpu or npu, got 'gpu'"),
+    ("seed", "abc", r"seed must be a whole number from 0 on, or null for a random one, got 'abc'"),
+    ("clip_grad_norm", -1.0, r"clip_grad_norm must be a positive number, .* got -1\.0"),
+    ("on_nonfinite", "ignore", r"on_nonfinite must be one of error, skip, got 'ignore'"),
+    ("optimizer.lr", "1e-x", r"optimizer\.lr must be a number from 0 on, such as 2e-5, got '1e-x'"),
+    ("optimizer", "torch.optim.AdamW", r"optimizer must be a section with _component_"),
+    # components that do not exist
+    (
+        "optimizer._component_",
+        "torch.optim.AdamWW",
+        r"optimizer\._component_ 'torch\.optim\.AdamWW' cannot be imported",
+    ),
+    ("model._component_", "torchtun.models.x", r"model\._component_ 'torchtun\.models\.x' cannot be imported"),
+    # combinations
+    ("enable_activation_offloading", True, r"enable_activation_offloading: True needs device: cuda"),
+    ("run_val_every_n_steps", 5, r"run_val_every_n_steps is set, but dataset_val is not"),
+    ("collate_fn", "torchtune.data.left_pad_sequence", r"collate_fn must not be left_pad_sequence"),
+    # files
+    ("output_dir", False, r"output_dir must be the path of a folder, got False"),
+    ("checkpointer.checkpoint_dir", None, r"checkpointer\.checkpoint_dir must be the path of a folder, got None"),
+    (
+        "checkpointer.checkpoint_dir",
+        "/no/such/dir",
+        r"checkpointer\.checkpoint_dir /no/such/dir does not exist: download",
+    ),
+    ("checkpointer.checkpoint_files", ["a.safetensors"], r"names a\.safetensors, which is not in .*there: model\."),
+    ("tokenizer.path", "/no/tokenizer.json", r"tokenizer\.path /no/tokenizer\.json does not exist"),
+    ("dataset.data_files", "/no/train.jsonl", r"dataset\.data_files /no/train\.jsonl does not exist"),
+    # another model than the checkpoint's
+    ("checkpointer.model_type", "GEMMA", r"model_type is GEMMA, but .* holds a llama model"),
+    ("model.embed_dim", 128, r"has hidden_size 64, but model .* builds 128"),
+    ("model.num_layers", 3, r"has num_hidden_layers 2, but model .* builds 3"),
+    ("model.vocab_size", 999, r"has vocab_size \d+, but model .* builds 999"),
+    # the mask, whose name patterns are matched with the model's names before it is loaded
+    (
+        "gradient_mask",
+        {"_component_": "gmt_tune.GradientMask", "density": 0},
+        r"gradient_mask: density must be .*got 0",
+    ),
+    ("gradient_mask", {"_component_": "gmt_tune.GradientMask", "densty": 0.2}, r"did you mean gradient_mask\.density"),
+    (
+        "gradient_mask",
+        {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": ["*nrom*"]},
+        r"gradient_mask: dense: the pattern '\*nrom\*' matches no parameter; names look like tok_embeddings\.weight",
+    ),
+    ("gradient_mask", {"density": 0.2}, r"gradient_mask\._component_ is missing"),
+    ("gradient_mask", 0.2, r"gradient_mask must be a section with _component_ and density, got 0\.2"),
+    # an interpolation that leads nowhere
+    ("output_dir", "${no_such_key}/out", r"no_such_key"),
+]
+
+
+@pytest.mark.parametrize("path, value, message", WRONG, ids=[f"{path}={value}"[:60] for path, value, _ in WRONG])
+def test_a_wrong_config_is_named_with_what_is_right(path, value, message, tmp_path, tiny_config):
+    config = changed(json.loads(json.dumps(tiny_config(tmp_path / "out"))), path, value)
+    with pytest.raises(UserError, match=message) as caught:
+        check_config(OmegaConf.create(config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(gradient_accumulation_steps=2, optimizer_in_bwd=True), "needs gradient_accumulation_steps: 1, got 2"),
+        (dict(clip_grad_norm=1.0, optimizer_in_bwd=True), "needs clip_grad_norm: null, got 1.0"),
+    ],
+)
+def test_wrong_combinations_are_named(changes, message, tmp_path, tiny_config):
+    with pytest.raises(UserError, match=message):
+        check_config(OmegaConf.create(tiny_config(tmp_path / "out", **changes)))
+
+
+def test_a_users_own_variable_is_no_wrong_key(tmp_path, tiny_config):
+    config = tiny_config(tmp_path / "out", my_folder=str(tmp_path / "other"))
+    config["output_dir"] = "${my_folder}/out"
+    check_config(OmegaConf.create(config))
+
+
+def test_truncated_weights_are_named_before_loading(tmp_path, tiny_world, tiny_config):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config = changed(tiny_config(tmp_path / "out"), "checkpointer.checkpoint_dir", str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or no safetensors file"):
+        check_config(OmegaConf.create(config))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, tiny_config):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"output_dir .*/file/out cannot be written \(Not a directory\)"):
+        check_config(OmegaConf.create(tiny_config(tmp_path / "file" / "out")))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"column_map": {"input": "prompt", "output": "answer"}}, r"dataset.*(column|prompt)"),
+        ({"data_files": "{tmp}/broken.jsonl"}, r"dataset cannot be loaded"),
+        ({"data_files": "{tmp}/short.jsonl"}, r"dataset has 2 rows, but one optimizer step takes 4"),
+    ],
+    ids=["columns", "broken file", "too few rows"],
+)
+def test_wrong_data_is_named_before_the_model_is_loaded(change, message, tmp_path, tiny_config, run_recipe, caplog):
+    (tmp_path / "broken.jsonl").write_text('{"question": "a"\n{]')
+    (tmp_path / "short.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 2)
+    config = tiny_config(tmp_path / "out")
+    config["dataset"].update({k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in change.items()})
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match=message):
+        run_recipe(config)
+    assert "Instantiating model" not in caplog.text
+
+
+def test_tune_shows_one_sentence_and_the_traceback_only_on_request(run_tune, tmp_path, tiny_config):
+    config = tiny_config(tmp_path / "out", gradient_mask={"_component_": "gmt_tune.GradientMask", "density": 20})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    shown = run_tune("run", "gmt_full_finetune", "--config", "config.yaml", cwd=tmp_path, check=False)
+    assert shown.returncode == 1 and "Traceback" not in shown.stderr
+    errors = [line for line in shown.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Instantiating model" not in shown.stderr
+    assert errors == [
+        "Error: gradient_mask: density must be a number above 0 and at most 1 (0.2 keeps a fifth of the gradient's "
+        "entries), got 20; for 20 percent write 0.2"
+    ]
+    debug = run_tune(
+        "run", "gmt_full_finetune", "--config", "config.yaml", cwd=tmp_path, check=False, GMT_TUNE_DEBUG="1"
+    )
+    assert debug.returncode == 1 and "Traceback" in debug.stderr
