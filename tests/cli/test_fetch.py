@@ -4,11 +4,13 @@ A real pip reads a real wheel from a local folder, and huggingface_hub talks to 
 """
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -292,10 +294,22 @@ def test_a_full_disk_is_an_error(tmp_path, capsys, monkeypatch):
     ("module", "remedy"), [("gguf", 'pip install "gmt-tune[fetch]"'), ("pip", "python -m ensurepip")]
 )
 def test_a_missing_package_is_an_error_that_names_the_remedy(tmp_path, capsys, monkeypatch, module, remedy):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else find_spec(name, *a))
+    version = importlib.metadata.version
+
+    def version_without_it(name):
+        if name == module:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version_without_it)
     assert remedy in fails(capsys, "tiny", tmp_path / "Tiny")
     assert nothing_left(tmp_path)
+
+
+def test_fetching_leaves_the_process_able_to_compile(tmp_path):
+    """Looking for pip the wrong way makes setuptools, and with it torch.compile, unusable before Python 3.12."""
+    code = "from gmt_tune.cli.fetch_sources import _is_installed; assert _is_installed('pip'); import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
