@@ -1,0 +1,368 @@
+"""What our recipes have in common: set-up, resuming, and what is due after a step. Loops and losses are theirs.
+
+A recipe's file defines one class on top of :class:`MaskedRecipe`, with its training loop in sight, and says what
+its rows, losses and validation are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtune import config, training, utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
+from torchtune.training.lr_schedulers import get_lr
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune import data, process_group, training_state
+from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
+from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.entry import StopRun
+from gmt_tune.integrations.torchtune.finite import nonfinite_gradients
+from gmt_tune.integrations.torchtune.mask import build_gradient_mask, register_gradient_mask
+from gmt_tune.integrations.torchtune.optimizers import keep_tensor_lr
+from gmt_tune.integrations.torchtune.progress import Progress
+from gmt_tune.integrations.torchtune.signals import StopSignal
+from gmt_tune.reporting.run_log import RunLog, mask_detail
+
+FullFinetuneRecipeDistributed = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
+
+# Saving and resuming is done by RunCheckpoints; torchtune's own knows only the ends of epochs.
+_NOT_TORCHTUNES = {"resume_from_checkpoint": False, "enable_async_checkpointing": False}
+
+log = utils.get_logger("INFO")
+
+
+class MaskedRecipe(FullFinetuneRecipeDistributed):
+    """Full training with a gradient mask, on one device or many, set up as torchtune's own recipe is.
+
+    A recipe gives ``train``, ``_setup_validation`` and ``_validate``. Its loop calls :meth:`_begin_training`, for
+    each epoch :meth:`_begin_epoch`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
+    :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
+
+    Args:
+        cfg (DictConfig): OmegaConf object parsed from yaml file
+    """
+
+    # Makes a batch of rows, unless the config's collate_fn names another
+    default_collate_fn = "torchtune.data.padded_collate_sft"
+
+    def __init__(self, cfg: DictConfig) -> None:
+        process_group.ensure_rendezvous()
+        super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES))
+        self._checkpoints = RunCheckpoints(cfg, self.rank, self.world_size)
+        self._run_val_every_n_steps = cfg.get("run_val_every_n_steps", None)
+        self._on_nonfinite = cfg.get("on_nonfinite", "error")
+        self._collate_fn = cfg.get("collate_fn", None) or self.default_collate_fn
+        self._stop = StopSignal()
+        self._epoch = self._batches_done = self._skipped_steps = 0
+        self._validation_seconds = 0.0
+        self._resumed_rng = None
+
+    def train(self) -> None:
+        """The training loop."""
+        raise NotImplementedError
+
+    def _check_row(self, row: Mapping, key: str) -> None:
+        """Raise UserError if a row of the config's section ``key`` is not what the recipe trains on."""
+
+    def _setup_reference(self, cfg: DictConfig) -> None:
+        """Set up further models, which are not trained."""
+
+    def _setup_validation(self, dataset, *, batch_size: int, collate_fn):
+        """What :meth:`_validate` runs on held-out data."""
+        raise NotImplementedError
+
+    def _validate(self) -> dict[str, float]:
+        """Numbers of the held-out data, the same on all ranks; ``val_loss`` is one."""
+        raise NotImplementedError
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Set up data, model, optimizer, loss and scheduler as torchtune does, then the mask; then resume."""
+        # Data first: what is wrong with it shows before minutes are spent on loading the model.
+        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._dataset, self._packed = self._build_dataset(cfg, "dataset")
+        data.check_enough_rows(
+            len(self._dataset), cfg.batch_size, self.data_parallel_dim, self._gradient_accumulation_steps
+        )
+        held_out = self._build_dataset(cfg, "dataset_val") if cfg.get("dataset_val", None) is not None else None
+        given = cfg
+        cfg = OmegaConf.merge(cfg, _NOT_TORCHTUNES, {"checkpointer": self._checkpoints.find()})
+        self._checkpoint_client = CheckpointClient(cfg)
+        super().setup(cfg)
+        # Not of `cfg`: a value that refers to the checkpointer's means the one that was given, also when resuming.
+        self._setup_reference(given)
+
+        self._mask = build_gradient_mask(cfg.get("gradient_mask", None), self._model)
+        if self._mask is not None:
+            if not self._optimizer_in_bwd:
+                # The loop checks loss and gradients over all ranks before the mask acts.
+                self._mask.error_if_nonfinite = False
+            register_gradient_mask(self._mask, self._optimizers)
+        self._validation = None
+        if held_out is not None:
+            batch_size = cfg.get("batch_size_val", None) or cfg.batch_size
+            self._validation = self._setup_validation(
+                held_out[0], batch_size=batch_size, collate_fn=self._build_collate(held_out[1])
+            )
+        self._evaluate = None
+        if cfg.get("evaluation", None) is not None:
+            self._evaluate = config.instantiate(cfg.evaluation, self._tokenizer)
+        if self._checkpoints.resumed is not None:
+            self._resume(self._checkpoints.resumed)
+        self._checkpoints.check_space(self._model, self._optimizers, self.total_epochs, self._steps_per_epoch)
+        if self._is_rank_zero:
+            self._run_log = RunLog(self._output_dir, OmegaConf.to_container(cfg, resolve=True))
+            self._run_log.truncate_after(self.global_step)
+
+    def _build_dataset(self, cfg: DictConfig, key: str):
+        dataset, packed = data.build_dataset(cfg[key], self._tokenizer, key)
+        self._check_row(dataset[0], key)
+        return dataset, packed
+
+    def _setup_model(self, *args, **kwargs):
+        with process_group.no_memory_stats_on_cpu(self._device):
+            return super()._setup_model(*args, **kwargs)
+
+    def _setup_lr_scheduler(self, *args, **kwargs):
+        lr_scheduler = super()._setup_lr_scheduler(*args, **kwargs)
+        if lr_scheduler is not None and self._optimizer_in_bwd:
+            keep_tensor_lr(lr_scheduler, self._optimizers)
+        return lr_scheduler
+
+    def _setup_data(self, cfg_dataset, shuffle, batch_size, collate_fn, dataloader_state_dict=None):
+        if not hasattr(self._loss_fn, "ignore_index"):
+            self._loss_fn.ignore_index = CROSS_ENTROPY_IGNORE_IDX  # torchtune's set-up reads it of every loss
+        return data.build_dataloader(
+            self._dataset,
+            self._build_collate(self._packed),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            rank=self.dp_rank,
+            world_size=self.dp_size,
+        )
+
+    def _build_collate(self, packed: bool):
+        return data.build_collate(self._collate_fn, packed, self._tokenizer.pad_id, self._loss_fn.ignore_index)
+
+    def _resume(self, checkpoint) -> None:
+        """Continue where a checkpoint was saved; its weights are loaded already."""
+        progress = checkpoint.progress
+        if progress["is_final"]:
+            if self.total_epochs > progress["total_epochs"]:
+                raise UserError(
+                    f"the run in {self._output_dir} is complete and kept no optimizer state: to train on, start a "
+                    f"new run with checkpointer.checkpoint_dir={checkpoint.path} and another output_dir"
+                )
+            self.epochs_run = self.total_epochs
+            self.global_step = checkpoint.step
+            return
+        self._resumed_rng = training_state.restore(
+            checkpoint.path,
+            progress["world_size"],
+            self.rank,
+            self.world_size,
+            self._model,
+            self._optimizers,
+            self._lr_scheduler,
+            self._mask,
+            self._device,
+        )
+        self.seed = progress["seed"]
+        self.global_step = checkpoint.step
+        self.epochs_run = self._epoch = progress["epoch"]
+        self._batches_done = progress["samples"] // (self._dataloader.batch_size * self.dp_size)
+        self._skipped_steps = progress["skipped_steps"]
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """The one optimizer, or with optimizer in backward, one for each parameter."""
+        if self._optimizer_in_bwd:
+            return list(self._optim_ckpt_wrapper.optim_map.values())
+        return [self._optimizer]
+
+    def _begin_training(self) -> bool:
+        """Get ready for the first step. False if there is none to do, since the run was resumed and is complete."""
+        if self.epochs_run >= self.total_epochs:
+            utils.log_rank_zero(log, f"The run is complete: its model is in {self._checkpoints.last_saved}.")
+            return False
+        process_group.cleanup_before_training(self._device)
+        if self.global_step == 0:
+            self._run_evaluation("before")
+        self._stop.install()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        self._profiler.start()
+        self._training_start = time.perf_counter()
+        return True
+
+    def _begin_epoch(self, epoch: int, first_batch: int) -> tuple[Progress, Iterator]:
+        """What shows the epoch's progress, and its batches from ``first_batch`` (counted in this epoch) on."""
+        self._epoch = epoch
+        steps_done = first_batch // self._gradient_accumulation_steps
+        progress = Progress(epoch + 1, self._steps_per_epoch, steps_done, self._log_every_n_steps, self._is_rank_zero)
+        self._dataloader.sampler.set_epoch(epoch)
+        batches = self._dataloader
+        if steps_done == self.max_steps_per_epoch:
+            batches = []  # the checkpoint was saved at the last step of this epoch
+        elif first_batch:
+            batches.sampler.load_state_dict({"yielded": first_batch * batches.batch_size})
+
+        iterator = iter(batches)
+        if self._resumed_rng is not None:
+            training_state.set_rng_state(self._resumed_rng, self._device)
+            self._resumed_rng = None
+        return progress, iterator
+
+    def _end_training(self) -> None:
+        """Say how long it took and where the model is; evaluate it."""
+        self._profiler.stop()
+        self._stop.uninstall()
+        seconds = time.perf_counter() - self._training_start
+        saving, validating = self._checkpoints.seconds, self._validation_seconds
+        utils.log_rank_zero(
+            log,
+            f"Trained for {seconds:.1f} s, of which saving took {saving:.1f} s ({saving / seconds:.1%}) and "
+            f"validating {validating:.1f} s ({validating / seconds:.1%}).",
+        )
+        self._run_evaluation("after")
+        utils.log_rank_zero(
+            log, f"The model is in {self._checkpoints.last_saved}; to draw the run: gmt-tune report {self._output_dir}"
+        )
+
+    def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token count (0-d) and numbers (any shape) summed over all ranks, and whether any was told to stop."""
+        counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
+        torch.distributed.all_reduce(counts)
+        torch.distributed.all_reduce(running)
+        return counts[0], running, counts[1]
+
+    def _check_finite(self, model: nn.Module | None, loss: Tensor, idx: int) -> bool:
+        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree."""
+        if model is not None:
+            bad = nonfinite_gradients(model, loss)
+        else:
+            bad = None if torch.isfinite(loss).item() else []
+        if bad is None:
+            return True
+        what = f"the gradient of '{bad[0]}' (and {len(bad) - 1} more)" if bad else "the loss"
+        first = idx + 1 - self._gradient_accumulation_steps
+        rows = data.rows_of_batches(self._dataloader, first, idx + 1)
+        where = f"{what} holds NaN or infinity at step {self.global_step + 1}, rows {rows} of the data set"
+        if self._on_nonfinite == "skip" and model is not None:
+            self._skipped_steps += 1
+            utils.log_rank_zero(log, f"Left out a step: {where}.")
+            return False
+        raise UserError(
+            f"{where}; no weight was changed by it. Lower the learning rate, set clip_grad_norm, look at these rows, "
+            f"or set on_nonfinite: skip; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
+        )
+
+    def _clip_gradients(self) -> Tensor | None:
+        """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""
+        if self._clip_grad_norm is None:
+            return None
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=float(self._clip_grad_norm))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _log_step(
+        self,
+        progress: Progress,
+        loss: float,
+        num_tokens: int,
+        seconds: float,
+        grad_norm: Tensor | None,
+        more: Mapping[str, float] | None = None,
+    ) -> None:
+        """Show the optimizer step that was just done, and log it where that is due.
+
+        Args:
+            progress: of the epoch.
+            loss: of the step.
+            num_tokens: of the step, over all ranks.
+            seconds: that the step took.
+            grad_norm: before clipping, of all ranks; None where it was not measured.
+            more: further numbers to log, by name.
+        """
+        tokens_per_second = num_tokens / seconds
+        mask_share = self._mask.seconds / seconds if self._mask is not None else None
+        progress.update(self.global_step, loss, tokens_per_second, mask_share)
+        if not self._is_rank_zero or self.global_step % self._log_every_n_steps != 0:
+            return
+        metrics = {
+            "loss": loss,
+            "lr": get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer),
+            "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
+            **(more or {}),
+        }
+        if self._log_peak_memory_stats:
+            metrics.update(training.get_memory_stats(device=self._device))
+        if grad_norm is not None:
+            metrics["grad_norm"] = grad_norm.item()
+        if self._on_nonfinite == "skip":
+            metrics["skipped_steps"] = self._skipped_steps
+        if self._mask is not None:
+            metrics.update(self._mask.metrics())
+            self._run_log.log_mask(self.global_step, lambda: mask_detail(self._mask))
+        self._log(metrics)
+
+    def _finish_step(self, progress: Progress, must_stop: Tensor) -> None:
+        """Validate and save where it is due; leave if the run was told to stop."""
+        steps_in_epoch = self._batches_done // self._gradient_accumulation_steps
+        ends_epoch = steps_in_epoch == self._steps_per_epoch
+        ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
+        val_loss = None
+        every = self._run_val_every_n_steps
+        if self._validation is not None and (ends_run or (every and self.global_step % every == 0)):
+            start = time.perf_counter()
+            numbers = self._validate()
+            val_loss = numbers["val_loss"]
+            self._validation_seconds += time.perf_counter() - start
+            progress.show_validation(val_loss)
+            self._log(numbers)
+        if ends_epoch:
+            self._checkpoints.save(self, f"epoch_{self._epoch}", is_final=ends_run, val_loss=val_loss)
+        elif self._checkpoints.is_due(self.global_step) or must_stop:
+            self._checkpoints.save(self, f"step_{self.global_step}", val_loss=val_loss)
+        if ends_run or must_stop:
+            self._checkpoints.finish()
+        if must_stop and not ends_run:
+            raise StopRun(
+                f"Stopped after step {self.global_step} and saved {self._checkpoints.last_saved}. "
+                "To go on, run the same command with resume_from_checkpoint=True.",
+                self._stop.received or 15,
+            )
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        """Numbers of this step, for the config's metric logger and for ``gmt-tune report``."""
+        if self._is_rank_zero:
+            self._metric_logger.log_dict(metrics, step=self.global_step)
+            self._run_log.log(self.global_step, metrics)
+
+    def _run_evaluation(self, when: str) -> None:
+        if self._evaluate is None:
+            return
+        results = self._evaluate(self._model)
+        if self._is_rank_zero:
+            for name, value in results.items():
+                print(f"{name} {when}: {value:.4g}", flush=True)
+        self._log({f"{name}_{when}": value for name, value in results.items()})
+
+    def _record_memory_history(self, idx: int) -> None:
+        """Start recording CUDA allocations when the profiler's active steps of the first epoch begin."""
+        if self._profiles_memory() and idx == self.profiler_wait_steps + self.profiler_warmup_steps:
+            torch.cuda.memory._record_memory_history()
+
+    def _stop_memory_history(self, idx: int) -> None:
+        if self._profiles_memory() and idx == (
+            self.profiler_wait_steps + self.profiler_warmup_steps + self.profiler_active_steps
+        ):
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _profiles_memory(self) -> bool:
+        return self._is_rank_zero and self._epoch == 0 and self.profiler_profile_memory and self._device.type == "cuda"
