@@ -190,6 +190,8 @@ metric_logger:
   _component_: torchtune.training.metric_logging.DiskLogger
   log_dir: ${{output_dir}}/logs
 log_every_n_steps: 1
+track_selection_every_n_steps: null  # Optimizer steps between two looks at overlap and coverage, at 2 bits an entry
+write_report: False  # True draws output_dir/report.html when the run ends; `gmt-tune report` does so at any time
 log_peak_memory_stats: True
 
 # Profiler

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from gmt_tune.reporting.drawing import Figure, Table
+from gmt_tune.reporting.mask_metrics import is_group_metric
 from gmt_tune.reporting.parameter_names import Grid, to_grid
 from gmt_tune.reporting.plots import Curve, draw_curves, draw_grid, grid_height, legend_height
 from gmt_tune.reporting.run_reader import Run, Series
@@ -98,7 +99,8 @@ def _other_curves(runs: Sequence[Run]) -> list[Figure]:
     """What else was logged at more than one step, such as a user's own metrics."""
     known = {*_LOSSES, *_THRESHOLDS, *_MEMORY, *(metric for metric, _, _ in _CURVES)}
     names = {name: None for run in runs for name, series in run.series.items() if len(series.steps) > 1}
-    return [_of_metric(runs, name, name, "As logged.") for name in names if name not in known]
+    names = [name for name in names if name not in known and not is_group_metric(name)]
+    return [_of_metric(runs, name, name, "As logged.") for name in names]
 
 
 def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:

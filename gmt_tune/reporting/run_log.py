@@ -57,7 +57,9 @@ class RunLog:
         line = {"step": int(step), "time": round(time.time(), 3)}
         self._append(RUN_LOG_FILE, line | {name: _json_number(value) for name, value in metrics.items()})
 
-    def log_mask(self, step: int, make_detail: Callable[[], Mapping[str, Mapping[str, float]]]) -> bool:
+    def log_mask(
+        self, step: int, make_detail: Callable[[], Mapping[str, Mapping[str, float]]]
+    ) -> Mapping[str, Mapping[str, float]]:
         """Append the numbers of every masked parameter, where that is due: always at first, later seldom.
 
         Args:
@@ -66,19 +68,19 @@ class RunLog:
                 reading them waits for the device.
 
         Returns:
-            Whether they were written.
+            What was written; empty where it was not due.
         """
         if self._last_detail is not None and step - self._last_detail < max(1, step // _DETAIL_RATE):
-            return False
+            return {}
         detail = make_detail()
         if not any(detail.values()):
-            return False
+            return {}
         line: dict = {"step": int(step)}
         for kind, numbers in detail.items():
             line[kind] = {name: _json_number(value, digits=6) for name, value in numbers.items()}
         self._append(MASK_DETAIL_FILE, line)
         self._last_detail = step
-        return True
+        return detail
 
     def truncate_after(self, step: int) -> None:
         """Start or resume: keep what was logged up to a step, under this run's header; drop what came later.

@@ -83,9 +83,14 @@ class SelectionTracker:
             "coverage": {name: ever / self._numel[name] for name, (_, _, ever) in counts.items() if self._numel[name]},
         }
 
-    def state_dict(self) -> dict[str, object]:
-        """This rank's bits (uint8 by parameter name) and step counts, to go on counting after a resume."""
-        return {"calls": dict(self._calls), "last": dict(self._last), "ever": dict(self._ever)}
+    def state_dict(self, *, copy: bool = False) -> dict[str, object]:
+        """This rank's bits (uint8 by parameter name) and step counts, to go on counting after a resume.
+
+        Args:
+            copy: of the bits, so that further steps do not change what was given.
+        """
+        ever = {name: bits.clone() if copy else bits for name, bits in self._ever.items()}
+        return {"calls": dict(self._calls), "last": dict(self._last), "ever": ever}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Go on from :meth:`state_dict`, saved with the same model on as many ranks."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from gmt_tune.reporting.drawing import Table
+from gmt_tune.reporting.mask_metrics import is_group_metric
 from gmt_tune.reporting.run_reader import Run
 
 _AT = "{value} (step\u00a0{step})"
@@ -32,7 +33,7 @@ def _logged_once(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _has_a_place(name: str) -> bool:
-    return name.startswith(("mask/", "peak_memory_")) or name in _METRICS_WITH_A_PLACE
+    return name.startswith(("mask/", "peak_memory_")) or name in _METRICS_WITH_A_PLACE or is_group_metric(name)
 
 
 def _config(*path: str) -> Callable[[Run], str]:

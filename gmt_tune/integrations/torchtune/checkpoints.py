@@ -28,6 +28,7 @@ _MAY_DIFFER = (
     "output_dir", "checkpointer", "resume_from_checkpoint", "epochs", "device", "compile", "metric_logger",
     "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler", "save_every_n_steps",
     "keep_last_n_checkpoints", "dataset_val", "run_val_every_n_steps", "batch_size_val", "evaluation",
+    "track_selection_every_n_steps", "write_report",
     "enable_activation_checkpointing", "enable_activation_offloading", "ac_mode", "ac_option",
     "custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "enable_async_checkpointing",
     "tensor_parallel_dim", "tensor_parallel_plan", "on_nonfinite", "cudnn_deterministic_mode",
@@ -166,7 +167,7 @@ class RunCheckpoints:
         state = None
         if not is_final:
             parts = recipe._model, recipe._optimizers, recipe._lr_scheduler, recipe._mask, recipe._device
-            state = training_state.collect(*parts, copy=self._is_async)
+            state = training_state.collect(*parts, tracker=recipe._selection_tracker, copy=self._is_async)
         if self._is_async:  # on the CPU these still are the tensors that training changes
             weights = {key: weight.clone() for key, weight in weights.items()}
         checkpointer = recipe._checkpoint_client._get_checkpointer()

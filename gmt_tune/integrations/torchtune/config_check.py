@@ -33,17 +33,20 @@ _OPTIONAL = (
     "custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "enable_async_checkpointing",
     "tensor_parallel_dim", "tensor_parallel_plan", "cudnn_deterministic_mode", "log_every_n_steps",
     "log_peak_memory_stats", "log_level", "profiler", "save_every_n_steps", "keep_last_n_checkpoints",
-    "dataset_val", "run_val_every_n_steps", "batch_size_val", "on_nonfinite",
+    "dataset_val", "run_val_every_n_steps", "batch_size_val", "on_nonfinite", "track_selection_every_n_steps",
+    "write_report",
 )  # fmt: skip
 
 _WHOLE = "a whole number from 1 on"
 _BOOLS = (
     "shuffle", "resume_from_checkpoint", "optimizer_in_bwd", "compile", "enable_activation_checkpointing",
     "enable_activation_offloading", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "log_peak_memory_stats",
+    "write_report",
 )  # fmt: skip
 _COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "tensor_parallel_dim", "log_every_n_steps")
 _COUNTS_OR_NULL = (
     "max_steps_per_epoch", "save_every_n_steps", "keep_last_n_checkpoints", "run_val_every_n_steps", "batch_size_val",
+    "track_selection_every_n_steps",
 )  # fmt: skip
 _CHOICES = {"dtype": ("bf16", "fp32"), "on_nonfinite": ("error", "skip")}
 
@@ -196,6 +199,11 @@ def _check_combinations(cfg: DictConfig) -> None:
             raise UserError("enable_activation_offloading: True needs enable_activation_checkpointing: True")
     if cfg.get("run_val_every_n_steps", None) is not None and cfg.get("dataset_val", None) is None:
         raise UserError("run_val_every_n_steps is set, but dataset_val is not: add the section dataset_val")
+    if cfg.get("track_selection_every_n_steps", None) is not None and cfg.get("gradient_mask", None) is None:
+        raise UserError(
+            f"track_selection_every_n_steps is {cfg.track_selection_every_n_steps}, but there is no gradient_mask "
+            "whose selection could be tracked: add the section gradient_mask, or set it to null"
+        )
     if "left_pad_sequence" in str(cfg.get("collate_fn", "")):
         raise UserError("collate_fn must not be left_pad_sequence, which is for inference only")
 

@@ -11,6 +11,7 @@ from torchtune.config._utils import _get_component_from_path
 
 from gmt_tune.errors import UserError
 from gmt_tune.masking import GradientMask
+from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 
 def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> GradientMask | None:
@@ -54,3 +55,19 @@ def register_gradient_mask(mask: GradientMask | None, optimizers: list[Optimizer
         return
     for optimizer in optimizers:
         mask.register(optimizer)
+
+
+def track_selection(
+    mask: GradientMask | None, optimizers: list[Optimizer], every: int | None
+) -> SelectionTracker | None:
+    """Watch what the mask lets through, every so many optimizer steps; call it after the mask is registered.
+
+    Returns:
+        What knows overlap and coverage; None where there is no mask, or ``every`` is None.
+    """
+    if mask is None or every is None:
+        return None
+    tracker = SelectionTracker(mask, every)
+    for optimizer in optimizers:
+        tracker.register(optimizer)
+    return tracker

@@ -24,11 +24,17 @@ from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.entry import StopRun
 from gmt_tune.integrations.torchtune.finite import nonfinite_gradients
-from gmt_tune.integrations.torchtune.mask import build_gradient_mask, register_gradient_mask
+from gmt_tune.integrations.torchtune.mask import (
+    build_gradient_mask,
+    register_gradient_mask,
+    track_selection,
+)
 from gmt_tune.integrations.torchtune.optimizers import keep_tensor_lr
 from gmt_tune.integrations.torchtune.progress import Progress
 from gmt_tune.integrations.torchtune.signals import StopSignal
-from gmt_tune.reporting.run_log import RunLog, mask_detail
+from gmt_tune.reporting.mask_metrics import MaskMetrics
+from gmt_tune.reporting.report_at_end import report_at_end
+from gmt_tune.reporting.run_log import RunLog
 
 FullFinetuneRecipeDistributed = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
 
@@ -58,6 +64,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._checkpoints = RunCheckpoints(cfg, self.rank, self.world_size)
         self._run_val_every_n_steps = cfg.get("run_val_every_n_steps", None)
         self._on_nonfinite = cfg.get("on_nonfinite", "error")
+        self._write_report = cfg.get("write_report", False)
         self._collate_fn = cfg.get("collate_fn", None) or self.default_collate_fn
         self._stop = StopSignal()
         self._epoch = self._batches_done = self._skipped_steps = 0
@@ -104,6 +111,10 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
                 # The loop checks loss and gradients over all ranks before the mask acts.
                 self._mask.error_if_nonfinite = False
             register_gradient_mask(self._mask, self._optimizers)
+        self._selection_tracker = track_selection(
+            self._mask, self._optimizers, cfg.get("track_selection_every_n_steps", None)
+        )
+        self._mask_metrics = MaskMetrics(self._mask, self._selection_tracker) if self._mask is not None else None
         self._validation = None
         if held_out is not None:
             batch_size = cfg.get("batch_size_val", None) or cfg.batch_size
@@ -172,6 +183,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             self._lr_scheduler,
             self._mask,
             self._device,
+            tracker=self._selection_tracker,
         )
         self.seed = progress["seed"]
         self.global_step = checkpoint.step
@@ -231,9 +243,10 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             f"validating {validating:.1f} s ({validating / seconds:.1%}).",
         )
         self._run_evaluation("after")
-        utils.log_rank_zero(
-            log, f"The model is in {self._checkpoints.last_saved}; to draw the run: gmt-tune report {self._output_dir}"
-        )
+        report = f"to draw the run: gmt-tune report {self._output_dir}"
+        if self._write_report and self._is_rank_zero:
+            report = report_at_end(self._output_dir)
+        utils.log_rank_zero(log, f"The model is in {self._checkpoints.last_saved}; {report}")
 
     def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token count (0-d) and numbers (any shape) summed over all ranks, and whether any was told to stop."""
@@ -306,10 +319,12 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             metrics["grad_norm"] = grad_norm.item()
         if self._on_nonfinite == "skip":
             metrics["skipped_steps"] = self._skipped_steps
-        if self._mask is not None:
-            metrics.update(self._mask.metrics())
-            self._run_log.log_mask(self.global_step, lambda: mask_detail(self._mask))
-        self._log(metrics)
+        by_group = {}
+        if self._mask_metrics is not None:
+            metrics.update(self._mask_metrics.totals())
+            detail = self._run_log.log_mask(self.global_step, self._mask_metrics.detail)
+            by_group = self._mask_metrics.by_group(detail)
+        self._log(metrics, by_group)
 
     def _finish_step(self, progress: Progress, must_stop: Tensor) -> None:
         """Validate and save where it is due; leave if the run was told to stop."""
@@ -338,10 +353,16 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
                 self._stop.received or 15,
             )
 
-    def _log(self, metrics: Mapping[str, float]) -> None:
-        """Numbers of this step, for the config's metric logger and for ``gmt-tune report``."""
+    def _log(self, metrics: Mapping[str, float], by_group: Mapping[str, float] | None = None) -> None:
+        """Numbers of this step, for the config's metric logger and for ``gmt-tune report``.
+
+        Args:
+            metrics: name to number.
+            by_group: the mask's numbers by module and layer, for the metric logger alone: the report has them by
+                parameter.
+        """
         if self._is_rank_zero:
-            self._metric_logger.log_dict(metrics, step=self.global_step)
+            self._metric_logger.log_dict({**metrics, **(by_group or {})}, step=self.global_step)
             self._run_log.log(self.global_step, metrics)
 
     def _run_evaluation(self, when: str) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from gmt_tune.errors import UserError
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.packing import pack_selection, unpack_selection
+from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 _HYPERPARAMETERS = "hyperparameters"
 
@@ -36,11 +37,13 @@ def collect(
     mask: GradientMask | None,
     device: torch.device,
     *,
+    tracker: SelectionTracker | None = None,
     copy: bool = False,
 ) -> dict:
     """This rank's part of the training state, on the CPU, ready for ``torch.save``.
 
     Args:
+        tracker: of overlap and coverage, if there is one.
         copy: make it one that further training does not change, also where the optimizer's tensors are on the CPU.
     """
     names = {p: name for name, p in model.named_parameters()}
@@ -59,6 +62,7 @@ def collect(
         "lr_scheduler": lr_scheduler
         and {key: value for key, value in lr_scheduler.state_dict().items() if not callable(value)},
         "mask": mask.state_dict() if mask is not None else None,
+        "tracker": tracker.state_dict(copy=copy) if tracker is not None else None,
         "rng": _rng_state(device),
         "local_numel": {name: _local(p).numel() for name, p in model.named_parameters()},
     }
@@ -74,6 +78,8 @@ def restore(
     lr_scheduler,
     mask: GradientMask | None,
     device: torch.device,
+    *,
+    tracker: SelectionTracker | None = None,
 ) -> dict | None:
     """Put a state that :func:`collect` gave back where it came from.
 
@@ -117,6 +123,8 @@ def restore(
             mask.load_state_dict(state["mask"])
         except ValueError as error:
             raise UserError(f"cannot go on from {folder}: {error}") from None
+    if tracker is not None and state.get("tracker") is not None:
+        tracker.load_state_dict(state["tracker"])
     return state["rng"]
 
 
@@ -176,17 +184,24 @@ def _reshard(parts: list[dict], parameters: Mapping[str, Tensor]) -> dict:
             whole = _whole([part["optimizer"][name][key][0] for part in parts], value[1])
             optimizer[name][key] = (whole[start:stop].contiguous(), isinstance(parameters[name], DTensor), value[2])
     state = {**parts[0], "optimizer": optimizer, "rng": None}
-    if state["mask"] is not None:
-        selections = {}
-        for name in state["mask"]["selections"]:
-            p = parameters[name]
-            start, stop = _local_rows(name, p)
-            row = p.numel() // p.shape[0] if p.dim() else 1
-            bits = [unpack_selection(part["mask"]["selections"][name], part["local_numel"][name]) for part in parts]
-            whole = torch.cat(bits) if sum(b.numel() for b in bits) == p.numel() else bits[0]
-            selections[name] = pack_selection(whole[start * row : stop * row])
-        state["mask"] = {**state["mask"], "selections": selections}
+    for owner, keys in (("mask", ("selections",)), ("tracker", ("last", "ever"))):
+        if state.get(owner) is not None:
+            anew = {key: _reshard_bits(parts, owner, key, parameters) for key in keys}
+            state[owner] = {**state[owner], **anew}
     return state
+
+
+def _reshard_bits(parts: list[dict], owner: str, key: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bits by parameter name, packed by each rank of another world size, for this rank's entries."""
+    own = {}
+    for name in parts[0][owner][key]:
+        p = parameters[name]
+        start, stop = _local_rows(name, p)
+        row = p.numel() // p.shape[0] if p.dim() else 1
+        bits = [unpack_selection(part[owner][key][name], part["local_numel"][name]) for part in parts]
+        whole = torch.cat(bits) if sum(b.numel() for b in bits) == p.numel() else bits[0]
+        own[name] = pack_selection(whole[start * row : stop * row])
+    return own
 
 
 def _whole(locals_: list[Tensor], is_sharded: bool) -> Tensor:

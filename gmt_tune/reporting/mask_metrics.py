@@ -1,0 +1,97 @@
+"""What a mask did, in all the detail that is logged: over the model, by module and by layer, and by parameter."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from gmt_tune.reporting.parameter_names import split_name
+from gmt_tune.reporting.run_log import mask_detail
+
+if TYPE_CHECKING:
+    from gmt_tune.masking import GradientMask
+    from gmt_tune.reporting.selection_tracker import SelectionTracker
+
+_GROUPED = ("density", "threshold", "overlap", "coverage")
+
+
+class MaskMetrics:
+    """Numbers of a mask's last step, and of the tracker that watches it, if there is one.
+
+    Args:
+        mask: registered on the optimizer.
+        tracker: registered behind it; without one, there is no overlap and no coverage.
+    """
+
+    def __init__(self, mask: GradientMask, tracker: SelectionTracker | None = None) -> None:
+        self._mask = mask
+        self._tracker = tracker
+
+    def totals(self) -> dict[str, float]:
+        """Over the whole model, such as ``mask/density``: see ``GradientMask.metrics``, ``SelectionTracker.metrics``.
+
+        Waits for the device.
+        """
+        return self._mask.metrics() | (self._tracker.metrics() if self._tracker is not None else {})
+
+    def detail(self) -> dict[str, dict[str, float]]:
+        """By parameter: kind ("density", "threshold", "overlap", "coverage") to ``{parameter: number}``.
+
+        Waits for the device.
+        """
+        return mask_detail(self._mask) | (self._tracker.detail() if self._tracker is not None else {})
+
+    def by_group(self, detail: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """By module and by layer, for a metric logger: see :func:`group_metrics`.
+
+        Args:
+            detail: what :meth:`detail` gave; empty where nothing is due.
+        """
+        return group_metrics(detail, self._mask.statistics.numel) if detail else {}
+
+
+def group_metrics(detail: Mapping[str, Mapping[str, float]], numel: Mapping[str, int]) -> dict[str, float]:
+    """Numbers by parameter, summed up by module (over the layers) and by layer (over its modules).
+
+    What comes before the slash is what TensorBoard, W&B and Comet make a section of: a section holds one kind of
+    number, and its charts sort by module or by layer.
+
+    Args:
+        detail: kind to ``{parameter: number}``.
+        numel: entries of each parameter, which fractions are weighed by.
+
+    Returns:
+        ``mask_density_by_module/attn.q_proj``, ``mask_density_by_layer/layer_03`` and so on: for fractions the
+        mean over the group's entries, for thresholds the median over its tensors. A parameter outside the layers
+        is a module of its own. Thresholds that are all equal (scope "global") are left out: ``mask/threshold_*``
+        says as much.
+    """
+    metrics: dict[str, float] = {}
+    for kind in _GROUPED:
+        numbers = detail.get(kind, {})
+        if kind == "threshold" and len(set(numbers.values())) == 1 and len(numbers) > 1:
+            continue
+        modules: dict[str, list[str]] = {}
+        layers: dict[int, list[str]] = {}
+        for name in numbers:
+            layer, module = split_name(name)
+            modules.setdefault(module, []).append(name)
+            if layer is not None:
+                layers.setdefault(layer, []).append(name)
+        digits = max(2, len(str(max(layers, default=0))))
+        groups = {f"mask_{kind}_by_module/{module}": names for module, names in modules.items()}
+        groups |= {f"mask_{kind}_by_layer/layer_{i:0{digits}d}": names for i, names in sorted(layers.items())}
+        for group, names in groups.items():
+            if kind == "threshold":
+                metrics[group] = statistics.median(numbers[name] for name in names)
+            else:
+                entries = sum(numel[name] for name in names)
+                metrics[group] = sum(numbers[name] * numel[name] for name in names) / entries if entries else 0.0
+    return metrics
+
+
+def is_group_metric(name: str) -> bool:
+    """Whether a metric is one of :func:`group_metrics`, which a report draws by parameter instead."""
+    section = name.partition("/")[0].removeprefix("train_")
+    return any(section in (f"mask_{kind}_by_module", f"mask_{kind}_by_layer") for kind in _GROUPED)
