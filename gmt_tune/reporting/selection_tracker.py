@@ -41,8 +41,7 @@ class SelectionTracker:
     """
 
     def __init__(self, mask: GradientMask, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of optimizer steps from 1 on, got {every!r}")
+        check_every(every)
         self._names = {p: name for name, p in mask.masked_parameters.items()}
         self._every = every
         self._calls = dict.fromkeys(self._names.values(), 0)
@@ -157,6 +156,12 @@ class SelectionTracker:
             return {}
         rows = torch.stack([row.to("cpu", non_blocking=False) for row in self._counts.values()]).tolist()
         return dict(zip(self._counts, rows, strict=True))
+
+
+def check_every(every: object, key: str = "every") -> None:
+    """Raise ValueError, naming the key, unless it is a whole number from 1 on."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"{key} must be a whole number of optimizer steps from 1 on, got {every!r}")
 
 
 def _pack_nonzero(grad: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 _STATE_FILE = "trainer_state.json"
 _NAMES = {"learning_rate": "lr", "eval_loss": "val_loss"}
+
+_LEFT_OUT = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 def read_trainer_log(run_dir: Path) -> list[dict]:
@@ -21,11 +24,12 @@ def read_trainer_log(run_dir: Path) -> list[dict]:
         except (OSError, ValueError, KeyError, TypeError):  # not there, or torn when the run was killed
             continue
     history = max(histories, key=_last_step, default=[])
-    return [
-        {_NAMES.get(name, name): value for name, value in line.items() if name != "epoch"}
-        for line in history
-        if isinstance(line, dict)
-    ]
+    return [renamed(line) for line in history if isinstance(line, dict)]
+
+
+def renamed(line: Mapping) -> dict:
+    """A line of a Trainer's log under the names that a recipe logs."""
+    return {_NAMES.get(name, name): value for name, value in line.items() if name not in _LEFT_OUT}
 
 
 def _last_step(history) -> int:

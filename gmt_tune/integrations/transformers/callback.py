@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
+from gmt_tune.integrations.transformers.run_files import TrainerRunLog
 from gmt_tune.integrations.transformers.trainer_setup import (
     refuse_unmaskable_arguments,
     refuse_unmaskable_model,
@@ -29,14 +30,18 @@ from gmt_tune.integrations.transformers.trainer_setup import (
 )
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.gradient_mask import _names_unknown_keys
+from gmt_tune.reporting.mask_metrics import MaskMetrics
+from gmt_tune.reporting.selection_tracker import SelectionTracker, check_every
 
 
 class GradientMaskCallback(TrainerCallback):
     """Masks the gradient right before each optimizer step of a Trainer.
 
     The mask's metrics join the Trainer's training logs (``mask/density``, ``mask/seconds``,
-    ``mask/threshold_min``, ``_median`` and ``_max``), and its state is saved to and restored from the Trainer's
-    checkpoints (``gradient_mask.pt``). With a PEFT model only the adapters require gradients, so they are masked.
+    ``mask/threshold_min``, ``_median`` and ``_max``, and by module and layer ``mask_density_by_module/...`` and so
+    on: at first with every log, later seldom), and its state is saved to and restored from the Trainer's
+    checkpoints (``gradient_mask.pt``). The output folder gets the files that ``gmt-tune report`` draws. With a PEFT
+    model only the adapters require gradients, so they are masked.
 
     Args:
         density: fraction of entries that stay, in (0, 1]. 1.0 masks nothing: the same bits as without callback.
@@ -49,6 +54,10 @@ class GradientMaskCallback(TrainerCallback):
         seed: of the random score.
         error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes.
         mask_class: GradientMask, or a subclass of it with a score of its own.
+        track_selection_every: optimizer steps between two looks at overlap and coverage (``mask/overlap``,
+            ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Starts anew on resuming.
+        log_by_group: put the numbers by module and layer into the Trainer's logs; ``gmt-tune report`` has them
+            in any case.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range or misspelt; from the Trainer's constructor on,
@@ -71,6 +80,8 @@ class GradientMaskCallback(TrainerCallback):
         seed: int = 0,
         error_if_nonfinite: bool = True,
         mask_class: type[GradientMask] = GradientMask,
+        track_selection_every: int | None = None,
+        log_by_group: bool = True,
     ) -> None:
         if not (isinstance(mask_class, type) and issubclass(mask_class, GradientMask)):
             raise TypeError(f"mask_class must be GradientMask or a subclass of it, got {mask_class!r}")
@@ -88,6 +99,12 @@ class GradientMaskCallback(TrainerCallback):
         # A mask over any one parameter refuses all that needs no model to be seen as wrong: say it here, where
         # the user's line is still in the traceback. What patterns match is seen in on_init_end.
         mask_class([("weight", torch.nn.Parameter(torch.zeros(1)))], **{**self._options, "dense": (), "frozen": ()})
+        if track_selection_every is not None:
+            check_every(track_selection_every, "track_selection_every")
+        self._track_selection_every = track_selection_every
+        self._log_by_group = log_by_group
+        self._metrics: MaskMetrics | None = None
+        self._run_log: TrainerRunLog | None = None
         self._mask: GradientMask | None = None
         self._handles: list[RemovableHandle] = []
         self._optimizer_stepped = False
@@ -127,6 +144,12 @@ class GradientMaskCallback(TrainerCallback):
         optimizer = unwrap_optimizer(optimizer)
         self._handles = [mask.register(optimizer), optimizer.register_step_pre_hook(self._note_step)]
         self._mask = mask
+        tracker = None
+        if self._track_selection_every is not None:
+            tracker = SelectionTracker(mask, self._track_selection_every)
+            self._handles.append(tracker.register(optimizer))
+        self._metrics = MaskMetrics(mask, tracker)
+        self._run_log = TrainerRunLog(mask, self._metrics, model, args, state)
         self._optimizer_stepped = False
 
     def on_optimizer_step(
@@ -144,11 +167,18 @@ class GradientMaskCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
     ) -> None:
-        """Add the mask's metrics to the Trainer's own training logs."""
-        if self._mask is None or not logs or "loss" not in logs:
+        """Add the mask's metrics to the Trainer's own training logs, and all of these to the run's files."""
+        if self._mask is None or not logs:
+            return
+        if "loss" not in logs:
+            self._run_log.log(state.global_step, logs)
             return
         # Asked on every rank: the metrics of a sharded gradient may need them all.
-        metrics = self._mask.metrics()
+        metrics = self._metrics.totals()
+        self._run_log.log(state.global_step, {**logs, **metrics})
+        by_group = self._run_log.log_mask(state.global_step)
+        if self._log_by_group:
+            metrics.update(by_group)
         logs.update(metrics)
         if state.log_history:  # holds a copy that the Trainer made before this event
             state.log_history[-1].update(metrics)
