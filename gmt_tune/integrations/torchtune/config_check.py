@@ -61,8 +61,12 @@ _GIVEN = {
     "metric_logger": (0, ()),
     "model": (0, ()),
     "checkpointer": (0, ("should_load_recipe_state",)),
+    "ref_checkpointer": (0, ("should_load_recipe_state",)),
     "evaluation": (1, ()),
 }
+
+# Sections that name files of a model; the second is that of a recipe with a reference model.
+_CHECKPOINTERS = ("checkpointer", "ref_checkpointer")
 
 # "model_type" of a Hugging Face config.json to the model types of torchtune's checkpointers.
 _FAMILIES = {
@@ -96,7 +100,9 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     _check_combinations(cfg)
     _check_files(cfg)
     model = _meta_model(cfg)
-    _check_family(cfg, model)
+    for section in _CHECKPOINTERS:
+        if cfg.get(section, None) is not None:
+            _check_family(cfg, section, model)
     build_gradient_mask(cfg.get("gradient_mask", None), model)
     _check_output_dir(Path(cfg.output_dir))
 
@@ -209,26 +215,10 @@ def _check_combinations(cfg: DictConfig) -> None:
 
 
 def _check_files(cfg: DictConfig) -> None:
-    checkpointer = cfg.checkpointer
-    for key, path in {
-        "output_dir": cfg.output_dir,
-        "checkpointer.output_dir": checkpointer.get("output_dir", None),
-        "checkpointer.checkpoint_dir": checkpointer.get("checkpoint_dir", None),
-    }.items():
-        if not isinstance(path, str) or not path:
-            raise UserError(f"{key} must be the path of a folder, got {path!r}")
-    folder = Path(checkpointer.checkpoint_dir)
-    if not folder.is_dir():
-        raise UserError(
-            f"checkpointer.checkpoint_dir {folder} does not exist: download the model first, as the first lines of "
-            "the config say, or name the folder that holds it"
-        )
-    files = checkpointer.get("checkpoint_files", None)
-    if isinstance(files, ListConfig):
-        for name in files:
-            _check_weights_file(folder / str(name), folder)
-    if "HF" in checkpointer._component_ and not (folder / "config.json").is_file():
-        raise UserError(f"{folder / 'config.json'} is missing: checkpoint_dir must be a Hugging Face model folder")
+    _check_folder("output_dir", cfg.output_dir)
+    for section in _CHECKPOINTERS:
+        if cfg.get(section, None) is not None:
+            _check_model_files(section, cfg[section])
     for key in ("path", "merges_file"):
         path = cfg.tokenizer.get(key, None)
         if isinstance(path, str) and not Path(path).is_file():
@@ -242,11 +232,33 @@ def _check_files(cfg: DictConfig) -> None:
                     raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
 
 
-def _check_weights_file(file: Path, folder: Path) -> None:
+def _check_folder(key: str, path: object) -> None:
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{key} must be the path of a folder, got {path!r}")
+
+
+def _check_model_files(section: str, checkpointer: DictConfig) -> None:
+    for key in ("output_dir", "checkpoint_dir"):
+        _check_folder(f"{section}.{key}", checkpointer.get(key, None))
+    folder = Path(checkpointer.checkpoint_dir)
+    if not folder.is_dir():
+        raise UserError(
+            f"{section}.checkpoint_dir {folder} does not exist: download the model first, as the first lines of "
+            "the config say, or name the folder that holds it"
+        )
+    files = checkpointer.get("checkpoint_files", None)
+    if isinstance(files, ListConfig):
+        for name in files:
+            _check_weights_file(section, folder / str(name), folder)
+    if "HF" in checkpointer._component_ and not (folder / "config.json").is_file():
+        raise UserError(f"{folder / 'config.json'} is missing: checkpoint_dir must be a Hugging Face model folder")
+
+
+def _check_weights_file(section: str, file: Path, folder: Path) -> None:
     if not file.is_file():
         there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
         raise UserError(
-            f"checkpointer.checkpoint_files names {file.name}, which is not in {folder} "
+            f"{section}.checkpoint_files names {file.name}, which is not in {folder} "
             f"(there: {', '.join(there) or 'no weights'})"
         )
     if file.suffix == ".safetensors":
@@ -266,9 +278,9 @@ def _meta_model(cfg: DictConfig) -> nn.Module:
         raise UserError(f"model ({cfg.model._component_}) cannot be built: {error}") from None
 
 
-def _check_family(cfg: DictConfig, model: nn.Module) -> None:
+def _check_family(cfg: DictConfig, section: str, model: nn.Module) -> None:
     """Compare a Hugging Face config.json, where there is one, with the model that the config builds."""
-    config_json = Path(cfg.checkpointer.checkpoint_dir) / "config.json"
+    config_json = Path(cfg[section].checkpoint_dir) / "config.json"
     if not config_json.is_file():
         return
     try:
@@ -276,10 +288,10 @@ def _check_family(cfg: DictConfig, model: nn.Module) -> None:
     except ValueError as error:
         raise UserError(f"{config_json} is no valid JSON ({error}): download the model again") from None
     allowed = _FAMILIES.get(theirs.get("model_type"))
-    ours = str(cfg.checkpointer.get("model_type", ""))
+    ours = str(cfg[section].get("model_type", ""))
     if allowed and ours not in (*allowed, "REWARD"):
         raise UserError(
-            f"checkpointer.model_type is {ours}, but {config_json.parent} holds a {theirs['model_type']} model: "
+            f"{section}.model_type is {ours}, but {config_json.parent} holds a {theirs['model_type']} model: "
             f"set it to {' or '.join(allowed)} and choose the model builder that fits, or another checkpoint_dir"
         )
     embeddings = getattr(getattr(model, "tok_embeddings", None), "weight", None)
@@ -295,7 +307,7 @@ def _check_family(cfg: DictConfig, model: nn.Module) -> None:
         if value is not None and theirs.get(key, value) != value:
             raise UserError(
                 f"the model in {config_json.parent} has {key} {theirs[key]}, but model ({cfg.model._component_}) "
-                f"builds {value}: choose the builder that fits, or another checkpointer.checkpoint_dir"
+                f"builds {value}: choose the builder that fits, or another {section}.checkpoint_dir"
             )
 
 

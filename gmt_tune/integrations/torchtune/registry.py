@@ -11,7 +11,7 @@ from pathlib import Path
 from gmt_tune.integrations.torchtune.versions import check_torchtune_version, make_torchtune_importable
 
 # Recipe name -> whether it runs under torchrun. Each is recipes/<name>.py.
-RECIPES = {"gmt_full_finetune": True}
+RECIPES = {"gmt_full_finetune": True, "gmt_full_dpo": True}
 
 
 def _folder(name: str) -> Path:
