@@ -1,0 +1,80 @@
+"""Model builders for the experiments: with LoRA as torchtune builds it, and with faster products on CPUs."""
+
+import torch
+from torchtune.models.llama3_2 import lora_llama3_2
+from torchtune.modules import TransformerDecoder
+
+from gmt_tune.models import tiny
+from gmt_tune.models.smollm2 import smollm2_135m as _smollm2_135m
+
+
+def smollm2_135m(max_seq_len: int = 8192, float32_matmul_precision: str = "highest") -> TransformerDecoder:
+    """
+    SmolLM2-135M, and for this process the precision of products of fp32 matrices.
+
+    Args:
+        max_seq_len (int): positions that rotary embeddings are computed for.
+        float32_matmul_precision (str): of ``torch.set_float32_matmul_precision``. "medium" multiplies in bf16 and adds
+            up in fp32 where the CPU has such instructions; weights, gradients and optimizer stay fp32.
+
+    Returns:
+        TransformerDecoder: the model.
+    """
+    torch.set_float32_matmul_precision(float32_matmul_precision)
+    return _smollm2_135m(max_seq_len=max_seq_len)
+
+
+def lora_smollm2_135m(
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool = False,
+    *,
+    lora_rank: int,
+    lora_alpha: float,
+    max_seq_len: int = 8192,
+    float32_matmul_precision: str = "highest",
+) -> TransformerDecoder:
+    """SmolLM2-135M with LoRA, as ``torchtune.models.llama3_2.lora_llama3_2`` builds it; see there for the arguments."""
+    torch.set_float32_matmul_precision(float32_matmul_precision)
+    return lora_llama3_2(
+        list(lora_attn_modules),
+        apply_lora_to_mlp,
+        vocab_size=49_152,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        embed_dim=576,
+        intermediate_dim=1536,
+        max_seq_len=max_seq_len,
+        rope_base=100_000,
+        norm_eps=1e-5,
+        scale_factor=1,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+    )
+
+
+def lora_tiny_llama(
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool = False,
+    *,
+    lora_rank: int,
+    lora_alpha: float,
+    max_seq_len: int = tiny.MAX_SEQ_LEN,
+) -> TransformerDecoder:
+    """The quickstart's model with LoRA, as ``torchtune.models.llama3_2.lora_llama3_2`` builds it."""
+    return lora_llama3_2(
+        list(lora_attn_modules),
+        apply_lora_to_mlp,
+        vocab_size=tiny.VOCAB_SIZE,
+        num_layers=tiny.NUM_LAYERS,
+        num_heads=tiny.NUM_HEADS,
+        num_kv_heads=tiny.NUM_HEADS,
+        embed_dim=tiny.EMBED_DIM,
+        intermediate_dim=tiny.INTERMEDIATE_DIM,
+        max_seq_len=max_seq_len,
+        rope_base=tiny.ROPE_BASE,
+        norm_eps=tiny.NORM_EPS,
+        scale_factor=1,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+    )
