@@ -1,0 +1,55 @@
+"""The package as a user without a checkout gets it: built as a wheel, installed elsewhere, run from an empty folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (file,) = folder.glob("gmt_tune-*.whl")
+    return file
+
+
+def test_it_carries_recipes_and_configs_and_claims_no_name_of_torchtunes(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, pattern in (("recipes", "*.py"), ("configs", "*.yaml")):
+        files = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)]
+        assert files and {f"gmt_tune/{file}" for file in files} <= names
+    modules = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    top_level = {name.split("/")[0].removesuffix(".py") for name in names if ".dist-info/" not in name}
+    assert top_level == {"gmt_tune", *modules}  # "recipes" is torchtune's
+
+
+def test_installed_elsewhere_it_trains_from_an_empty_folder(wheel, tmp_path, run_tune, tiny_config, logged_metrics):
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", "import gmt_tune; print(gmt_tune.__file__)"],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert Path(found.stdout.strip()).is_relative_to(site)
+
+    assert "quickstart" in run_tune("ls", cwd=empty, PYTHONPATH=site).stdout
+    mask = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+    config = tiny_config(tmp_path / "out", max_steps_per_epoch=2, gradient_mask=mask)
+    (empty / "mine.yaml").write_text(yaml.safe_dump(config))
+    run_tune("run", "gmt_full_finetune", "--config", "mine.yaml", cwd=empty, PYTHONPATH=site)
+    assert [round(step["mask/density"], 1) for step in logged_metrics(tmp_path / "out")] == [0.2, 0.2]
