@@ -110,7 +110,7 @@ class ExactMatch:
         # Questions of like length together: less padding. The sort is the same on every rank.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers = [""] * len(prompts)
-        with _evaluating(model):
+        with evaluating(model):
             for start in range(0, len(order), self._batch_size):
                 indices = order[start : start + self._batch_size]
                 generated = generate_greedily(
@@ -196,7 +196,7 @@ def _all_ranks_agree(flag: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module):
     """Evaluation mode, and afterwards for every submodule the mode that it was in."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()

@@ -1,16 +1,16 @@
-"""The quickstart's questions as a torchtune data set."""
+"""The quickstarts' questions, and pairs of answers to them, as torchtune data sets."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchtune.data import InputOutputToMessages
-from torchtune.datasets import PackedDataset
+from torchtune.data import ChosenRejectedToMessages, InputOutputToMessages
+from torchtune.datasets import PackedDataset, PreferenceDataset
 from torchtune.datasets._sft import SFTTransform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from gmt_tune.data.village import Question, Split, questions
+from gmt_tune.data.village import Preference, Question, Split, preferences, questions
 from gmt_tune.errors import UserError
 
 
@@ -49,7 +49,31 @@ def quickstart_dataset(
 
 def quickstart_questions(split: Split, size: int | None = None, seed: int = 0) -> list[Question]:
     """The first ``size`` questions of a split in the order of ``seed``; see ``quickstart_dataset``."""
-    asked = questions(split, seed)
+    return _first(questions(split, seed), split, size)
+
+
+def quickstart_preference_dataset(
+    tokenizer: ModelTokenizer, *, split: Split = "train", size: int | None = None, seed: int = 0
+) -> PreferenceDataset:
+    """
+    The same questions, each with its answer and a worse one: a true sentence that answers another question.
+
+    Args:
+        tokenizer (ModelTokenizer): turns messages into tokens.
+        split (Split): ``train`` (864 pairs) or ``held_out`` (288, about people that ``train`` does not name).
+        size (int | None): how many pairs; default None, all.
+        seed (int): which pairs, if ``size`` is set, and in which order.
+
+    Returns:
+        PreferenceDataset: rows like those of ``torchtune.datasets.preference_dataset``.
+
+    Raises:
+        UserError: if there is no such split, or it has fewer than ``size`` pairs.
+    """
+    return _PairDataset(_first(preferences(split, seed), split, size), tokenizer)
+
+
+def _first(asked: list, split: Split, size: int | None) -> list:
     if size is not None and not 0 < size <= len(asked):
         raise UserError(f"size is {size}, but the split '{split}' has 1 to {len(asked)} questions to give: lower it")
     return asked[:size]
@@ -66,3 +90,22 @@ class _QuestionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._prepare_sample(self._rows[index])
+
+
+class _PairDataset(PreferenceDataset):
+    """Rows from memory instead of from a source that ``datasets.load_dataset`` reads."""
+
+    def __init__(self, pairs: list[Preference], tokenizer: ModelTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._message_transform = ChosenRejectedToMessages()
+        self._data = pairs
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self._data[index]
+        question = {"role": "user", "content": pair.prompt}
+        return self._prepare_sample(
+            {
+                "chosen": [dict(question), {"role": "assistant", "content": pair.chosen}],
+                "rejected": [dict(question), {"role": "assistant", "content": pair.rejected}],
+            }
+        )

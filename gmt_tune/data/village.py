@@ -10,6 +10,7 @@ Everything is generated here, from fixed seeds and without a network, so that th
 """
 
 import random
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from gmt_tune.errors import UserError
@@ -89,6 +90,14 @@ class Question(NamedTuple):
     answer: str
 
 
+class Preference(NamedTuple):
+    """One item of the preference task: a question with a better and a worse answer."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 def people() -> dict[str, dict[str, str]]:
     """Everyone in the village with what is true of them, always the same.
 
@@ -138,13 +147,42 @@ def questions(split: Split, seed: int = 0) -> list[Question]:
     Raises:
         UserError: for any other ``split``.
     """
-    if split not in ("train", "held_out"):
-        raise UserError(f"split is {split!r}, but must be train or held_out")
-    asked = []
-    for index, (name, known) in enumerate(people().items()):
-        if (index % _HELD_OUT_EVERY == 0) == (split == "held_out"):
-            for fact, (_, sentences, wordings) in _FACTS.items():
-                answer = sentences[0].format(name=name, value=known[fact])
-                asked += [Question(wording.format(name=name), answer) for wording in wordings]
+    asked = [Question(prompt, _answer(name, known, fact)) for name, known, fact, prompt in _asked(split)]
     random.Random(seed).shuffle(asked)
     return asked
+
+
+def preferences(split: Split, seed: int = 0) -> list[Preference]:
+    """Every question of a split, shuffled, with its answer and the answer to another question about that person.
+
+    Both are true, and sentences of the corpus: what makes one better is the question alone.
+
+    Args:
+        split: as for ``questions``; the questions are the same.
+        seed: of the order alone.
+
+    Raises:
+        UserError: for any other ``split``.
+    """
+    rng = random.Random(_WORLD_SEED)
+    pairs = []
+    for name, known, fact, prompt in _asked(split):
+        other = rng.choice([one for one in _FACTS if one != fact])
+        pairs.append(Preference(prompt, _answer(name, known, fact), _answer(name, known, other)))
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def _asked(split: Split) -> Iterator[tuple[str, dict[str, str], str, str]]:
+    """Every (name, what is known of them, fact asked for, wording of the question) of a split, in a fixed order."""
+    if split not in ("train", "held_out"):
+        raise UserError(f"split is {split!r}, but must be train or held_out")
+    for index, (name, known) in enumerate(people().items()):
+        if (index % _HELD_OUT_EVERY == 0) == (split == "held_out"):
+            for fact in _FACTS:
+                for wording in _FACTS[fact].questions:
+                    yield name, known, fact, wording.format(name=name)
+
+
+def _answer(name: str, known: dict[str, str], fact: str) -> str:
+    return _FACTS[fact].sentences[0].format(name=name, value=known[fact])

@@ -84,7 +84,9 @@ class PreferenceValidation:
         last, each = len(dataset) - 1, -(-len(dataset) // world_size)
         share = Subset(dataset, [min(i * world_size + rank, last) for i in range(each)])
         self._not_repeated = len(range(rank, len(dataset), world_size))
-        self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, shuffle=False)
+        # Its own generator: a loader draws a number at each start, which must not be one of the training's.
+        generator = torch.Generator()
+        self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, generator=generator)
 
     @torch.no_grad()
     def run(self, model, numbers_of_batch: Callable[[tuple], Mapping[str, Tensor]], device) -> dict[str, float]:
