@@ -149,9 +149,9 @@ def evaluate(request: dict) -> dict:
     """All that a request asks for.
 
     Args:
-        request: ``folder``, ``base`` (folders), ``tokenizer`` (a config section), ``device``, ``dtype``,
-            ``batch_size``, ``window``; ``losses`` (name to JSON Lines file), ``exact_match`` (None or keywords of
-            ``ExactMatch``), ``texts`` (name to [text, windows]).
+        request: ``folder`` and ``base`` (folders), ``tokenizer`` (a config section), ``device``, ``dtype``,
+            ``batch_size``, ``window``, ``float32_matmul_precision``; ``losses`` (name to JSON Lines file),
+            ``exact_match`` (None or keywords of ``ExactMatch``), ``texts`` (name to [text, windows]).
 
     Returns:
         ``losses`` and ``texts`` by name, ``accuracy`` and ``change``, as far as asked for.
@@ -159,6 +159,7 @@ def evaluate(request: dict) -> dict:
     from omegaconf import OmegaConf
     from torchtune import config
 
+    torch.set_float32_matmul_precision(request["float32_matmul_precision"])
     tokenizer = config.instantiate(OmegaConf.create(request["tokenizer"]))
     model = load_model(Path(request["folder"]), request["device"], getattr(torch, request["dtype"]))
     batch_size = request["batch_size"]

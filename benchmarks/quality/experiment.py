@@ -58,11 +58,14 @@ class Suite:
         base_config: a config of ``tune ls``.
         lora_model: dotted path of the builder with LoRA.
         train_rows: how many training rows each seed draws; None for all.
-        sizes: how many rows of ``validation`` and ``test``, and windows of each text; None for all.
-        evaluation: keywords of ``evaluation.evaluate``: batch_size, window.
+        sizes: how many rows of ``validation`` and ``test`` there are for the loss, how many of the latter are asked
+            as ``questions`` (None: all), and how many windows of each of the ``texts`` are read.
+        evaluation: ``batch_size``, ``window`` (tokens), and if need be ``max_new_tokens`` and
+            ``float32_matmul_precision``.
         config: keys that are merged into the base config.
         seeds: of the measured runs.
-        choose: ``learning_rates``, ``seeds`` and ``config`` of the runs that choose a learning rate.
+        choose: ``learning_rates``, ``seeds`` and ``config`` of the runs that choose a learning rate; a single rate
+            is taken without a run.
         methods: names, in the order in which they are run.
     """
 
@@ -114,6 +117,7 @@ class Run:
             "base_config": suite.base_config,
             "train_rows": suite.train_rows,
             "sizes": dict(suite.sizes),
+            "evaluation": dict(suite.evaluation),
             "config": json.loads(json.dumps(config)),
             "method": method.name,
             "recipe": method.recipe,

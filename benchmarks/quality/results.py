@@ -45,6 +45,8 @@ def chosen_learning_rate(suite: Suite, method: Method) -> float | None:
     A run that ended with a loss that is not finite counts as infinitely bad.
     """
     chooser = method if method.learning_rate_of == method.name else load_method(method.learning_rate_of)
+    if len(suite.choose["learning_rates"]) == 1:
+        return float(suite.choose["learning_rates"][0])
     means = {}
     for rate in suite.choose["learning_rates"]:
         losses = []
@@ -79,9 +81,11 @@ def measured(suite: Suite, method: Method) -> dict[int, dict]:
 
 
 def _rounded(value):
-    """Six significant digits: enough for every table, and short files."""
+    """Six significant digits: enough for every table, and short files. What is not finite becomes null."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import math
 import shutil
 import statistics
 import time
@@ -112,6 +113,8 @@ class Runner:
             base = Path(config["checkpointer"]["checkpoint_dir"])
             measured, used = self._evaluate(run, config, checkpoint, base, folder)
             result |= measured | {"evaluation_seconds": used.seconds}
+            if not all(map(math.isfinite, result["losses"].values())):
+                result["failed"] = "the loss of the trained model is not finite"  # not every recipe stops at NaN
         result["seconds_total"] = time.perf_counter() - start
         return result
 
@@ -126,7 +129,8 @@ class Runner:
         exact_match = {
             "data_files": str(data["test"]),
             "extract": what.extract,
-            "max_new_tokens": what.max_new_tokens,
+            "max_new_tokens": suite.evaluation.get("max_new_tokens", what.max_new_tokens),
+            "size": suite.sizes.get("questions"),
             "batch_size": suite.evaluation["batch_size"],
             "show": 3,
         }
@@ -140,6 +144,7 @@ class Runner:
             "batch_size": suite.evaluation["batch_size"],
             "window": suite.evaluation["window"],
             "losses": {split: str(data[split]) for split in SPLITS[1:] if split == "validation" or is_measured},
+            "float32_matmul_precision": suite.evaluation.get("float32_matmul_precision", "highest"),
             "exact_match": exact_match if is_measured else None,
             "texts": {name: [text, suite.sizes["texts"]] for name, text in texts.items()} if is_measured else {},
         }

@@ -1,0 +1,323 @@
+"""From the results on disk to ``docs/results``: tables in Markdown, and figures. Nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.quality import results
+from benchmarks.quality.experiment import Method, Suite, load_method, load_suite, suite_names
+from benchmarks.quality.statistics import Estimate, estimate, paired_difference
+from gmt_tune.reporting.drawing import Figure, to_png
+from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
+from gmt_tune.reporting.theme import series_color
+
+BASELINE = "sft"
+PAGE = results.RESULTS / "tables.md"
+FIGURES = results.RESULTS / "figures"
+# The methods whose learning curves are drawn: more of them hide each other.
+_CURVES = ("sft", "gmt_0.2", "rmt_0.2", "oneoff_0.2", "half", "lora")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's measured runs in a suite."""
+
+    method: Method
+    learning_rate: float
+    runs: dict[int, dict]
+
+    def values(self, get: Callable[[dict], float | None]) -> dict[int, float]:
+        """A number by seed, of the runs that have it."""
+        found = {seed: get(run) for seed, run in self.runs.items() if not run["failed"]}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @property
+    def failed(self) -> int:
+        """Runs that ended with a loss that is not finite."""
+        return sum(run["failed"] is not None for run in self.runs.values())
+
+
+def write_report() -> list[Path]:
+    """Write the page of tables and all figures; returns the files."""
+    files = [PAGE]
+    parts = [
+        "# Results: tables and figures\n",
+        "<!-- Made by `python -m benchmarks.quality table` from docs/results/runs: edit nothing here. -->\n",
+        "[The discussion](index.md) says what to make of them, and how everything was measured. Numbers are means over "
+        "seeds ± standard deviation; differences are paired by seed (same data in the same order), with their 95% "
+        "confidence interval, **bold** where it leaves out zero. The learning rate of each method was chosen on the "
+        "validation split. Forgetting is the change of the loss on texts that have nothing to do with the task.\n",
+    ]
+    for name in suite_names():
+        suite = load_suite(name)
+        rows = read_rows(suite)
+        if not rows:
+            continue
+        figures = build_figures(suite, rows)
+        files += [to_png(figure, FIGURES) for figure in figures]
+        parts.append(_section(suite, rows, figures))
+    results.RESULTS.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    return files
+
+
+def read_rows(suite: Suite) -> list[Row]:
+    """The methods of a suite that have results, in its order."""
+    rows = []
+    for name in suite.methods:
+        method = load_method(name)
+        runs = results.measured(suite, method)
+        if runs:
+            rows.append(Row(method, results.chosen_learning_rate(suite, method), runs))
+    return rows
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
+    base = results.read(f"{suite.name}/base/measure_lr0_seed0")
+    text = [f"## {suite.title}\n"]
+    if base is not None:
+        texts = ", ".join(f"loss on {name} {value:.3f}" for name, value in base["texts"].items())
+        text.append(
+            f"Before training: test loss {base['losses']['test']:.3f}, accuracy {base['accuracy']:.1%} "
+            f"({base['questions']} questions), {texts}.\n"
+        )
+    text += [_quality_table(rows, base), _cost_table(suite, rows), _choice_table(suite, rows)]
+    text += [f"![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n" for figure in figures]
+    return "\n".join(text)
+
+
+def _quality_table(rows: list[Row], base: dict | None) -> str:
+    baseline = next((row for row in rows if row.method.name == BASELINE), None)
+    names = list(base["texts"]) if base is not None else []
+    head = ["method", "lr", "seeds", "test loss", "minus SFT", "accuracy, %", "minus SFT"]
+    head += [f"forgetting, {name}" for name in names] + ["weights changed, %"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        loss, accuracy = row.values(_test_loss), row.values(_accuracy)
+        cells = [row.method.title, f"{row.learning_rate:g}", _seeds(row)]
+        if not loss:
+            lines.append(cells + ["diverged"] + [""] * (len(head) - 4))
+            continue
+        cells += [_mean(loss, 4), _difference(loss, baseline, row, _test_loss, 4)]
+        cells += [_mean(accuracy, 1), _difference(accuracy, baseline, row, _accuracy, 1)]
+        cells += [_mean(row.values(forgetting(base, name)), 3) for name in names]
+        cells += [_mean(row.values(_changed), 1)]
+        lines.append(cells)
+    return _table(lines)
+
+
+def _cost_table(suite: Suite, rows: list[Row]) -> str:
+    head = ["method", "s / step", "of it the mask, s", "training, CPU s", "peak memory, GiB", "run again with"]
+    lines = [head, ["---", "---:", "---:", "---:", "---:", "---"]]
+    for row in rows:
+        command = f"`python -m benchmarks.quality run {suite.name} {row.method.name} --again`"
+        lines.append(
+            [
+                row.method.title,
+                _mean(row.values(lambda run: run["seconds_per_step"]), 3),
+                _mean(row.values(lambda run: run["mask_seconds"]), 4),
+                _mean(row.values(lambda run: run["train_cpu_seconds"]), 1),
+                _mean(row.values(lambda run: run["peak_memory_gib"]), 2),
+                command,
+            ]
+        )
+    return _table(lines)
+
+
+def _choice_table(suite: Suite, rows: list[Row]) -> str:
+    rates = [float(rate) for rate in suite.choose["learning_rates"]]
+    choosers = [row for row in rows if row.method.learning_rate_of == row.method.name]
+    if len(rates) == 1 or not choosers:
+        return f"All at learning rate {rates[0]:g}, which was not chosen on a validation split.\n"
+    count = len(suite.choose["seeds"])
+    lines = [["validation loss that chose the rate", *(f"{rate:g}" for rate in rates)], ["---"] + ["---:"] * len(rates)]
+    for row in choosers:
+        losses = results.choosing_losses(suite, row.method)
+        cells = []
+        for rate in rates:
+            mean = sum(losses[rate]) / len(losses[rate])
+            cell = f"{mean:.4f}" if math.isfinite(mean) else "diverged"
+            cells.append(f"**{cell}**" if rate == row.learning_rate else cell)
+        lines.append([row.method.title, *cells])
+    note = f"With {count} seed{'s' if count > 1 else ''} that no measured run has.\n"
+    return _table(lines) + "\n" + note
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _seeds(row: Row) -> str:
+    return f"{len(row.runs)}" + (f" ({row.failed} diverged)" if row.failed else "")
+
+
+def _mean(values: dict[int, float], digits: int) -> str:
+    if not values:
+        return ""
+    found = estimate(list(values.values()))
+    spread = f" ± {found.sd:.{digits}f}" if found.sd is not None else ""
+    return f"{found.mean:.{digits}f}{spread}"
+
+
+def _difference(values, baseline: Row | None, row: Row, get, digits: int) -> str:
+    if baseline is None or row is baseline:
+        return ""
+    found = paired_difference(values, baseline.values(get))
+    return "" if found is None else _interval(found, digits)
+
+
+def _interval(found: Estimate, digits: int) -> str:
+    if found.half_width is None:
+        return f"{found.mean:+.{digits}f} (one seed)"
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    text = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"**{text}**" if found.differs_from_zero else text
+
+
+# ---------------------------------------------------------------------- numbers of a run
+
+
+def _test_loss(run: dict) -> float:
+    return run["losses"]["test"]
+
+
+def _accuracy(run: dict) -> float:
+    return 100 * run["accuracy"]
+
+
+def _changed(run: dict) -> float:
+    return 100 * run["change"]["fraction_changed"]
+
+
+def forgetting(base: dict, name: str) -> Callable[[dict], float]:
+    """Function of a run: how much its loss on the text of that name rose."""
+    return lambda run: run["texts"][name] - base["texts"][name]
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def build_figures(suite: Suite, rows: list[Row]) -> list[Figure]:
+    """Learning curves; accuracy against density; forgetting against accuracy."""
+    figures = [_learning_curves(suite, rows), _by_density(suite, rows), _forgetting_figure(suite, rows)]
+    return [figure for figure in figures if figure is not None]
+
+
+def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
+    curves, sentences = [], []
+    for index, row in enumerate(rows):
+        series = [run["validation_loss"] for run in row.runs.values() if not run["failed"] and run["validation_loss"]]
+        if row.method.name not in _CURVES or not series:
+            continue
+        steps = [step for step, _ in series[0]]
+        columns = [[dict(map(tuple, one)).get(step, math.nan) for one in series] for step in steps]
+        means = [sum(column) / len(column) for column in columns]
+        band = ([min(column) for column in columns], [max(column) for column in columns])
+        curves.append(Curve(row.method.title, steps, means, index, band=band))
+        sentences.append(f"{row.method.title} ends at {means[-1]:.4g}")
+    if not curves:
+        return None
+    return Figure(
+        key=f"{suite.name}_curves",
+        title="Held-out loss over training",
+        note="Validation loss; line: mean over seeds, band: their range. torchtune's LoRA recipe validates nothing.",
+        alt=f"Curves of the validation loss: {'; '.join(sentences)}.",
+        draw=lambda canvas: draw_curves(canvas, curves, log=True),
+        height=230 + legend_height(len(curves)),
+    )
+
+
+def _by_density(suite: Suite, rows: list[Row]) -> Figure | None:
+    points = [row for row in rows if row.method.density is not None and row.values(_accuracy)]
+    line = sorted(
+        (row for row in points if row.method.name.startswith("gmt_") or row.method.name == BASELINE),
+        key=lambda row: row.method.density,
+    )
+    others = [row for row in points if row not in line]
+    if len(line) < 3:
+        return None
+
+    def draw(canvas) -> None:
+        axes = canvas.add_subplot()
+        x = [row.method.density for row in line]
+        _error_bars(
+            axes, x, [estimate(list(row.values(_accuracy).values())) for row in line], 0, "GMT; 1.0 is SFT", "-"
+        )
+        for index, row in enumerate(others, start=1):
+            found = estimate(list(row.values(_accuracy).values()))
+            _error_bars(axes, [row.method.density], [found], index, row.method.title, "none")
+        axes.set_xlabel("density")
+        axes.set_ylabel("accuracy on the test split, %")
+        canvas.legend(loc="outside lower left", handlelength=2.2)
+
+    sentences = [f"{row.method.density:g}: {estimate(list(row.values(_accuracy).values())).mean:.1f}%" for row in line]
+    return Figure(
+        key=f"{suite.name}_density",
+        title="Accuracy against density",
+        note="Exact match on the test split; bars: 95% interval of the mean over seeds.",
+        alt=f"Accuracy at density {', '.join(sentences)}.",
+        draw=draw,
+        height=240 + legend_height(1 + len(others)),
+    )
+
+
+def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
+    base = results.read(f"{suite.name}/base/measure_lr0_seed0")
+    shown = [row for row in rows if row.values(_accuracy) and row.method.learning_rate_of == row.method.name]
+    if base is None or len(shown) < 2:
+        return None
+    name = next(iter(base["texts"]))
+
+    def draw(canvas) -> None:
+        axes = canvas.add_subplot()
+        for index, row in enumerate(shown):
+            x = estimate(list(row.values(_accuracy).values()))
+            y = estimate(list(row.values(forgetting(base, name)).values()))
+            axes.errorbar(
+                [x.mean],
+                [y.mean],
+                xerr=[x.half_width or 0],
+                yerr=[y.half_width or 0],
+                fmt=_MARKERS[index // 8 % len(_MARKERS)],
+                color=series_color(index),
+                label=row.method.title,
+                capsize=2,
+            )
+        axes.set_xlabel("accuracy on the test split, %")
+        axes.set_ylabel(f"rise of the loss on {name}")
+        canvas.legend(loc="outside lower left", handlelength=1.5)
+
+    sentences = []
+    for row in shown:
+        x, y = row.values(_accuracy), row.values(forgetting(base, name))
+        sentences.append(f"{row.method.title} {_mean(x, 1)}% and {_mean(y, 3)}")
+    return Figure(
+        key=f"{suite.name}_forgetting",
+        title="Forgetting against accuracy",
+        note=f"Low and to the right is better. Bars: 95% interval of the mean over seeds. Text: {name}.",
+        alt=f"Accuracy and rise of the loss: {'; '.join(sentences)}.",
+        draw=draw,
+        height=240 + legend_height(len(shown)),
+    )
+
+
+_MARKERS = ("o", "s", "^")
+
+
+def _error_bars(axes, x: list[float], found: list[Estimate], index: int, label: str, line: str) -> None:
+    axes.errorbar(
+        x,
+        [one.mean for one in found],
+        yerr=[one.half_width or 0 for one in found],
+        fmt="o",
+        linestyle=line,
+        color=series_color(index),
+        label=label,
+        capsize=2,
+    )
