@@ -55,6 +55,17 @@ ALPACA = """  _component_: torchtune.datasets.alpaca_dataset
 """
 
 
+REFERENCE = """# The model before training, which answers are compared with: never one that is being trained
+ref_checkpointer:
+"""
+CE_LOSS = """  _component_: torchtune.modules.loss.CEWithChunkedOutputLoss
+"""
+DPO_LOSS = """  _component_: torchtune.rlhf.loss.DPOLoss  # Or torchtune.rlhf.loss.RSOLoss, with gamma in place of beta
+  beta: 0.1  # Small values let the model move further from the reference
+  label_smoothing: 0.0  # Share of pairs that are taken to be the wrong way round
+"""
+
+
 @dataclass(frozen=True)
 class Config:
     """What sets one config apart. Defaults are those of one device without special measures."""
@@ -79,6 +90,8 @@ class Config:
     dataset: str = ALPACA
     prompt: str = ""  # lines below the tokenizer's
     notes: str = ""  # a further paragraph at the top
+    preferences: bool = False  # DPO: two models, and a data set of pairs
+    held_out: str = ""  # the section dataset_val; none if empty
 
 
 def render(name: str, c: Config, memory: str) -> str:
@@ -89,7 +102,7 @@ def render(name: str, c: Config, memory: str) -> str:
     launch = f"--nproc_per_node {c.devices} " if c.devices > 1 else ""
     if c.nodes > 1:
         launch = f"--nnodes {c.nodes} {launch}--rdzv_id 1 --rdzv_backend c10d --rdzv_endpoint <FIRST_NODE>:29500 "
-    run = f"tune run {launch}gmt_full_finetune --config {name}"
+    run = f"tune run {launch}{'gmt_full_dpo' if c.preferences else 'gmt_full_finetune'} --config {name}"
     head = [f"Gradient-mask tuning of {m.title} {c.purpose}.", "", memory]
     head += ["", *textwrap.wrap(c.notes, 112)] if c.notes else []
     head += ["", "This config assumes that you have downloaded the model first:", f"  {m.download}"]
@@ -98,7 +111,10 @@ def render(name: str, c: Config, memory: str) -> str:
     if several and c.nodes == 1:
         head += ["or on another number of cards, even one if it holds it, with another --nproc_per_node."]
     head += ["", "Any key can be overridden at the end of that line, for example:"]
-    head += ["  tune run ... checkpointer.checkpoint_dir=<YOUR_CHECKPOINT_DIR> gradient_mask.density=0.1"]
+    models = "checkpointer.checkpoint_dir=<YOUR_CHECKPOINT_DIR>"
+    if c.preferences:
+        models += f" ref_{models}"
+    head += [f"  tune run ... {models} gradient_mask.density=0.1"]
     header = "".join(f"# {line}".rstrip() + "\n" for line in head)
 
     pattern, count = m.files
@@ -108,6 +124,16 @@ def render(name: str, c: Config, memory: str) -> str:
         names = [pattern.format(f"{i:05d}", f"{count:05d}") for i in range(1, count + 1)]
         files = " [\n" + ",\n".join(f"    {file}" for file in names) + "\n  ]"
     optimizer = OPTIMIZERS[c.optimizer].format(lr=c.lr or m.lr, decay=c.decay)
+    checkpointer = f"""  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: {m.folder}
+  checkpoint_files:{files}
+  recipe_checkpoint: null
+  output_dir: ${{output_dir}}
+  model_type: {m.model_type}
+"""
+    samples, reference, loss = "Samples", "", CE_LOSS
+    if c.preferences:
+        samples, reference, loss = "Pairs", REFERENCE + checkpointer, DPO_LOSS
     accumulation = "Micro-batches in one step; the mask sees their whole gradient"
     if c.in_backward:
         accumulation = "Must stay 1 with optimizer_in_bwd: True"
@@ -126,22 +152,13 @@ tokenizer:
 {c.prompt}
 # Dataset
 dataset:
-{c.dataset}  packed: False  # True fills each sequence up to max_seq_len with several samples: faster
-dataset_val: null  # A section like dataset: data whose loss is reported, and never trained on
-run_val_every_n_steps: null  # Optimizer steps between two validations. Needs dataset_val
-batch_size_val: null  # null: as batch_size
+{c.dataset}{_held_out(c)}batch_size_val: null  # null: as batch_size
 seed: null  # A number makes the order of the data, and what is random, the same each time
 shuffle: True
 
 # Checkpoints
 checkpointer:
-  _component_: torchtune.training.FullModelHFCheckpointer
-  checkpoint_dir: {m.folder}
-  checkpoint_files:{files}
-  recipe_checkpoint: null
-  output_dir: ${{output_dir}}
-  model_type: {m.model_type}
-resume_from_checkpoint: False  # True goes on from the newest checkpoint in output_dir
+{checkpointer}{reference}resume_from_checkpoint: False  # True goes on from the newest checkpoint in output_dir
 save_every_n_steps: null  # Optimizer steps between two checkpoints, besides the one at the end of each epoch
 keep_last_n_checkpoints: null  # Delete older ones. null keeps all
 enable_async_checkpointing: False  # True writes them while training goes on, from a copy in the host's memory
@@ -149,7 +166,7 @@ enable_async_checkpointing: False  # True writes them while training goes on, fr
 # Training
 epochs: {c.epochs}
 max_steps_per_epoch: null  # A number ends each epoch early
-batch_size: {c.batch_size}  # Samples in one forward pass of one device. Activations grow with it
+batch_size: {c.batch_size}  # {samples} in one forward pass of one device. Activations grow with it
 gradient_accumulation_steps: {c.accumulation}  # {accumulation}
 
 optimizer:
@@ -170,8 +187,7 @@ gradient_mask:
   frozen: []  # Name patterns of the parameters that are not updated at all: no gradient, no optimizer state
 
 loss:
-  _component_: torchtune.modules.loss.CEWithChunkedOutputLoss
-clip_grad_norm: null  # A number scales longer gradients down to this norm, before the mask
+{loss}clip_grad_norm: null  # A number scales longer gradients down to this norm, before the mask
 on_nonfinite: error  # A loss or gradient that is not finite ends the run. skip: leave such steps out
 compile: False  # torch.compile the model + loss, True increases speed and reduces memory, after minutes of compilation
 
@@ -210,6 +226,20 @@ profiler:
   active_steps: 2  # Steps that are recorded
   num_cycles: 1
 """
+
+
+def _held_out(c: Config) -> str:
+    packed = "  packed: False  # True fills each sequence up to max_seq_len with several samples: faster\n"
+    every = "Optimizer steps between two validations. Needs dataset_val"
+    if not c.held_out:
+        section = "dataset_val: null  # A section like dataset: data whose loss is reported, and never trained on\n"
+        section += f"run_val_every_n_steps: null  # {every}\n"
+    else:
+        section = (
+            f"dataset_val:  # Data whose loss and accuracy are reported, and never trained on. null: none\n{c.held_out}"
+        )
+        section += f"run_val_every_n_steps: 200  # {every}\n"
+    return section if c.preferences else packed + section
 
 
 def _parallelism(c: Config) -> str:
