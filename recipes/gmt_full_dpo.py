@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config, rlhf, training
 
-from gmt_tune.integrations.torchtune.entry import run_recipe
+from gmt_tune.integrations.torchtune.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.preference import (
     OWN_KEYS,
@@ -144,7 +144,7 @@ class GMTFullDPORecipe(MaskedRecipe):
                     self._stop_memory_history(idx)
                     self._profiler.step()
 
-                if (idx + 1) // self._gradient_accumulation_steps == self.max_steps_per_epoch:
+                if self._steps_of(idx + 1) == self.max_steps_per_epoch:
                     break
 
             progress.close()
@@ -213,7 +213,7 @@ def dpo(cfg: DictConfig) -> None:
     recipe.cleanup()
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> int:
     """
     Entry point for the recipe.

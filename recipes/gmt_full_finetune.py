@@ -7,7 +7,8 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
 
-from gmt_tune.integrations.torchtune.entry import run_recipe
+from gmt_tune.integrations.torchtune.chunks import fill_chunks
+from gmt_tune.integrations.torchtune.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.validation import Validation
 
@@ -108,7 +109,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                     self._stop_memory_history(idx)
                     self._profiler.step()
 
-                if (idx + 1) // self._gradient_accumulation_steps == self.max_steps_per_epoch:
+                if self._steps_of(idx + 1) == self.max_steps_per_epoch:
                     break
 
             progress.close()
@@ -119,6 +120,8 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 
     def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of one micro-batch, ``tokens`` and ``labels`` of shape [batch, sequence]."""
+        chunks = getattr(self._loss_fn, "num_output_chunks", 0)
+        batch = fill_chunks(batch, self._model, chunks, self._tokenizer.pad_id, self._loss_fn.ignore_index)
         labels_BS = batch.pop("labels")
         with self.activations_handling_ctx:
             logits = self._model(**batch)
@@ -152,7 +155,7 @@ def finetune(cfg: DictConfig) -> None:
     recipe.cleanup()
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> int:
     """
     Entry point for the recipe.

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import yaml
+from forked_run import ForkedRun
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.entry import check_config
+from gmt_tune.integrations.torchtune.config_check import check_config
 
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 REMOVED = object()
 
 
@@ -54,12 +56,30 @@ WRONG = [
     ("dtype", "fp16", r"dtype must be one of bf16, fp32, got 'fp16'"),
     ("dtype", "float32", r"dtype must be one of bf16, fp32, got 'float32'"),
     ("device", "gpu", r"device must be cuda, cpu, xpu or npu, got 'gpu'"),
-    ("seed", "abc", r"seed must be a whole number from 0 on, or null for a random one, got 'abc'"),
+    ("seed", "abc", r"seed must be a whole number from 0 to 4294967295, or null .*, got 'abc'"),
+    ("seed", 2**64, r"seed must be a whole number from 0 to 4294967295, .* got 18446744073709551616"),
+    ("device", "mps", r"device must be cuda, cpu, xpu or npu, got 'mps'"),
+    ("enable_async_checkpointing", "maybe", r"enable_async_checkpointing must be True or False, got 'maybe'"),
+    ("ac_mode", "some", r"ac_mode must be one of full, selective, or null, got 'some'"),
+    ("cudnn_deterministic_mode", "on", r"cudnn_deterministic_mode must be one of default, .* or null, got 'on'"),
     ("clip_grad_norm", -1.0, r"clip_grad_norm must be a positive number, .* got -1\.0"),
     ("on_nonfinite", "ignore", r"on_nonfinite must be one of error, skip, got 'ignore'"),
     ("optimizer.lr", "1e-x", r"optimizer\.lr must be a number from 0 on, such as 2e-5, got '1e-x'"),
     ("optimizer", "torch.optim.AdamW", r"optimizer must be a section with _component_"),
+    # values that a component refuses
+    ("optimizer.betas", [0.9], r"optimizer \(torch\.optim\.AdamW, .*betas: \[0\.9\]\) cannot be made: "),
+    ("optimizer.weight_decay", "abc", r"optimizer \(.*weight_decay: abc\) cannot be made: "),
+    ("lr_scheduler.num_warmup_steps", "two", r"lr_scheduler \(.*num_warmup_steps: two\) cannot be made: "),
+    ("optimizer._component_", "torch.optim.LBFGS", r"optimizer \(torch\.optim\.LBFGS\) needs a closure"),
+    ("model.num_heads", "four", r"model \(torchtune\.models\.llama3_2\.llama3_2\) cannot be built: "),
     # components that do not exist
+    ("gradient_mask._component_", "gmt_tune.GradMask", r"gradient_mask\._component_ 'gmt_tune\.GradMask' cannot be"),
+    ("collate_fn", "torchtune.data.nope", r"collate_fn 'torchtune\.data\.nope' cannot be imported"),
+    (
+        "metric_logger",
+        {"_component_": "torchtune.training.metric_logging.WandBLogger", "project": "p"},
+        r"metric_logger\._component_ WandBLogger needs the package wandb: pip install wandb",
+    ),
     (
         "optimizer._component_",
         "torch.optim.AdamWW",
@@ -70,7 +90,14 @@ WRONG = [
     ("enable_activation_offloading", True, r"enable_activation_offloading: True needs device: cuda"),
     ("run_val_every_n_steps", 5, r"run_val_every_n_steps is set, but dataset_val is not"),
     ("collate_fn", "torchtune.data.left_pad_sequence", r"collate_fn must not be left_pad_sequence"),
+    ("fsdp_cpu_offload", True, r"fsdp_cpu_offload: True needs a device to offload from"),
+    ("tensor_parallel_dim", 2, r"tensor_parallel_dim: 2 needs tensor_parallel_plan"),
+    ("tokenizer.max_seq_len", 1000, r"tokenizer\.max_seq_len is 1000, but the model takes at most 256 tokens"),
     # files
+    ("checkpointer.output_dir", "/proc/no", r"checkpointer\.output_dir /proc/no cannot be written"),
+    ("metric_logger.log_dir", "/proc/no", r"metric_logger\.log_dir /proc/no cannot be written"),
+    ("checkpointer.checkpoint_files", "model.safetensors", r"checkpoint_files must be a list of file names, got 'mo"),
+    ("checkpointer.checkpoint_files", ["config.json"], r"names config\.json, which is no file of weights"),
     ("output_dir", False, r"output_dir must be the path of a folder, got False"),
     ("checkpointer.checkpoint_dir", None, r"checkpointer\.checkpoint_dir must be the path of a folder, got None"),
     (
@@ -85,6 +112,8 @@ WRONG = [
     ("checkpointer.model_type", "GEMMA", r"model_type is GEMMA, but .* holds a llama model"),
     ("model.embed_dim", 128, r"has hidden_size 64, but model .* builds 128"),
     ("model.num_layers", 3, r"has num_hidden_layers 2, but model .* builds 3"),
+    ("model.num_kv_heads", 4, r"has num_key_value_heads 2, but model .* builds 4"),
+    ("model.intermediate_dim", 64, r"has intermediate_size 128, but model .* builds 64"),
     ("model.vocab_size", 999, r"has vocab_size \d+, but model .* builds 999"),
     # the mask, whose name patterns are matched with the model's names before it is loaded
     (
@@ -107,7 +136,8 @@ WRONG = [
 
 @pytest.mark.parametrize("path, value, message", WRONG, ids=[f"{path}={value}"[:60] for path, value, _ in WRONG])
 def test_a_wrong_config_is_named_with_what_is_right(path, value, message, tmp_path, tiny_config):
-    config = changed(json.loads(json.dumps(tiny_config(tmp_path / "out"))), path, value)
+    config = json.loads(json.dumps(tiny_config(tmp_path / "out", gradient_mask=MASK)))
+    config = changed(config, path, value)
     with pytest.raises(UserError, match=message) as caught:
         check_config(OmegaConf.create(config))
     assert "\n" not in str(caught.value)
@@ -118,6 +148,7 @@ def test_a_wrong_config_is_named_with_what_is_right(path, value, message, tmp_pa
     [
         (dict(gradient_accumulation_steps=2, optimizer_in_bwd=True), "needs gradient_accumulation_steps: 1, got 2"),
         (dict(clip_grad_norm=1.0, optimizer_in_bwd=True), "needs clip_grad_norm: null, got 1.0"),
+        (dict(on_nonfinite="skip", optimizer_in_bwd=True), "needs on_nonfinite: error"),
     ],
 )
 def test_wrong_combinations_are_named(changes, message, tmp_path, tiny_config):
@@ -166,18 +197,56 @@ def test_wrong_data_is_named_before_the_model_is_loaded(change, message, tmp_pat
     assert "Instantiating model" not in caplog.text
 
 
-def test_tune_shows_one_sentence_and_the_traceback_only_on_request(run_tune, tmp_path, tiny_config):
-    config = tiny_config(tmp_path / "out", gradient_mask={"_component_": "gmt_tune.GradientMask", "density": 20})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+# As a user types them at the end of the command line: (overrides, what the one line says, processes)
+TYPED = [
+    (["gradient_mask.density=20"], "density must be a number above 0 and at most 1 (0.2 keeps a fifth", 1),
+    (["gradient_mask.density='0,2'"], "got '0,2'", 1),
+    (["gradient_mask.densty=0.2"], "did you mean gradient_mask.density?", 1),
+    (["gradient_mask=0.2"], "gradient_mask._component_ must be a dotted path, got 0.2", 1),
+    (["optimizer.lr=abc"], "optimizer.lr must be a number from 0 on, such as 2e-5, got 'abc'", 2),
+    (["batch_size=0"], "batch_size must be a whole number from 1 on, got 0", 1),
+    (["nonsense"], "the config or the command line cannot be read", 1),
+    (["~no_such_key"], "no_such_key", 1),
+    (["device=cuda"], "device is cuda, but torch", 1),
+    (["tokenizer.path={root}/train.jsonl"], "is not a Hugging Face tokenizer.json", 1),
+    (["tokenizer.max_seq_len=0"], "max_seq_len is 0, but must be a positive number", 1),
+    (["dataset.split=held_out"], "dataset cannot be loaded: Unknown split", 1),
+    (["dataset.data_files=[/no/such.jsonl]"], "dataset cannot be loaded: Unable to find '/no/such.jsonl'", 1),
+    (["dataset.column_map.input=prompt"], "its rows have no column 'prompt'", 1),
+    (["batch_size=1000"], "dataset has 64 rows, but one optimizer step takes 2000", 2),
+    (["evaluation._component_=gmt_tune.data.ExactMatch", "evaluation.split=x"], "split is 'x', but must be", 1),
+    (["checkpointer.output_dir={out}/of_rank_${{oc.env:RANK}}"], "is not the same folder for all processes: rank 1", 2),
+    # what nothing foresees: the last line of the traceback, and where the rest is
+    (["loss._component_=torch.nn.MSELoss"], "(its traceback is in {out}/error_of_rank0.txt)", 1),
+    (["profiler.enabled=True", "profiler.no_such=1"], "unexpected keyword argument 'no_such'", 1),
+]
+
+
+@pytest.mark.parametrize("overrides, said, processes", TYPED, ids=[" ".join(o) for o, _, _ in TYPED])
+def test_a_run_with_a_wrong_config_says_one_line_and_shows_no_traceback(
+    overrides, said, processes, tmp_path, tiny_world, tiny_config
+):
+    places = {"root": tiny_world, "out": tmp_path / "out"}
+    config = tiny_config(tmp_path / "out", gradient_mask=MASK, max_steps_per_epoch=1)
+    config["profiler"] = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    run = ForkedRun(file, *[override.format(**places) for override in overrides], processes=processes)
+    assert run.wait(120) == [1] * processes
+    shown = run.log.read_text()
+    errors = [line for line in shown.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" not in shown
+    assert len(errors) == 1 and said.format(**places) in errors[0], shown
+
+
+def test_tune_shows_one_line_and_the_traceback_on_request(run_tune, tmp_path, tiny_config):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path / "out", gradient_mask={**MASK, "density": 20})))
+    debug = ForkedRun(file, environment={"GMT_TUNE_DEBUG": "1"})
     shown = run_tune("run", "gmt_full_finetune", "--config", "config.yaml", cwd=tmp_path, check=False)
     assert shown.returncode == 1 and "Traceback" not in shown.stderr
-    errors = [line for line in shown.stderr.splitlines() if line.startswith("Error: ")]
-    assert "Instantiating model" not in shown.stderr
-    assert errors == [
+    assert [line for line in shown.stderr.splitlines() if line.startswith("Error: ")] == [
         "Error: gradient_mask: density must be a number above 0 and at most 1 (0.2 keeps a fifth of the gradient's "
         "entries), got 20; for 20 percent write 0.2"
     ]
-    debug = run_tune(
-        "run", "gmt_full_finetune", "--config", "config.yaml", cwd=tmp_path, check=False, GMT_TUNE_DEBUG="1"
-    )
-    assert debug.returncode == 1 and "Traceback" in debug.stderr
+    assert debug.wait(60) == [1] and "Traceback" in debug.log.read_text()

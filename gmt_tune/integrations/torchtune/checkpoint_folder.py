@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,25 +55,32 @@ class Checkpoint:
         return None
 
 
-def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """Every folder with a final name and a readable manifest, the newest (by step) first."""
+def list_checkpoints(output_dir: Path, report: Callable[[str], None] = lambda sentence: None) -> list[Checkpoint]:
+    """Every folder with a final name and a readable manifest, the newest (by step) first.
+
+    Args:
+        output_dir: the run's folder.
+        report: called with one sentence for each folder with a final name whose manifest cannot be read.
+    """
     found = []
-    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+    for folder in sorted(output_dir.iterdir()) if output_dir.is_dir() else ():
         if _FINAL_NAME.fullmatch(folder.name):
             manifest = _read_manifest(folder)
             if manifest is not None:
                 found.append(Checkpoint(folder, manifest["progress"], manifest["files"]))
+            else:
+                report(f"{folder} is passed over: its {MANIFEST} is missing or damaged")
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def newest_whole(output_dir: Path, report) -> Checkpoint | None:
+def newest_whole(output_dir: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are all as they were written.
 
     Args:
         output_dir: the run's folder.
         report: called with one sentence for each damaged checkpoint that is passed over.
     """
-    for checkpoint in list_checkpoints(output_dir):
+    for checkpoint in list_checkpoints(output_dir, report):
         damage = checkpoint.damage()
         if damage is None:
             return checkpoint
@@ -108,12 +115,13 @@ def complete(folder: Path, name: str, progress: dict) -> Path:
         files[file.relative_to(folder).as_posix()] = [file.stat().st_size, _crc32(file)]
         _fsync(file)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"progress": progress, "files": files}, indent=1))
+    content = json.loads(json.dumps({"progress": progress, "files": files}))  # as it will be read
+    manifest.write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1))
     _fsync(manifest)
     for directory in [d for d, _, _ in os.walk(folder)]:
         _fsync(Path(directory))
     final = folder.parent / name
-    if final.exists():
+    if final.exists():  # a damaged one, behind which the run went on from an earlier one
         discard(final)
     folder.rename(final)
     _fsync(final.parent)
@@ -173,30 +181,55 @@ def mark_best(output_dir: Path, name: str, val_loss: float) -> None:
 
 
 def best(output_dir: Path) -> tuple[str | None, float]:
-    """Name and validation loss of the best checkpoint; (None, infinity) where none is marked."""
+    """Name and validation loss of the best checkpoint; (None, infinity) where none is marked or it is gone."""
     try:
         marked = json.loads((output_dir / MARK_OF_BEST).read_text())
-        return marked["folder"], marked["val_loss"]
-    except (OSError, ValueError, KeyError):
-        return None, float("inf")
+        if (output_dir / marked["folder"]).is_dir():
+            return marked["folder"], marked["val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None, float("inf")
 
 
-def check_space(output_dir: Path, needed: int, key: str = "output_dir") -> None:
+def space_needed(weights: int, state: int, saves: int, keep_last_n: int | None, there: int = 0) -> int:
+    """Bytes that the checkpoints to come add to the disk at the least, while there are most of them.
+
+    Args:
+        weights: bytes of one checkpoint's model.
+        state: bytes that a checkpoint which is not the last one holds besides.
+        saves: how many such checkpoints will be written before the last one.
+        keep_last_n: as ``keep_last_n_checkpoints``; a new checkpoint is whole before the oldest is discarded.
+        there: bytes of the checkpoints that there are already; they count against it where they will be discarded.
+    """
+    if keep_last_n is None:
+        return saves * (weights + state) + weights
+    whole = weights + state
+    in_between = min(saves, keep_last_n + 1) * whole
+    at_the_end = min(saves, keep_last_n) * whole + weights
+    return max(in_between, at_the_end) - there
+
+
+def check_space(output_dir: Path, needed: int) -> None:
     """Raise UserError if the disk of a folder has fewer than ``needed`` bytes left."""
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
-            f"{key} {output_dir} has {free / 2**30:.2f} GiB free, but the checkpoints need about "
-            f"{needed / 2**30:.2f} GiB: free space, choose another {key}, or lower keep_last_n_checkpoints"
+            f"output_dir {output_dir} has {free / 2**30:.2f} GiB free, but the checkpoints need about "
+            f"{needed / 2**30:.2f} GiB: free space, choose another output_dir, or lower keep_last_n_checkpoints"
         )
 
 
 def _read_manifest(folder: Path) -> dict | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest if isinstance(manifest["progress"]["global_step"], int) and manifest["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        checksum = manifest.pop("checksum")
+        return manifest if checksum == _checksum(manifest) else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _files(folder: Path) -> Iterator[Path]:

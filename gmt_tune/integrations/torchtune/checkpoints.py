@@ -7,9 +7,11 @@ stays absent is told in ``checkpoint_folder``; what the training state holds, in
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -34,6 +36,9 @@ _MAY_DIFFER = (
     "tensor_parallel_dim", "tensor_parallel_plan", "on_nonfinite", "cudnn_deterministic_mode",
 )  # fmt: skip
 
+
+# Network file systems may show a new folder to other nodes a little later.
+SECONDS_UNTIL_SHARED = 5.0
 
 # Names, before the rank, of the empty files by which a rank tells rank 0 how far it is with its part.
 _WRITING, _FAILED = ".writing-by-rank", ".failed-by-rank"
@@ -72,15 +77,21 @@ class RunCheckpoints:
         self._is_async = bool(cfg.get("enable_async_checkpointing", False))
         self._pending: tuple[_Writer, Path, str] | None = None
 
-    def find(self) -> DictConfig:
+    def find(self, dataset_rows: int, rows_of_a_step: int) -> DictConfig:
         """Look for the checkpoint to go on from, on rank 0 for all.
+
+        Args:
+            dataset_rows: length of the training set.
+            rows_of_a_step: that all ranks together see in one optimizer step.
 
         Returns:
             The checkpointer's config: as given, or reading its weights from the newest whole checkpoint.
 
         Raises:
-            UserError: if the config contradicts that checkpoint.
+            UserError: if the config or the data contradict that checkpoint, or the ranks do not share a folder.
         """
+        self._dataset_rows, self._rows_of_a_step = dataset_rows, rows_of_a_step
+        self._check_shared()
         found = [None, None]
         if self._rank == 0:
             found = self._try(self._find_on_rank_zero)
@@ -95,8 +106,29 @@ class RunCheckpoints:
             checkpointer.recipe_checkpoint = None
         return checkpointer
 
+    def _check_shared(self) -> None:
+        """Raise on all ranks if one of them does not see the folder that rank 0 writes to."""
+        name = [uuid.uuid4().hex, None]
+        if self._rank == 0:
+            folder = folders.incomplete_path(self.output_dir, name[0])
+            name[1] = self._try(lambda: folders.make_incomplete(folder))[1]
+        dist.broadcast_object_list(name, src=0)
+        self._raise_together(name[1])
+        probe = folders.incomplete_path(self.output_dir, name[0])
+        deadline = time.monotonic() + SECONDS_UNTIL_SHARED
+        while not probe.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen = [None] * self._world_size
+        dist.all_gather_object(seen, probe.is_dir())
+        if self._rank == 0:
+            probe.rmdir()
+        if not all(seen):
+            raise UserError(
+                f"output_dir {self.output_dir} is not the same folder for all processes: rank {seen.index(False)} "
+                "does not see what rank 0 writes; choose an output_dir on a file system that all nodes share"
+            )
+
     def _find_on_rank_zero(self) -> folders.Checkpoint | None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         folders.remove_incomplete(self.output_dir)
         if not self._cfg.resume_from_checkpoint:
             aside = folders.move_aside(self.output_dir)
@@ -107,7 +139,13 @@ class RunCheckpoints:
         if checkpoint is None:
             log.info(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
             return None
-        differing = _differences(checkpoint.progress["config"], OmegaConf.to_container(self._cfg, resolve=True))
+        progress = checkpoint.progress
+        differing = _differences(progress["config"], json.loads(json.dumps(self._progress_config())))
+        if progress["world_size"] != self._world_size and progress["rows_of_a_step"] == self._rows_of_a_step:
+            # What makes the same steps on another number of ranks
+            differing = [d for d in differing if not d.startswith(("batch_size ", "gradient_accumulation_steps "))]
+        if progress["dataset_rows"] != self._dataset_rows:
+            differing.append(f"dataset has {self._dataset_rows} rows, had {progress['dataset_rows']}")
         if differing:
             raise UserError(
                 f"the config differs from the run that saved {checkpoint.path}: {'; '.join(differing)}. Set it as "
@@ -119,20 +157,18 @@ class RunCheckpoints:
     def check_space(self, model, optimizers: list, epochs: int, steps_per_epoch: int) -> None:
         """Raise on all ranks if the checkpoints to come would not fit on the disk, by an estimate.
 
-        Counts what is there already as free room where it will be replaced or pruned, and leaves nothing to spare:
-        it refuses only what cannot end well.
+        It leaves nothing to spare: it refuses only what cannot end well.
         """
+        steps = range(self.resumed.step + 1 if self.resumed else 1, epochs * steps_per_epoch)
+        saves = sum(self.is_due(step) or step % steps_per_epoch == 0 for step in steps)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        entries = sum(p.numel() for p in model.parameters())
-        state = _state_bytes_per_entry(optimizers[0], next(model.parameters())) * entries
-        saves = epochs - 1 + (epochs * steps_per_epoch // self.save_every_n_steps if self.save_every_n_steps else 0)
-        if self.keep_last_n:
-            saves = min(saves, self.keep_last_n)
-        there = sum(sum(size for size, _ in c.files.values()) for c in folders.list_checkpoints(self.output_dir))
-        needed = (saves * (weights + state) + weights - there) if saves else weights
+        trained = [p for p in model.parameters() if p.requires_grad]
+        state = sum(_state_bytes_per_entry(optimizers[0], p) * p.numel() for p in trained)
         result = [None, None]
-        if self._rank == 0:
-            result = self._try(lambda: folders.check_space(self.output_dir, int(max(needed, 0))))
+        if self._rank == 0 and not (self.resumed and self.resumed.progress["is_final"]):
+            there = sum(size for c in folders.list_checkpoints(self.output_dir) for size, _ in c.files.values())
+            needed = folders.space_needed(weights, int(state), saves, self.keep_last_n, there)
+            result = self._try(lambda: folders.check_space(self.output_dir, needed))
         dist.broadcast_object_list(result, src=0)
         self._raise_together(result[1])
 
@@ -229,14 +265,20 @@ class RunCheckpoints:
             "epoch": recipe._epoch,
             "batches": recipe._batches_done,
             "samples": recipe._batches_done * self._cfg.batch_size * recipe.dp_size,
+            "steps_in_epoch": recipe._steps_of(recipe._batches_done),
+            "rows_of_a_step": self._rows_of_a_step,
+            "dataset_rows": self._dataset_rows,
             "steps_per_epoch": recipe._steps_per_epoch,
             "total_epochs": recipe.total_epochs,
             "is_final": is_final,
             "seed": recipe.seed,
             "skipped_steps": recipe._skipped_steps,
             "world_size": self._world_size,
-            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "config": self._progress_config(),
         }
+
+    def _progress_config(self) -> dict:
+        return OmegaConf.to_container(self._cfg, resolve=True)
 
     def _after_save(self, name: str, val_loss: float | None) -> None:
         best_name, best_loss = folders.best(self.output_dir)

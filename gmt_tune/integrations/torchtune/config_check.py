@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import tempfile
 from collections.abc import Sequence
-from difflib import get_close_matches
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torchtune import config
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.config_components import (
+    check_component,
+    check_metric_logger,
+    import_function,
+    is_number,
+    nearest,
+    one_line,
+    try_optimizer,
+)
+from gmt_tune.integrations.torchtune.config_files import check_files
 from gmt_tune.integrations.torchtune.mask import build_gradient_mask
 
 _REQUIRED = (
@@ -41,7 +44,7 @@ _WHOLE = "a whole number from 1 on"
 _BOOLS = (
     "shuffle", "resume_from_checkpoint", "optimizer_in_bwd", "compile", "enable_activation_checkpointing",
     "enable_activation_offloading", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "log_peak_memory_stats",
-    "write_report",
+    "write_report", "enable_async_checkpointing",
 )  # fmt: skip
 _COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "tensor_parallel_dim", "log_every_n_steps")
 _COUNTS_OR_NULL = (
@@ -49,6 +52,10 @@ _COUNTS_OR_NULL = (
     "track_selection_every_n_steps",
 )  # fmt: skip
 _CHOICES = {"dtype": ("bf16", "fp32"), "on_nonfinite": ("error", "skip")}
+_CHOICES_OR_NULL = {
+    "ac_mode": ("full", "selective"),
+    "cudnn_deterministic_mode": ("default", "warn", "error", 0, 1, 2),
+}
 
 # What a component is called with besides the config's keys: number of positional arguments, and names.
 _GIVEN = {
@@ -63,19 +70,7 @@ _GIVEN = {
     "checkpointer": (0, ("should_load_recipe_state",)),
     "ref_checkpointer": (0, ("should_load_recipe_state",)),
     "evaluation": (1, ()),
-}
-
-# Sections that name files of a model; the second is that of a recipe with a reference model.
-_CHECKPOINTERS = ("checkpointer", "ref_checkpointer")
-
-# "model_type" of a Hugging Face config.json to the model types of torchtune's checkpointers.
-_FAMILIES = {
-    "llama": ("LLAMA2", "LLAMA3", "LLAMA3_2"),
-    "mistral": ("MISTRAL",),
-    "gemma": ("GEMMA",),
-    "gemma2": ("GEMMA2",),
-    "phi3": ("PHI3_MINI", "PHI4"),
-    "qwen2": ("QWEN2",),
+    "tensor_parallel_plan": (0, ()),
 }
 
 
@@ -96,15 +91,41 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
         value = cfg.get(section, None)
         for i, part in enumerate(value if isinstance(value, ListConfig) else [value]):
             if part is not None:
-                _check_component(f"{section}[{i}]" if isinstance(value, ListConfig) else section, section, part)
+                check_component(f"{section}[{i}]" if isinstance(value, ListConfig) else section, part, *_GIVEN[section])
     _check_combinations(cfg)
-    _check_files(cfg)
+    try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
+    check_metric_logger(cfg.metric_logger)
+    if cfg.get("collate_fn", None) is not None:
+        import_function("collate_fn", cfg.collate_fn)
     model = _meta_model(cfg)
-    for section in _CHECKPOINTERS:
-        if cfg.get(section, None) is not None:
-            _check_family(cfg, section, model)
+    _check_lengths(cfg, model)
+    check_files(cfg, model)
     build_gradient_mask(cfg.get("gradient_mask", None), model)
-    _check_output_dir(Path(cfg.output_dir))
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Check what a config needs of the machine that it is to run on.
+
+    Raises:
+        UserError: if the device is not there, or the processes cannot be split as the config says.
+    """
+    kind, _, index = str(cfg.device).partition(":")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"device is {cfg.device}, but torch {torch.__version__} sees no CUDA device here: set device: cpu, or "
+                "install a driver and a torch build that fit the card (nvidia-smi shows it)"
+            )
+        wanted = int(os.environ.get("LOCAL_RANK", index or 0))
+        if wanted >= torch.cuda.device_count():
+            raise UserError(
+                f"CUDA device {wanted} is asked for, but there are {torch.cuda.device_count()} (counted from 0): set "
+                "device to one of them, or start as many processes as there are (--nproc_per_node)"
+            )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    split = cfg.get("tensor_parallel_dim", 1)
+    if world_size % split:
+        raise UserError(f"tensor_parallel_dim must divide the number of processes, {world_size}, got {split}")
 
 
 def _check_interpolations(cfg: DictConfig) -> None:
@@ -125,7 +146,7 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
     raw = json.dumps(OmegaConf.to_container(cfg, resolve=False))
     for key, value in cfg.items():
         if key not in known and "${" + str(key) not in raw:  # a key that others refer to is a user's variable
-            raise UserError(f"{key} ({value!r}) is no key of this recipe: {_nearest(str(key), known)}")
+            raise UserError(f"{key} ({value!r}) is no key of this recipe: {nearest(str(key), known)}")
 
 
 def _check_values(cfg: DictConfig) -> None:
@@ -140,54 +161,26 @@ def _check_values(cfg: DictConfig) -> None:
     for key, choices in _CHOICES.items():
         if cfg.get(key, choices[0]) not in choices:
             raise UserError(f"{key} must be one of {', '.join(choices)}, got {cfg.get(key)!r}")
+    for key, choices in _CHOICES_OR_NULL.items():
+        if cfg.get(key, None) not in (None, *choices):
+            raise UserError(f"{key} must be one of {', '.join(map(str, choices))}, or null, got {cfg.get(key)!r}")
     clip = cfg.get("clip_grad_norm", None)
-    if clip is not None and not (_is_number(clip) and clip > 0) and clip != "inf":
+    if clip is not None and not (is_number(clip) and clip > 0) and clip != "inf":
         raise UserError(f"clip_grad_norm must be a positive number, 'inf' to only log the norm, or null, got {clip!r}")
-    if cfg.seed is not None and (isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0):
-        raise UserError(f"seed must be a whole number from 0 on, or null for a random one, got {cfg.seed!r}")
-    device = str(cfg.device).split(":")[0]
-    if device not in ("cpu", "cuda", "xpu", "npu", "mps"):
+    if cfg.seed is not None and (
+        isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32
+    ):
+        raise UserError(
+            f"seed must be a whole number from 0 to {2**32 - 1}, or null for a random one, got {cfg.seed!r}"
+        )
+    kind, _, index = str(cfg.device).partition(":")
+    if kind not in ("cpu", "cuda", "xpu", "npu") or (index and not index.isdigit()):
         raise UserError(f"device must be cuda, cpu, xpu or npu, got {cfg.device!r}")
 
 
 def _check_count(key: str, value: object, or_null: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{key} must be {_WHOLE}{or_null}, got {value!r}")
-
-
-def _check_component(name: str, section: str, cfg: DictConfig) -> None:
-    if not OmegaConf.is_dict(cfg):
-        raise UserError(f"{name} must be a section with _component_, got {cfg!r}")
-    path = cfg.get("_component_", None)
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{name}._component_ is missing: set it to a dotted path such as torch.optim.AdamW")
-    if os.getcwd() not in os.sys.path:
-        os.sys.path.append(os.getcwd())  # a user's own module in the folder of the run, as torchtune allows
-    try:
-        component = _get_component_from_path(path)
-    except (InstantiationError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{name}._component_ '{path}' cannot be imported ({reason}): check its spelling") from None
-    positional, keywords = _GIVEN[section]
-    try:
-        signature = inspect.signature(component)
-    except ValueError:  # builtins tell nothing of their arguments
-        return
-    parameters = signature.parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        names = list(parameters)[positional:]
-        for key in cfg:
-            if key != "_component_" and key not in names:
-                raise UserError(f"{name}.{key} ({cfg[key]!r}) is no key of {path}: {_nearest(str(key), names)}")
-    try:
-        given = {key: None for key in cfg if key != "_component_"} | dict.fromkeys(keywords)
-        given = {k: v for k, v in given.items() if k in parameters or k not in keywords}
-        signature.bind(*[None] * positional, **given)
-    except TypeError as error:
-        raise UserError(f"{name} ({path}): {error}") from None
-    lr = cfg.get("lr", None) if section == "optimizer" else None
-    if lr is not None and not (_is_number(lr) and lr >= 0):
-        raise UserError(f"optimizer.lr must be a number from 0 on, such as 2e-5, got {lr!r}")
 
 
 def _check_combinations(cfg: DictConfig) -> None:
@@ -198,6 +191,21 @@ def _check_combinations(cfg: DictConfig) -> None:
             )
         if cfg.get("clip_grad_norm", None) is not None:
             raise UserError(f"optimizer_in_bwd: True needs clip_grad_norm: null, got {cfg.clip_grad_norm}")
+        if cfg.get("on_nonfinite", "error") == "skip":
+            raise UserError(
+                "optimizer_in_bwd: True needs on_nonfinite: error: it changes weights before all gradients are there, "
+                "so no step can be left out"
+            )
+    if cfg.get("tensor_parallel_dim", 1) > 1:
+        if cfg.get("tensor_parallel_plan", None) is None:
+            raise UserError(
+                f"tensor_parallel_dim: {cfg.tensor_parallel_dim} needs tensor_parallel_plan: set its _component_ to "
+                "torchtune.models.llama3.base_llama_tp_plan"
+            )
+        if cfg.optimizer.get("fused", False):
+            raise UserError("optimizer.fused: True does not work with tensor_parallel_dim above 1: set it to False")
+    if cfg.get("fsdp_cpu_offload", False) and str(cfg.device) == "cpu":
+        raise UserError("fsdp_cpu_offload: True needs a device to offload from, got device: cpu")
     if cfg.get("enable_activation_offloading", False):
         if str(cfg.device).split(":")[0] != "cuda":
             raise UserError(f"enable_activation_offloading: True needs device: cuda, got {cfg.device!r}")
@@ -214,117 +222,19 @@ def _check_combinations(cfg: DictConfig) -> None:
         raise UserError("collate_fn must not be left_pad_sequence, which is for inference only")
 
 
-def _check_files(cfg: DictConfig) -> None:
-    _check_folder("output_dir", cfg.output_dir)
-    for section in _CHECKPOINTERS:
-        if cfg.get(section, None) is not None:
-            _check_model_files(section, cfg[section])
-    for key in ("path", "merges_file"):
-        path = cfg.tokenizer.get(key, None)
-        if isinstance(path, str) and not Path(path).is_file():
-            raise UserError(f"tokenizer.{key} {path} does not exist: name the tokenizer file of the model")
-    for section in ("dataset", "dataset_val"):
-        part = cfg.get(section, None)
-        for one in part if isinstance(part, ListConfig) else [part]:
-            data_files = one.get("data_files", None) if one is not None else None
-            if isinstance(data_files, str) and not any(c in data_files for c in "*?[") and "://" not in data_files:
-                if not Path(data_files).is_file():
-                    raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
-
-
-def _check_folder(key: str, path: object) -> None:
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{key} must be the path of a folder, got {path!r}")
-
-
-def _check_model_files(section: str, checkpointer: DictConfig) -> None:
-    for key in ("output_dir", "checkpoint_dir"):
-        _check_folder(f"{section}.{key}", checkpointer.get(key, None))
-    folder = Path(checkpointer.checkpoint_dir)
-    if not folder.is_dir():
-        raise UserError(
-            f"{section}.checkpoint_dir {folder} does not exist: download the model first, as the first lines of "
-            "the config say, or name the folder that holds it"
-        )
-    files = checkpointer.get("checkpoint_files", None)
-    if isinstance(files, ListConfig):
-        for name in files:
-            _check_weights_file(section, folder / str(name), folder)
-    if "HF" in checkpointer._component_ and not (folder / "config.json").is_file():
-        raise UserError(f"{folder / 'config.json'} is missing: checkpoint_dir must be a Hugging Face model folder")
-
-
-def _check_weights_file(section: str, file: Path, folder: Path) -> None:
-    if not file.is_file():
-        there = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
-        raise UserError(
-            f"{section}.checkpoint_files names {file.name}, which is not in {folder} "
-            f"(there: {', '.join(there) or 'no weights'})"
-        )
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from None
-
-
 def _meta_model(cfg: DictConfig) -> nn.Module:
     """The model that the config builds, without memory for its weights."""
     try:
         with torch.device("meta"):
             return config.instantiate(cfg.model)
     except Exception as error:
-        raise UserError(f"model ({cfg.model._component_}) cannot be built: {error}") from None
+        raise UserError(f"model ({cfg.model._component_}) cannot be built: {one_line(error)}") from None
 
 
-def _check_family(cfg: DictConfig, section: str, model: nn.Module) -> None:
-    """Compare a Hugging Face config.json, where there is one, with the model that the config builds."""
-    config_json = Path(cfg[section].checkpoint_dir) / "config.json"
-    if not config_json.is_file():
-        return
-    try:
-        theirs = json.loads(config_json.read_text())
-    except ValueError as error:
-        raise UserError(f"{config_json} is no valid JSON ({error}): download the model again") from None
-    allowed = _FAMILIES.get(theirs.get("model_type"))
-    ours = str(cfg[section].get("model_type", ""))
-    if allowed and ours not in (*allowed, "REWARD"):
+def _check_lengths(cfg: DictConfig, model: nn.Module) -> None:
+    rows, fits = cfg.tokenizer.get("max_seq_len", None), getattr(model, "max_seq_len", None)
+    if is_number(rows) and is_number(fits) and rows > fits:
         raise UserError(
-            f"{section}.model_type is {ours}, but {config_json.parent} holds a {theirs['model_type']} model: "
-            f"set it to {' or '.join(allowed)} and choose the model builder that fits, or another checkpoint_dir"
+            f"tokenizer.max_seq_len is {rows}, but the model takes at most {fits} tokens: lower it, or raise "
+            "model.max_seq_len"
         )
-    embeddings = getattr(getattr(model, "tok_embeddings", None), "weight", None)
-    if embeddings is None:
-        return  # a model of a kind that is not ours to compare
-    built = {
-        "vocab_size": embeddings.shape[0],
-        "hidden_size": embeddings.shape[1],
-        "num_hidden_layers": len(model.layers),
-        "num_attention_heads": getattr(model, "num_heads", None),
-    }
-    for key, value in built.items():
-        if value is not None and theirs.get(key, value) != value:
-            raise UserError(
-                f"the model in {config_json.parent} has {key} {theirs[key]}, but model ({cfg.model._component_}) "
-                f"builds {value}: choose the builder that fits, or another {section}.checkpoint_dir"
-            )
-
-
-def _check_output_dir(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"output_dir {folder} cannot be written ({reason}): choose another output_dir") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _nearest(key: str, known) -> str:
-    match = get_close_matches(key, known, n=1)
-    return f"did you mean {match[0]}?" if match else f"it takes {', '.join(sorted(known))}"

@@ -15,6 +15,19 @@ from torchtune.datasets import ConcatDataset
 from gmt_tune.errors import UserError
 
 
+def build_tokenizer(cfg_tokenizer: DictConfig):
+    """Make the tokenizer of a config's section.
+
+    Raises:
+        UserError: if its file cannot be read, or a value is wrong.
+    """
+    try:
+        return config.instantiate(cfg_tokenizer)
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tokenizer ({cfg_tokenizer._component_}) cannot be made: {message[:400]}") from error
+
+
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
     """Make the data set of a config's section and read its first row.
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from omegaconf import DictConfig
+from torchtune import config
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.assets import register_resolver
-from gmt_tune.integrations.torchtune.config_check import check_config
+from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
 
 # Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
@@ -31,6 +35,21 @@ class StopRun(Exception):
         self.signal_number = signal_number
 
 
+def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], NoReturn]:
+    """Decorator as ``torchtune.config.parse``, whose own errors are told in one sentence too."""
+    with_config = config.parse(recipe_main)
+
+    @functools.wraps(recipe_main)
+    def main() -> NoReturn:
+        try:
+            with_config()
+        except Exception as error:  # the recipe's own do not come here: run_recipe tells them
+            _show(f"the config or the command line cannot be read ({_one_line(error)})")
+            sys.exit(1)
+
+    return main
+
+
 def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: Sequence[str] = ()) -> int:
     """Check the config, run the recipe, and tell its user what went wrong.
 
@@ -42,22 +61,55 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
     Returns:
         The exit status: 0, 1 for an error, or 128 and the signal's number for a run that was told to stop.
     """
-    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    # What is wrong is often wrong for all ranks; but a file can be missing on one node alone
+    is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         register_resolver()
         check_config(cfg, own_keys)
+        check_machine(cfg)
         recipe(cfg)
         return 0
     except StopRun as stop:
-        if is_rank_zero:
+        if rank == "0":
             print(stop, flush=True)
         return 128 + stop.signal_number
     except UserError as error:
-        if os.environ.get(DEBUG_VARIABLE) == "1":
-            traceback.print_exc()
-        elif is_rank_zero:
-            print(f"Error: {error}\n({DEBUG_VARIABLE}=1 shows where it was raised)", file=sys.stderr, flush=True)
+        if is_first_of_node:
+            _show(str(error))
+        return 1
+    except torch.OutOfMemoryError as error:
+        _show(
+            f"out of memory on {cfg.device} ({_one_line(error)}): lower batch_size or tokenizer.max_seq_len, set "
+            "enable_activation_checkpointing: True, or take a config ending in _low_memory; `gmt-tune memory` counts"
+        )
+        return 1
+    except Exception as error:
+        # No fault that we know: after a day of training nobody wants to repeat it in order to see the traceback
+        _show(f"{_one_line(error)}{_keep_traceback(cfg)}")
         return 1
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _show(message: str) -> None:
+    if os.environ.get(DEBUG_VARIABLE) == "1":
+        traceback.print_exc()
+    else:
+        print(f"Error: {message}\n({DEBUG_VARIABLE}=1 shows where it was raised)", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    """Type and message of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
+
+
+def _keep_traceback(cfg: DictConfig) -> str:
+    """Write the traceback of the error at hand to a file in ``output_dir``, and say so."""
+    file = Path(str(cfg.get("output_dir", "."))) / f"error_of_rank{os.environ.get('RANK', '0')}.txt"
+    try:
+        file.write_text(traceback.format_exc())
+    except OSError:
+        return ""
+    return f" (its traceback is in {file})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from gmt_tune.integrations.torchtune import data, process_group, training_state
 from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.entry import StopRun
-from gmt_tune.integrations.torchtune.finite import nonfinite_gradients
+from gmt_tune.integrations.torchtune.finite import SteppedGradients, nonfinite_gradients
 from gmt_tune.integrations.torchtune.mask import (
     build_gradient_mask,
     register_gradient_mask,
@@ -61,6 +62,8 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     def __init__(self, cfg: DictConfig) -> None:
         process_group.ensure_rendezvous()
         super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES))
+        if self._device.type == "cpu":
+            self.fsdp_cpu_offload = False  # all is in the host's memory anyway, and FSDP2 would pin it for an accelerator
         self._checkpoints = RunCheckpoints(cfg, self.rank, self.world_size)
         self._run_val_every_n_steps = cfg.get("run_val_every_n_steps", None)
         self._on_nonfinite = cfg.get("on_nonfinite", "error")
@@ -68,7 +71,9 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._collate_fn = cfg.get("collate_fn", None) or self.default_collate_fn
         self._stop = StopSignal()
         self._epoch = self._batches_done = self._skipped_steps = 0
+        self._further_steps = 0  # done in the epoch by another number of ranks, besides those that its batches count
         self._validation_seconds = 0.0
+        self._is_saved_as_final = False
         self._resumed_rng = None
 
     def train(self) -> None:
@@ -92,24 +97,26 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     def setup(self, cfg: DictConfig) -> None:
         """Set up data, model, optimizer, loss and scheduler as torchtune does, then the mask; then resume."""
         # Data first: what is wrong with it shows before minutes are spent on loading the model.
-        self._tokenizer = config.instantiate(cfg.tokenizer)
+        self._tokenizer = data.build_tokenizer(cfg.tokenizer)
         self._dataset, self._packed = self._build_dataset(cfg, "dataset")
         data.check_enough_rows(
             len(self._dataset), cfg.batch_size, self.data_parallel_dim, self._gradient_accumulation_steps
         )
         held_out = self._build_dataset(cfg, "dataset_val") if cfg.get("dataset_val", None) is not None else None
         given = cfg
-        cfg = OmegaConf.merge(cfg, _NOT_TORCHTUNES, {"checkpointer": self._checkpoints.find()})
+        rows_of_a_step = cfg.batch_size * self.data_parallel_dim * self._gradient_accumulation_steps
+        checkpointer = self._checkpoints.find(len(self._dataset), rows_of_a_step)
+        cfg = OmegaConf.merge(cfg, _NOT_TORCHTUNES, {"checkpointer": checkpointer})
         self._checkpoint_client = CheckpointClient(cfg)
         super().setup(cfg)
         # Not of `cfg`: a value that refers to the checkpointer's means the one that was given, also when resuming.
         self._setup_reference(given)
 
         self._mask = build_gradient_mask(cfg.get("gradient_mask", None), self._model)
+        # Before the mask: hooks act in the order in which they are registered
+        self._stepped = SteppedGradients(self._model, self._optimizers) if self._optimizer_in_bwd else None
         if self._mask is not None:
-            if not self._optimizer_in_bwd:
-                # The loop checks loss and gradients over all ranks before the mask acts.
-                self._mask.error_if_nonfinite = False
+            self._mask.error_if_nonfinite = False  # the loop checks loss and gradients over all ranks
             register_gradient_mask(self._mask, self._optimizers)
         self._selection_tracker = track_selection(
             self._mask, self._optimizers, cfg.get("track_selection_every_n_steps", None)
@@ -188,7 +195,11 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self.seed = progress["seed"]
         self.global_step = checkpoint.step
         self.epochs_run = self._epoch = progress["epoch"]
-        self._batches_done = progress["samples"] // (self._dataloader.batch_size * self.dp_size)
+        # As many rows as were seen, in whole steps of this number of ranks
+        rows_of_a_step = self._dataloader.batch_size * self.dp_size * self._gradient_accumulation_steps
+        steps = progress["samples"] // rows_of_a_step
+        self._batches_done = steps * self._gradient_accumulation_steps
+        self._further_steps = progress["steps_in_epoch"] - steps
         self._skipped_steps = progress["skipped_steps"]
 
     @property
@@ -213,10 +224,20 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._training_start = time.perf_counter()
         return True
 
+    def _steps_of(self, batches: int) -> int:
+        """Optimizer steps of this epoch that are done after so many of its batches."""
+        return batches // self._gradient_accumulation_steps + self._further_steps
+
+    def _ends_epoch(self) -> bool:
+        accumulation = self._gradient_accumulation_steps
+        has_seen_all = self._batches_done // accumulation == len(self._dataloader) // accumulation
+        return has_seen_all or self._steps_of(self._batches_done) == self.max_steps_per_epoch
+
     def _begin_epoch(self, epoch: int, first_batch: int) -> tuple[Progress, Iterator]:
         """What shows the epoch's progress, and its batches from ``first_batch`` (counted in this epoch) on."""
-        self._epoch = epoch
-        steps_done = first_batch // self._gradient_accumulation_steps
+        if epoch != self._epoch:
+            self._epoch, self._further_steps = epoch, 0
+        steps_done = self._steps_of(first_batch)
         progress = Progress(epoch + 1, self._steps_per_epoch, steps_done, self._log_every_n_steps, self._is_rank_zero)
         self._dataloader.sampler.set_epoch(epoch)
         batches = self._dataloader
@@ -233,6 +254,9 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
 
     def _end_training(self) -> None:
         """Say how long it took and where the model is; evaluate it."""
+        if not self._is_saved_as_final:  # resumed on more ranks, a step of which the rest of the data does not fill
+            self._checkpoints.save(self, f"epoch_{self._epoch}", is_final=True)
+            self._checkpoints.finish()
         self._profiler.stop()
         self._stop.uninstall()
         seconds = time.perf_counter() - self._training_start
@@ -250,6 +274,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
 
     def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token count (0-d) and numbers (any shape) summed over all ranks, and whether any was told to stop."""
+        self._is_finite_here = torch.isfinite(running).all()  # for a message that names the rows
         counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
         torch.distributed.all_reduce(counts)
         torch.distributed.all_reduce(running)
@@ -263,17 +288,39 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             bad = None if torch.isfinite(loss).item() else []
         if bad is None:
             return True
-        what = f"the gradient of '{bad[0]}' (and {len(bad) - 1} more)" if bad else "the loss"
-        first = idx + 1 - self._gradient_accumulation_steps
-        rows = data.rows_of_batches(self._dataloader, first, idx + 1)
-        where = f"{what} holds NaN or infinity at step {self.global_step + 1}, rows {rows} of the data set"
-        if self._on_nonfinite == "skip" and model is not None:
+        where = self._where_not_finite(bad, idx, self.global_step + 1)
+        if self._on_nonfinite == "skip":
             self._skipped_steps += 1
             utils.log_rank_zero(log, f"Left out a step: {where}.")
             return False
+        skip = "" if self._optimizer_in_bwd else ", or set on_nonfinite: skip"
+        self._end_for_nonfinite(f"{where}; no weight was changed by it", skip)
+
+    def _check_stepped(self) -> None:
+        """Optimizer in backward: raise if the step that was just done met a gradient that is not finite."""
+        bad = self._stepped.nonfinite() if self._stepped is not None else None
+        if bad is not None:
+            where = self._where_not_finite(bad, self._batches_done - 1, self.global_step)
+            self._end_for_nonfinite(f"{where}; weights have changed by it in backward, and are not saved")
+
+    def _where_not_finite(self, bad: list[str], idx: int, step: int) -> str:
+        """Parameter, step and rows of the data set, in words; all ranks call it."""
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        what = f"the gradient of '{bad[0]}'{more}" if bad else "the loss"
+        first = idx + 1 - self._gradient_accumulation_steps
+        mine = data.rows_of_batches(self._dataloader, first, idx + 1)
+        of_all = [None] * self.world_size
+        torch.distributed.all_gather_object(of_all, (mine, bool(self._is_finite_here)))
+        # Reduction has mixed the gradients of all ranks: only a loss tells whose rows they were
+        suspects = [rows for rows, is_finite in of_all if not is_finite] or [rows for rows, _ in of_all]
+        rows = sorted({row for rows in suspects for row in rows})
+        return f"{what} holds NaN or infinity at step {step}, rows {rows} of the data set"
+
+    def _end_for_nonfinite(self, what: str, remedy: str = "") -> NoReturn:
+        self._checkpoints.finish()
         raise UserError(
-            f"{where}; no weight was changed by it. Lower the learning rate, set clip_grad_norm, look at these rows, "
-            f"or set on_nonfinite: skip; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
+            f"{what}. Lower the learning rate, set clip_grad_norm, look at these rows{remedy}; "
+            f"the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
         )
 
     def _clip_gradients(self) -> Tensor | None:
@@ -328,8 +375,8 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
 
     def _finish_step(self, progress: Progress, must_stop: Tensor) -> None:
         """Validate and save where it is due; leave if the run was told to stop."""
-        steps_in_epoch = self._batches_done // self._gradient_accumulation_steps
-        ends_epoch = steps_in_epoch == self._steps_per_epoch
+        self._check_stepped()
+        ends_epoch = self._ends_epoch()
         ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
         val_loss = None
         every = self._run_val_every_n_steps
@@ -346,6 +393,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             self._checkpoints.save(self, f"step_{self.global_step}", val_loss=val_loss)
         if ends_run or must_stop:
             self._checkpoints.finish()
+        self._is_saved_as_final = ends_run
         if must_stop and not ends_run:
             raise StopRun(
                 f"Stopped after step {self.global_step} and saved {self._checkpoints.last_saved}. "

@@ -1,15 +1,23 @@
 """Lets a run finish its step and save when it is told to stop."""
 
+import os
 import signal
 import time
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-# A terminal's Ctrl-C reaches a worker twice, from the terminal and from torchrun: that is one wish to stop.
+# With torchrun's older releases, a terminal's Ctrl-C reaches a worker twice: from the terminal, and passed on by
+# torchrun. That is one wish to stop.
 SECONDS_OF_ONE_WISH = 3.0
 
 
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 class StopSignal:
-    """Notes a first SIGTERM, SIGINT or SIGUSR1; a second one, some seconds later, acts as it always does.
+    """Notes a first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once.
+
+    Under torchrun, a second one within ``SECONDS_OF_ONE_WISH`` is taken for the first.
 
     Attributes:
         received: the signal's number, or 0.
@@ -39,6 +47,6 @@ class StopSignal:
                 "A second signal leaves at once.",
                 flush=True,
             )
-        elif time.monotonic() - self._since > SECONDS_OF_ONE_WISH:
+        elif not _is_under_torchrun() or time.monotonic() - self._since > SECONDS_OF_ONE_WISH:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

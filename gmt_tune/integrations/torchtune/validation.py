@@ -42,7 +42,9 @@ class Validation:
 
     def __init__(self, dataset, batch_size: int, collate_fn, ignore_index: int, rank: int, world_size: int) -> None:
         share = _RankShare(dataset, rank, world_size, ignore_index)
-        self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, shuffle=False)
+        # A loader draws a number whenever it starts: from a generator of its own, so that training's stays as it is
+        own = torch.Generator()
+        self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, shuffle=False, generator=own)
         self._ignore_index = ignore_index
 
     @torch.no_grad()

@@ -1,0 +1,46 @@
+"""Keeps ranks together where the output layer is a unit of FSDP2 and runs once for each chunk of the sequence.
+
+``torch.chunk`` gives fewer chunks than asked for where a sequence is short: of 41 positions in 8 chunks it makes 7.
+Every run of a sharded output layer gathers and reduces, so that ranks whose batches differ in length would wait for
+each other forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def fill_chunks(
+    batch: Mapping[str, Tensor], model: nn.Module, chunks: int, pad_id: int, ignore_index: int
+) -> Mapping[str, Tensor]:
+    """A batch that the model's output layer runs ``chunks`` times for, on every rank.
+
+    Args:
+        batch: ``tokens`` and ``labels`` of shape [batch, sequence]. One with further entries is packed, and as long
+            on one rank as on another: it is left as it is.
+        model: a decoder; left alone are those whose ``output`` FSDP2 does not shard by itself.
+        chunks: that the loss takes the output in; 0 if it takes it whole.
+        pad_id: token to lengthen ``tokens`` with.
+        ignore_index: label of what is added: it counts in no loss.
+    """
+    if not chunks or batch.keys() != {"tokens", "labels"} or not isinstance(getattr(model, "output", None), FSDPModule):
+        return batch
+    length = batch["tokens"].shape[1]
+    missing = filled_length(length, chunks) - length
+    if not missing:
+        return batch
+    return {
+        "tokens": F.pad(batch["tokens"], (0, missing), value=pad_id),
+        "labels": F.pad(batch["labels"], (0, missing), value=ignore_index),
+    }
+
+
+def filled_length(length: int, chunks: int) -> int:
+    """The first length from ``length`` on that ``torch.chunk`` cuts into ``chunks`` parts, not fewer."""
+    while -(-length // -(-length // chunks)) < chunks:
+        length += 1
+    return length

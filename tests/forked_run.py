@@ -1,0 +1,108 @@
+"""Runs of a recipe as processes of their own that start in a second.
+
+What a run imports takes many seconds to import. Here one server process imports it, and each run is forked from it:
+a real process, which can be killed and leaves its exit status, and runs the recipe's file as ``tune run`` does.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(
+    [
+        "torchtune.training",
+        "torchdata.stateful_dataloader",
+        "datasets",
+        "gmt_tune.integrations.torchtune.masked_recipe",
+        "gmt_tune.models.chatml",
+    ]
+)
+
+
+def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    for number in (signal.SIGINT, signal.SIGTERM):  # which the server keeps from itself
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.chdir(folder)
+    os.environ.update(environment)
+    import torch
+
+    from gmt_tune.integrations.torchtune.registry import recipe_path
+
+    torch.set_num_threads(1)
+    path = str(recipe_path("gmt_full_finetune"))
+    sys.argv = [path, *arguments]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+class ForkedRun:
+    """One run of ``gmt_full_finetune``, on one process or several.
+
+    Args:
+        config_file: its config; what the run prints is appended to the file of that name that ends in ``.log``.
+        overrides: as on the command line.
+        processes: how many ranks.
+        environment: added to that of each rank.
+    """
+
+    def __init__(self, config_file: Path, *overrides: str, processes: int = 1, environment: dict | None = None) -> None:
+        self.log = config_file.with_suffix(".log")
+        arguments = ["--config", str(config_file), *overrides]
+        common = {"HF_DATASETS_OFFLINE": "1", **(environment or {})}
+        ranks = [common]
+        if processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+            ranks = [
+                {**common, **meet, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                for rank in range(processes)
+            ]
+        self.processes = [
+            _FORKSERVER.Process(target=_run, args=(arguments, str(self.log), str(config_file.parent), variables))
+            for variables in ranks
+        ]
+        for process in self.processes:
+            process.start()
+
+    def is_running(self) -> bool:
+        """Whether no rank has ended."""
+        return all(process.exitcode is None for process in self.processes)
+
+    def send(self, number: int) -> None:
+        """Send a signal to every rank."""
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """End all ranks without asking, as when a node goes away."""
+        for process in self.processes:
+            process.kill()
+        self.wait(10)
+
+    def wait(self, timeout: float) -> list[int]:
+        """The exit statuses of all ranks."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in self.processes]
+        if None in statuses:
+            for process in self.processes:
+                process.kill()
+            raise TimeoutError(f"no end after {timeout} s:\n{self.log.read_text()[-3000:]}")
+        return statuses
