@@ -16,8 +16,10 @@ from gmt_tune.masking.bits import (
     magnitude_bits,
     smallest_selected_bits,
 )
+from gmt_tune.masking.devices import triton_search_for
+from gmt_tune.masking.saliency import Saliency
 
-_BLOCK = {"cpu": 1 << 17, "other": 1 << 23}  # entries compared at a time: bounds the passing memory
+_BLOCK = {"cpu": 1 << 17, "other": 1 << 21}  # entries compared at a time: bounds the passing memory
 
 
 def selection(score: Tensor, threshold: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def selection(score: Tensor, threshold: Tensor) -> Tensor:
 def apply_thresholds_(
     grads: Sequence[Tensor],
     thresholds: Sequence[Tensor],
-    scores: Sequence[Tensor] | None = None,
+    scores: Sequence[Tensor | Saliency] | None = None,
     *,
     selected: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
@@ -49,18 +51,25 @@ def apply_thresholds_(
     Returns:
         For each gradient a 0-d int64 tensor: how many entries stayed.
     """
-    counts: list[Tensor] = []
-    for i, (grad, threshold) in enumerate(zip(grads, thresholds, strict=True)):
-        known = None if selected is None else selected[i]
-        if scores is not None and scores[i] is not grad:
-            counts.append(_apply_score_(grad, scores[i], threshold))
-        elif grad.device.type != "cpu":
-            counts.append(_apply_score_(grad, grad, threshold))
+    scores = grads if scores is None else scores
+    counts: list[Tensor | None] = [None] * len(grads) if selected is None else list(selected)
+    triton_search = triton_search_for(grads)
+    by_kernels = []
+    for i, (grad, score) in enumerate(zip(grads, scores, strict=True)):
+        if triton_search is not None and grad.numel() and triton_search.can_apply(grad, score):
+            by_kernels.append(i)
+        elif score is not grad or grad.device.type != "cpu":
+            counts[i] = _apply_score_(grad, score, thresholds[i])
         else:
             grad = grad.detach()
             # One vectorised operation: it zeroes what lies within [-lambd, lambd], so not NaN.
-            torch.ops.aten.hardshrink.out(grad, _largest_dropped(threshold, grad.dtype), out=grad)
-            counts.append(torch.count_nonzero(grad.view(INT_DTYPE[grad.dtype])) if known is None else known)
+            torch.ops.aten.hardshrink.out(grad, _largest_dropped(thresholds[i], grad.dtype), out=grad)
+            if counts[i] is None:
+                counts[i] = torch.count_nonzero(grad.view(INT_DTYPE[grad.dtype]))
+    if by_kernels:
+        some = ([values[i] for i in by_kernels] for values in (grads, thresholds, scores))
+        for i, count in zip(by_kernels, triton_search.apply_thresholds_(*some), strict=True):
+            counts[i] = count
     return counts
 
 
@@ -73,11 +82,13 @@ def _largest_dropped(threshold: Tensor, dtype: torch.dtype) -> float:
     return bits_to_float(min(smallest - 1, INFINITY_BITS[dtype]), dtype)
 
 
-def _apply_score_(grad: Tensor, score: Tensor, threshold: Tensor) -> Tensor:
+def _apply_score_(grad: Tensor, score: Tensor | Saliency, threshold: Tensor) -> Tensor:
     smallest = smallest_selected_bits(threshold, score.dtype)
     count = torch.zeros((), dtype=torch.int64, device=grad.device)
     size = _BLOCK["cpu" if grad.device.type == "cpu" else "other"]
-    for grad_block, score_block in blocks_of_each([grad, score], size):
+    factors = [score.grad, score.weight] if isinstance(score, Saliency) else [score]
+    for grad_block, *score_blocks in blocks_of_each([grad, *factors], size):
+        score_block = score_blocks[0] if len(score_blocks) == 1 else score_blocks[0] * score_blocks[1]
         bits = magnitude_bits(score_block)
         # Integers 0 and 1: multiplying the bits by them is faster than filling by a bool mask, and zeroes NaN.
         kept = torch.ge(bits, smallest, out=bits)

@@ -40,7 +40,7 @@ def check_score(value: object) -> str:
 
 
 def check_dtype(tensor: Tensor) -> None:
-    """Raises TypeError unless the tensor is dense and float32, bfloat16 or float16."""
+    """Raises TypeError unless the tensor (or saliency) is dense and float32, bfloat16 or float16."""
     if tensor.layout != torch.strided:
         raise TypeError("gradients must be dense, got a sparse one: set sparse=False on the embedding")
     if tensor.dtype not in DTYPES:

@@ -24,6 +24,7 @@ from torch import Tensor
 from gmt_tune.masking.bits import INFINITY_BITS, INT_DTYPE, NAN_BITS, magnitude_bits
 from gmt_tune.masking.entries import Entries
 from gmt_tune.masking.histogram import kth_bits
+from gmt_tune.masking.saliency import Saliency
 
 FEW = 1 << 12  # up to so many entries are ranked directly
 BLOCK = 1 << 20  # entries whose keys are held at a time: 2 MB
@@ -166,15 +167,15 @@ class PassingKeys:
         return torch.cat(self._gathered[1])
 
 
-def kth_largest(sets: Sequence[Sequence[Tensor]], ks: Sequence[int]) -> list[Rank]:
+def kth_largest(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[Rank]:
     """The k-th largest magnitude of each of several sets of entries.
 
     Args:
-        sets: tensors whose entries are ranked together; none empty; any shapes and strides; float32, bfloat16
-            or float16.
+        sets: tensors or saliencies whose entries are ranked together; none empty; any shapes and strides;
+            float32, bfloat16 or float16.
         ks: for each set the rank from the top, 1 to its number of entries.
     """
-    entries = [Entries(tensors) for tensors in sets]
+    entries = [Entries(one) for one in sets]
     ranks: dict[int, Rank] = {}
     alike: dict[tuple, list[int]] = {}
     large = []

@@ -3,46 +3,75 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import blocks, flat_view
+from gmt_tune.masking.saliency import Saliency
 
 RUN = 4  # a sample is taken in runs of so many neighbours: cheaper than one by one, and nearly as random
 
 
 class Entries:
-    """Tensors as one set of entries of one dtype: theirs, or float32 where they differ."""
+    """Tensors or saliencies as one set of entries of one dtype: theirs, or float32 where they differ."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.dtype = tensors[0].dtype
-        if any(t.dtype != self.dtype for t in tensors):
+    def __init__(self, members: Sequence[Tensor | Saliency]) -> None:
+        self.dtype = members[0].dtype
+        if any(m.dtype != self.dtype for m in members):
             self.dtype = torch.float32
-        self.numel = sum(t.numel() for t in tensors)
-        self._tensors = [flat if (flat := flat_view(t)) is not None else t.detach() for t in tensors]
+        self.numel = sum(m.numel() for m in members)
+        self._members = [_flat(m) for m in members]
 
     def blocks(self, size: int) -> Iterator[Tensor]:
         """At most ``size`` entries at a time; 1-d where memory has no gaps."""
-        for tensor in self._tensors:
-            for block in blocks(tensor, size) if tensor.numel() > size else (tensor,):
-                yield block.to(self.dtype)
+        for member in self._members:
+            if isinstance(member, Saliency):
+                parts = member.blocks(size)
+            else:
+                parts = blocks(member, size) if member.numel() > size else (member,)
+            for part in parts:
+                yield part.to(self.dtype)
 
     def sample(self, size: int) -> Tensor:
         """All entries, or about ``size`` random ones where there are more, 1-d; always the same positions."""
         parts = []
-        for tensor in self._tensors:
-            m = max(RUN, size * tensor.numel() // self.numel)
-            if tensor.numel() <= m:
-                part = tensor.reshape(-1)
-            elif tensor.dim() == 1:
-                runs = tensor[: tensor.numel() // RUN * RUN].view(-1, RUN)
-                part = runs.index_select(0, _positions(runs.shape[0], m // RUN)).view(-1)
+        for member in self._members:
+            n, m = member.numel(), max(RUN, size * member.numel() // self.numel)
+            if n <= m:
+                pick = _all
+            elif len(member.shape) == 1:
+                pick = functools.partial(_runs, index=_positions(n // RUN, m // RUN))
             else:
-                part = tensor[torch.unravel_index(_positions(tensor.numel(), m), tensor.shape)]
-            parts.append(part.to(self.dtype))
+                index = torch.unravel_index(_positions(n, m), member.shape)
+                pick = functools.partial(_at, index=index)
+            parts.append(_read(member, pick).to(self.dtype))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _flat(member: Tensor | Saliency) -> Tensor | Saliency:
+    """The same entries in one dimension where no copy is needed for it."""
+    if isinstance(member, Saliency):
+        is_flat = member.grad.is_contiguous() and member.weight.is_contiguous()
+        return Saliency(member.grad.view(-1), member.weight.view(-1)) if is_flat else member
+    return flat if (flat := flat_view(member)) is not None else member.detach()
+
+
+def _read(member: Tensor | Saliency, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    return member.read(pick) if isinstance(member, Saliency) else pick(member)
+
+
+def _all(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
+
+
+def _runs(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor[: tensor.numel() // RUN * RUN].view(-1, RUN).index_select(0, index).view(-1)
+
+
+def _at(tensor: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    return tensor[index]
 
 
 @functools.lru_cache(maxsize=16)

@@ -139,7 +139,8 @@ class GradientMask:
 
         Returns:
             A floating-point tensor of the gradient's shape; the magnitude of its entries is the score.
-            It is not changed; returning ``grad`` itself costs no memory.
+            It is not changed; returning ``grad`` itself costs no memory. With scope "tensor" it is freed before the
+            next one is asked for, with "global" all are alive together.
         """
         if self.score == "saliency":
             return grad * parameter.detach()
@@ -389,12 +390,12 @@ class GradientMask:
             for name, _, grad in entries:
                 key = sel.random_key(self.seed, self._draw(name), name)
                 self._record(name, grad, sel.apply_random_(grad, self.density, key))
-        elif self.scope == "global":
-            scores = [self._checked_score(*entry) for entry in entries]
-            self._apply(entries, scores, sel.measure_thresholds(scores, self.density, "global"))
+        elif self.scope == "global" or self._ranks_by_saliency():
+            scores = [self._score(*entry) for entry in entries]
+            self._apply(entries, scores, sel.measure_thresholds(scores, self.density, self.scope))
         else:  # a tensor at a time: no more than one score is alive
             for entry in entries:
-                scores = [self._checked_score(*entry)]
+                scores = [self._score(*entry)]
                 self._apply([entry], scores, sel.measure_thresholds(scores, self.density, "tensor"))
 
     def _apply(self, entries, scores, thresholds, selected=None) -> None:
@@ -419,12 +420,20 @@ class GradientMask:
     def _ranks_gradients(self) -> bool:
         return self.score == "magnitude" and type(self).compute_score is GradientMask.compute_score
 
+    def _ranks_by_saliency(self) -> bool:
+        return self.score == "saliency" and type(self).compute_score is GradientMask.compute_score
+
     def _ranking(self, sharded, name: str, parameter: Tensor, grad: Tensor):
         if self._ranks_gradients():
             return sharded.ranked_by_gradient(grad)
-        if type(self).compute_score is GradientMask.compute_score:
+        if self._ranks_by_saliency():
             return sharded.ranked_by_saliency(grad, parameter)
         return sharded.ranked_by(grad, self._checked_score(name, parameter, grad))
+
+    def _score(self, name: str, parameter: Tensor, grad: Tensor) -> Tensor | sel.Saliency:
+        if self._ranks_by_saliency():
+            return sel.Saliency(grad, parameter)
+        return self._checked_score(name, parameter, grad)
 
     def _checked_score(self, name: str, parameter: Tensor, grad: Tensor) -> Tensor:
         score = self.compute_score(name, parameter, grad)

@@ -6,16 +6,20 @@ Changes nothing and keeps nothing. How the k-th largest is found depends on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gmt_tune.masking import cpu_search
-from gmt_tune.masking.bits import from_bits
+from gmt_tune.masking.bits import blocks, from_bits
 from gmt_tune.masking.checks import check_dtype, nonfinite_flags
+from gmt_tune.masking.devices import load_triton_search, triton_search_for
 from gmt_tune.masking.histogram import kth_bits
+from gmt_tune.masking.saliency import Saliency
+
+_BLOCK = 1 << 21  # entries that are read at a time where neither the CPU's search nor the kernels serve
 
 
 class Measurement(NamedTuple):
@@ -54,16 +58,16 @@ def kth_largest_magnitude(tensor: Tensor, k: int) -> Tensor:
     check_dtype(tensor)
     if not 1 <= k <= tensor.numel():
         raise ValueError(f"k must be between 1 and the number of entries ({tensor.numel()}), got {k}")
-    return _measure_sets([[tensor]], [k]).thresholds[0]
+    return _measure_sets([[tensor]], [k])[0].threshold
 
 
-def measure(scores: Sequence[Tensor], density: float, scope: str = "tensor") -> Measurement:
+def measure(scores: Sequence[Tensor | Saliency], density: float, scope: str = "tensor") -> Measurement:
     """The k-th largest magnitude of each tensor, or of all together, and what is learnt on the way.
 
     On CUDA it does not wait for the device.
 
     Args:
-        scores: tensors of any shape; their magnitudes rank the entries.
+        scores: tensors of any shape, or saliencies; their magnitudes rank the entries.
         density: fraction of entries that stay, in (0, 1].
         scope: "tensor" or "global".
 
@@ -82,59 +86,85 @@ def measure(scores: Sequence[Tensor], density: float, scope: str = "tensor") -> 
     else:
         groups = [[i] for i in filled]
     sets = [[scores[i] for i in group] for group in groups]
-    found = _measure_sets(sets, [entries_to_keep(sum(s.numel() for s in one), density) for one in sets])
-    for group, threshold, count, bad in zip(groups, *found, strict=True):
-        flags = [bad] if len(group) == 1 else _flags_of_each([scores[i] for i in group], bad)
-        for i, flag in zip(group, flags, strict=True):
-            thresholds[i] = threshold.to(scores[i].device)
-            selected[i] = count if len(group) == 1 else None
+    ks = [entries_to_keep(sum(s.numel() for s in one), density) for one in sets]
+    for group, found in zip(groups, _measure_sets(sets, ks), strict=True):
+        for i, flag in zip(group, found.nonfinite, strict=True):
+            thresholds[i] = found.threshold.to(scores[i].device)
+            selected[i] = found.selected if len(group) == 1 else None
             nonfinite[i] = flag
     return Measurement(thresholds, selected, nonfinite)
 
 
-def measure_thresholds(scores: Sequence[Tensor], density: float, scope: str = "tensor") -> list[Tensor]:
+def measure_thresholds(scores: Sequence[Tensor | Saliency], density: float, scope: str = "tensor") -> list[Tensor]:
     """The thresholds alone; see :func:`measure`."""
     return measure(scores, density, scope).thresholds
 
 
-def measure_blocks(read: Callable[[], Iterable[Tensor]], n: int, density: float, dtype: torch.dtype) -> Tensor:
-    """The threshold of scores that are never alive together: made again, block by block, for each digit.
+class _Found(NamedTuple):
+    """Of one set: its threshold, how many entries are selected (if known), and for each tensor the flag."""
 
-    Args:
-        read: gives the scores in blocks, all of ``dtype`` and on one device; called two or three times.
-        n: how many entries there are, at least one.
-        density: fraction of entries that stay, in (0, 1].
-        dtype: of the scores.
-    """
-    return from_bits(kth_bits(read, entries_to_keep(n, density), dtype), dtype)
+    threshold: Tensor
+    selected: Tensor | None
+    nonfinite: list[Tensor]
 
 
-def _measure_sets(sets: Sequence[Sequence[Tensor]], ks: Sequence[int]) -> Measurement:
-    """The k-th largest magnitude of each set of tensors, none of them empty."""
-    if all(t.device.type == "cpu" for tensors in sets for t in tensors):
-        return _measure_on_cpu(sets, ks)
-    thresholds, nonfinite = [], []
-    for tensors, k in zip(sets, ks, strict=True):
-        dtype = tensors[0].dtype if all(t.dtype == tensors[0].dtype for t in tensors) else torch.float32
-        thresholds.append(from_bits(kth_bits(lambda t=tensors, d=dtype: (x.to(d) for x in t), k, dtype), dtype))
-        nonfinite.append(torch.stack([f.to(tensors[0].device) for f in nonfinite_flags(tensors)]).any())
-    return Measurement(thresholds, [None] * len(sets), nonfinite)
+def _measure_sets(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found]:
+    """The k-th largest magnitude of each set, none of them empty, in the way that its device is fastest at."""
+    found: dict[int, _Found] = {}
+    by_kernels, on_cpu = [], []
+    for i, one in enumerate(sets):
+        if (triton_search := triton_search_for(one)) is not None and triton_search.can_search(one):
+            by_kernels.append(i)
+        elif all(score.device.type == "cpu" for score in one):
+            on_cpu.append(i)
+    for members, measure_some in ((by_kernels, _measure_by_kernels), (on_cpu, _measure_on_cpu)):
+        if members:
+            some = measure_some([sets[i] for i in members], [ks[i] for i in members])
+            found.update(zip(members, some, strict=True))
+    return [found[i] if i in found else _measure_by_digits(sets[i], ks[i]) for i in range(len(sets))]
 
 
-def _measure_on_cpu(sets: Sequence[Sequence[Tensor]], ks: Sequence[int]) -> Measurement:
+def _measure_on_cpu(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found]:
     ranks = cpu_search.kth_largest(sets, ks)
-    dtypes = [one[0].dtype if len({t.dtype for t in one}) == 1 else torch.float32 for one in sets]
     thresholds: list[Tensor] = [torch.empty(0)] * len(sets)
+    dtypes = [_common_dtype(one) for one in sets]
     for dtype in set(dtypes):
         members = [i for i, d in enumerate(dtypes) if d == dtype]
         for i, value in zip(members, from_bits(torch.tensor([ranks[i].bits for i in members]), dtype), strict=True):
             thresholds[i] = value
-    selected = torch.tensor([rank.selected for rank in ranks], dtype=torch.int64)
-    nonfinite = torch.tensor([rank.nonfinite for rank in ranks], dtype=torch.bool)
-    return Measurement(thresholds, list(selected.unbind()), list(nonfinite.unbind()))
+    counts = torch.tensor([rank.selected for rank in ranks], dtype=torch.int64).unbind()
+    flags = torch.tensor([rank.nonfinite for rank in ranks], dtype=torch.bool).unbind()
+    return [
+        # Which of several tensors it was, the search does not tell
+        _Found(threshold, count, [flag] * len(one) if len(one) == 1 or not flag else _nonfinite_flags(one))
+        for one, threshold, count, flag in zip(sets, thresholds, counts, flags, strict=True)
+    ]
 
 
-def _flags_of_each(tensors: Sequence[Tensor], any_of_them: Tensor) -> list[Tensor]:
-    if any_of_them.device.type == "cpu" and not any_of_them:  # reading it waits for nothing
-        return [any_of_them] * len(tensors)
-    return nonfinite_flags(tensors)
+def _measure_by_kernels(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found]:
+    thresholds, nonfinite = load_triton_search().kth_largest(sets, ks)
+    return [_Found(threshold, None, flags) for threshold, flags in zip(thresholds, nonfinite, strict=True)]
+
+
+def _measure_by_digits(one: Sequence[Tensor | Saliency], k: int) -> _Found:
+    dtype, device = _common_dtype(one), one[0].device
+
+    def read() -> Iterator[Tensor]:
+        for score in one:
+            for block in _blocks(score):
+                yield block.to(device, dtype)
+
+    return _Found(from_bits(kth_bits(read, k, dtype), dtype), None, _nonfinite_flags(one))
+
+
+def _blocks(score: Tensor | Saliency) -> Iterator[Tensor]:
+    return score.blocks(_BLOCK) if isinstance(score, Saliency) else blocks(score, _BLOCK)
+
+
+def _nonfinite_flags(scores: Sequence[Tensor | Saliency]) -> list[Tensor]:
+    return [torch.stack(nonfinite_flags(list(_blocks(score)))).any() for score in scores]
+
+
+def _common_dtype(scores: Sequence[Tensor | Saliency]) -> torch.dtype:
+    dtypes = {score.dtype for score in scores}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import INT_DTYPE, magnitude_bits, row_major_blocks, smallest_selected_bits
+from gmt_tune.masking.saliency import Saliency
 
-_BLOCK = {"cpu": 1 << 18, "other": 1 << 23}  # entries packed at a time: bounds the passing memory
+_BLOCK = {"cpu": 1 << 18, "other": 1 << 21}  # entries packed at a time: bounds the passing memory
 # Multiplying 8 bytes of 0 or 1 by this gathers them, in order, in the product's upper byte
 _GATHER = 0x0102040810204080
 
@@ -28,13 +29,18 @@ def pack_selection(selected: Tensor) -> Tensor:
     return packed
 
 
-def pack_selected(score: Tensor, threshold: Tensor) -> Tensor:
+def pack_selected(score: Tensor | Saliency, threshold: Tensor) -> Tensor:
     """``pack_selection(selection(score, threshold))`` without ever holding the bool tensor."""
     packed = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8, device=score.device)
     smallest = smallest_selected_bits(threshold.to(score.device), score.dtype)
-    flat = score.detach().reshape(-1)
+    if isinstance(score, Saliency):
+        flat = Saliency(score.grad.reshape(-1), score.weight.reshape(-1))
+    else:
+        flat = score.detach().reshape(-1)
     for start in range(0, flat.numel(), _block(flat)):
-        _pack_into(packed, start, magnitude_bits(flat[start : start + _block(flat)]) >= smallest)
+        part = slice(start, start + _block(flat))
+        bits = magnitude_bits(flat.read(lambda t, part=part: t[part]) if isinstance(flat, Saliency) else flat[part])
+        _pack_into(packed, start, bits >= smallest)
     return packed
 
 
@@ -61,7 +67,7 @@ def apply_packed_(grad: Tensor, packed: Tensor) -> Tensor:
     return count
 
 
-def _block(tensor: Tensor) -> int:
+def _block(tensor: Tensor | Saliency) -> int:
     return _BLOCK["cpu" if tensor.device.type == "cpu" else "other"]
 
 

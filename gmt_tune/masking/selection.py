@@ -8,8 +8,9 @@ without the sign. T is therefore the one integer t with #(bits > t) < k <= #(bit
 it; nothing is rounded, sorted or copied. Which t to count for is the only question, and the answer differs:
 
 - on the CPU, a sample guesses t, and a few counts correct the guess (``cpu_search``);
-- on CUDA with Triton, all tensors are counted in a few launches that narrow t down (``triton_search``);
-- elsewhere, and where tensors are sharded, t is found digit by digit (``histogram``).
+- on a GPU with Triton, the same for all tensors in a few launches (``triton_search``);
+- elsewhere, where a tensor's memory has gaps, and where tensors are sharded, t is found digit by digit
+  (``histogram``).
 
 The measuring step (``measuring``) and the applying step (``applying``) are separate functions, and between
 optimizer steps nothing is kept. This module is the interface to all of them.
@@ -17,15 +18,13 @@ optimizer steps nothing is kept. This module is the interface to all of them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gmt_tune.masking.applying import apply_thresholds_, selection
-from gmt_tune.masking.bits import blocks_of_each
 from gmt_tune.masking.checks import (
     SCOPES,
     SCORES,
@@ -43,17 +42,18 @@ from gmt_tune.masking.measuring import (
     entries_to_keep,
     kth_largest_magnitude,
     measure,
-    measure_blocks,
     measure_thresholds,
 )
 from gmt_tune.masking.packing import apply_packed_, pack_selected, pack_selection, unpack_selection
 from gmt_tune.masking.random_selection import apply_random_, random_key, random_selection
+from gmt_tune.masking.saliency import Saliency
 
 __all__ = [
     "SCOPES",
     "SCORES",
     "MaskStatistics",
     "Measurement",
+    "Saliency",
     "apply_packed_",
     "apply_random_",
     "apply_thresholds_",
@@ -65,7 +65,6 @@ __all__ = [
     "kth_largest_magnitude",
     "mask_grads_",
     "measure",
-    "measure_blocks",
     "measure_thresholds",
     "nonfinite_flags",
     "pack_selected",
@@ -77,9 +76,6 @@ __all__ = [
     "selection",
     "unpack_selection",
 ]
-
-_BLOCK = 1 << 20  # entries of a score that is made block by block
-
 
 @dataclass
 class MaskStatistics:
@@ -179,26 +175,9 @@ def mask_grads_(
         for name, p in named.items():
             statistics.selected[name] = apply_random_(p.grad, density, random_key(seed, step, name))
     else:
-        shared = _saliency_threshold(list(named.values()), density) if scope == "global" else None
-        for name, p in named.items():  # a tensor at a time: no more than one score is alive
-            saliency = p.grad * p.detach()
-            threshold = measure_thresholds([saliency], density)[0] if shared is None else shared
-            statistics.thresholds[name] = threshold = threshold.to(p.grad.device)
-            statistics.selected[name] = apply_thresholds_([p.grad], [threshold], [saliency])[0]
+        scores = [Saliency(p.grad, p) for p in named.values()]
+        thresholds = measure_thresholds(scores, density, scope)
+        counts = apply_thresholds_(grads, thresholds, scores)
+        statistics.thresholds = dict(zip(named, thresholds, strict=True))
+        statistics.selected = dict(zip(named, counts, strict=True))
     return statistics
-
-
-def _saliency_threshold(parameters: Sequence[Tensor], density: float) -> Tensor:
-    """The threshold over all tensors, without all scores at once."""
-    filled = [p for p in parameters if p.numel()]
-    dtypes = {torch.promote_types(p.grad.dtype, p.dtype) for p in filled}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    if not filled:
-        return torch.tensor(math.inf)
-
-    def read() -> Iterator[Tensor]:
-        for p in filled:
-            for grad, weight in blocks_of_each([p.grad, p], _BLOCK):
-                yield (grad * weight).to(filled[0].device, dtype)
-
-    return measure_blocks(read, sum(p.numel() for p in filled), density, dtype)

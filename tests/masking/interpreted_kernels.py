@@ -1,0 +1,184 @@
+"""Triton's kernels in its interpreter, on CPU tensors: run by test_triton.py in a process of its own.
+
+What is checked is the public functions, led to the kernels instead of to the CPU's search.
+"""
+
+import math
+
+import full_sort
+import hypothesis
+import hypothesis.strategies as st
+import numpy
+import pytest
+import torch
+from test_selection import DTYPES, clone_with_strides, densities, parameters_with, tensors
+
+from gmt_tune import GradientMask, kth_largest_magnitude, mask_grads_
+from gmt_tune.masking import applying, measuring, triton_search
+from gmt_tune.masking.bits import INT_DTYPE, NAN_BITS, from_bits
+from gmt_tune.masking.kernels import apply, count, sample, tables
+
+hypothesis.settings.register_profile("interpreter", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("interpreter")
+FIXTURE = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def on_kernels(monkeypatch):
+    launches = {"searched": 0, "applied": 0}
+
+    def searched(*arguments, search=triton_search.kth_largest):
+        launches["searched"] += 1
+        return search(*arguments)
+
+    def applied(*arguments, apply=triton_search.apply_thresholds_):
+        launches["applied"] += 1
+        return apply(*arguments)
+
+    monkeypatch.setattr(triton_search, "kth_largest", searched)
+    monkeypatch.setattr(triton_search, "apply_thresholds_", applied)
+    for module in (measuring, applying):
+        monkeypatch.setattr(module, "triton_search_for", lambda members: triton_search)
+    return launches
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lets a few hundred entries be many chunks and tiles, and a sample miss now and then."""
+    monkeypatch.setattr(tables, "CHUNK", 256)
+    for module, tile in ((count, 64), (apply, 32)):
+        monkeypatch.setattr(module, "CHUNK", 256)
+        monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(sample, "SAMPLE", 32)
+
+
+@FIXTURE
+@hypothesis.given(tensor=tensors(), data=st.data())
+def test_threshold_equals_full_sort(small, tensor, data):
+    k = data.draw(st.one_of(st.just(1), st.just(tensor.numel()), st.integers(1, tensor.numel())))
+    threshold = kth_largest_magnitude(tensor, k)
+    wanted = full_sort.kth_largest([tensor], k).to(tensor.dtype)
+    assert full_sort.same_bits(threshold, wanted) or (threshold.isnan() and wanted.isnan())
+
+
+@FIXTURE
+@hypothesis.given(grads=st.lists(tensors(300), min_size=1, max_size=5), density=densities, data=st.data())
+def test_mask_equals_full_sort(small, grads, density, data):
+    scope = data.draw(st.sampled_from(["tensor", "global"]))
+    wanted = full_sort.mask(grads, density, scope)
+    parameters = parameters_with([clone_with_strides(grad) for grad in grads])
+    statistics = mask_grads_(parameters, density, scope=scope, error_if_nonfinite=False)
+    for i, (p, want) in enumerate(zip(parameters, wanted, strict=True)):
+        assert full_sort.same_bits(p.grad, want)
+        assert int(statistics.selected[str(i)]) == int((want != 0).sum())
+
+
+@FIXTURE
+@hypothesis.given(grads=st.lists(tensors(300), min_size=1, max_size=3), density=densities, data=st.data())
+def test_mask_by_saliency_equals_full_sort(small, grads, density, data):
+    scope = data.draw(st.sampled_from(["tensor", "global"]))
+    parameters = parameters_with([clone_with_strides(grad) for grad in grads])
+    for p in parameters:
+        p.data.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    scores = [grad * p.detach() for grad, p in zip(grads, parameters, strict=True)]
+    wanted = full_sort.mask(grads, density, scope, scores)
+    mask_grads_(parameters, density, scope=scope, score="saliency", error_if_nonfinite=False)
+    for p, want in zip(parameters, wanted, strict=True):
+        assert full_sort.same_bits(p.grad, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("misled", [False, True])
+def test_threshold_is_exact_at_full_size_however_bad_the_sample(dtype, misled, monkeypatch, on_kernels):
+    if misled:
+        original = triton_search.sample_windows
+
+        def mislead(*arguments):
+            state = original(*arguments)
+            state[2].fill_(77)
+            state[3].fill_(1)
+            return state
+
+        monkeypatch.setattr(triton_search, "sample_windows", mislead)
+    generator = torch.Generator().manual_seed(0)
+    grads = [
+        (torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()).to(dtype)
+        for n in (150_001, 3, 40_000)
+    ]
+    grads[0] = grads[0][1:]  # not at a multiple of 16 bytes, as in a flat buffer
+    for scope in ("tensor", "global"):
+        wanted = full_sort.mask(grads, 0.2, scope)
+        parameters = parameters_with([grad.clone() for grad in grads])
+        parameters[0].grad = torch.cat([grads[0][:1], grads[0]])[1:]
+        mask_grads_(parameters, 0.2, scope=scope)
+        for p, want in zip(parameters, wanted, strict=True):
+            assert full_sort.same_bits(p.grad, want)
+    assert on_kernels == {"searched": 2, "applied": 2}
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_gradient_is_named(small, bad, scope):
+    for dtype in DTYPES:
+        parameters = parameters_with([torch.ones(5, dtype=dtype), torch.ones(900, dtype=dtype)])
+        parameters[1].grad[-3] = bad
+        with pytest.raises(RuntimeError, match="'parameter 1' holds NaN or infinity"):
+            mask_grads_(parameters, 0.2, scope=scope)
+        assert parameters[0].grad.sum() == 5
+
+
+def test_nans_of_different_bits_rank_alike(small):
+    for dtype in DTYPES:
+        bits = torch.arange(NAN_BITS[dtype], NAN_BITS[dtype] + 9)
+        (p,) = parameters_with([from_bits(bits, dtype)])
+        statistics = mask_grads_(p, 0.2, error_if_nonfinite=False)
+        assert torch.equal(p.grad.view(INT_DTYPE[dtype]), bits.to(INT_DTYPE[dtype]))
+        assert statistics.thresholds["0"].isnan() and int(statistics.selected["0"]) == 9
+
+
+class PerColumn(GradientMask):
+    def compute_score(self, name, parameter, grad):
+        return (grad.float() / (1 + parameter.detach().float().abs())).t().contiguous().t()
+
+
+@pytest.mark.parametrize("mask_class", [GradientMask, PerColumn])
+@pytest.mark.parametrize("score", ["magnitude", "saliency"])
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_gradient_mask_selects_as_on_the_cpu(mask_class, score, refresh_every, small, monkeypatch, on_kernels):
+    def masked_gradients():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 9)).bfloat16()
+        mask = mask_class(model.named_parameters(), density=0.3, score=score, refresh_every=refresh_every)
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.randn(8, 30, dtype=torch.bfloat16)).square().mean().backward()
+            mask.mask_grads_()
+        return [p.grad.clone() for p in model.parameters()]
+
+    by_kernels = masked_gradients()
+    assert on_kernels["searched"] and on_kernels["applied"]
+    for module in (measuring, applying):
+        monkeypatch.setattr(module, "triton_search_for", lambda members: None)
+    for a, b in zip(by_kernels, masked_gradients(), strict=True):
+        assert full_sort.same_bits(a, b)
+
+
+def test_more_than_two_billion_entries_are_addressed():
+    """The last chunks of a tensor whose offsets do not fit 32 bits; the memory before them is never touched."""
+    n = 2**32 + 1000
+    tensor = torch.from_numpy(numpy.zeros(n, dtype=numpy.int16)).view(torch.bfloat16)
+    tensor[-1500:] = torch.arange(1500).to(torch.bfloat16)
+    table = tables.make_table([[tensor]])
+    skipped = table.chunk_tensors.numel() - 2
+    table.chunk_tensors = table.chunk_tensors[skipped:]
+    table.first_chunks -= skipped
+    smallest = torch.tensor([1000.0]).bfloat16().view(torch.int16).int()
+    wanted = tensor[-1500:].clone()
+    wanted[wanted < 1000] = 0
+    selected = apply.apply_smallest_(table, smallest)
+    assert int(selected) == int((wanted != 0).sum()) and torch.equal(tensor[-1500:], wanted)
+    counts, largest = torch.zeros(1, 32, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    state = tuple(torch.tensor([value]) for value in (0, 0x7F82, 1, 10))
+    count.count_in_windows(table, state, counts, largest)
+    assert int(counts[0, 1:].sum()) == int((wanted.view(torch.int16) > 1 << 10).sum())
+    assert int(largest) == int(wanted.view(torch.int16).max())
