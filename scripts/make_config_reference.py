@@ -67,7 +67,7 @@ MEANINGS = {
     "checkpointer.model_type": "How the weights' names map to torchtune's, by family",
     "epochs": "Times that the data is gone through",
     "optimizer": "Any `torch.optim.Optimizer`; 8-bit, 4-bit and fp8 ones are in `torchao.optim`",
-    "optimizer_in_bwd": "True steps each tensor in backward and frees its gradient. Needs gradient_accumulation_steps 1",
+    "optimizer_in_bwd": "True steps each tensor in backward: less memory. Needs gradient_accumulation_steps 1",
     "optimizer.lr": "Learning rate at its highest",
     "lr_scheduler": "Learning rate over the optimizer steps. null keeps it as it is",
     "lr_scheduler.num_warmup_steps": "Optimizer steps in which the learning rate rises from 0",
