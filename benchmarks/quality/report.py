@@ -14,7 +14,8 @@ from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
 from gmt_tune.reporting.theme import series_color
 
-BASELINE = "sft"
+# What methods are compared with, seed by seed, and how a column calls it.
+BASELINES = {"sft": "SFT", "gmt_0.2": "GMT 0.2"}
 PAGE = results.RESULTS / "tables.md"
 FIGURES = results.RESULTS / "figures"
 # The methods whose learning curves are drawn: more of them hide each other.
@@ -87,34 +88,64 @@ def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
             f"Before training: test loss {base['losses']['test']:.3f}, accuracy {base['accuracy']:.1%} "
             f"({base['questions']} questions), {texts}.\n"
         )
-    text += [_quality_table(rows, base), _cost_table(suite, rows), _choice_table(suite, rows)]
+    text += [_quality_table(rows, base), _difference_table(rows), _convergence_table(rows)]
+    text += [_cost_table(suite, rows), _choice_table(suite, rows)]
     text += [f"![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n" for figure in figures]
     return "\n".join(text)
 
 
 def _quality_table(rows: list[Row], base: dict | None) -> str:
-    baseline = next((row for row in rows if row.method.name == BASELINE), None)
     names = list(base["texts"]) if base is not None else []
-    head = ["method", "lr", "seeds", "test loss", "minus SFT", "accuracy, %", "minus SFT"]
+    head = ["method", "lr", "seeds", "test loss", "accuracy, %"]
     head += [f"forgetting, {name}" for name in names] + ["weights changed, %"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head, _rule(head)]
     for row in rows:
-        loss, accuracy = row.values(_test_loss), row.values(_accuracy)
         cells = [row.method.title, f"{row.learning_rate:g}", _seeds(row)]
-        if not loss:
-            lines.append(cells + ["diverged"] + [""] * (len(head) - 4))
-            continue
-        cells += [_mean(loss, 4), _difference(loss, baseline, row, _test_loss, 4)]
-        cells += [_mean(accuracy, 1), _difference(accuracy, baseline, row, _accuracy, 1)]
+        cells += [_mean(row.values(_test_loss), 4), _mean(row.values(_accuracy), 1)]
         cells += [_mean(row.values(forgetting(base, name)), 3) for name in names]
         cells += [_mean(row.values(_changed), 1)]
         lines.append(cells)
     return _table(lines)
 
 
+def _difference_table(rows: list[Row]) -> str:
+    """Each method against plain fine-tuning and against the default mask, by seed."""
+    head, against = ["paired difference of"], []
+    for name in BASELINES:
+        other = next((row for row in rows if row.method.name == name), None)
+        if other is not None:
+            head += [f"test loss, minus {BASELINES[name]}", f"accuracy, minus {BASELINES[name]}"]
+            against.append(other)
+    lines = [head, _rule(head)]
+    for row in rows:
+        cells = [row.method.title]
+        for other in against:
+            cells += [_difference(row, other, _test_loss, 4), _difference(row, other, _accuracy, 1)]
+        lines.append(cells)
+    return _table(lines)
+
+
+def _convergence_table(rows: list[Row]) -> str:
+    """Validation loss on the way, and its paired difference to plain fine-tuning, where a recipe validates."""
+    validated = [row for row in rows if any(run["validation_loss"] for run in row.runs.values() if not run["failed"])]
+    if not validated:
+        return ""
+    steps = [step for step, _ in next(iter(validated[0].runs.values()))["validation_loss"]]
+    shown = sorted({steps[0], steps[(len(steps) - 1) // 2], steps[-1]})
+    baseline = next((row for row in validated if row.method.name == "sft"), None)
+    head = ["validation loss"] + [text for step in shown for text in (f"step {step}", "minus SFT")]
+    lines = [head, _rule(head)]
+    for row in validated:
+        cells = [row.method.title]
+        for step in shown:
+            cells += [_mean(row.values(_validation(step)), 4), _difference(row, baseline, _validation(step), 4)]
+        lines.append(cells)
+    return _table(lines)
+
+
 def _cost_table(suite: Suite, rows: list[Row]) -> str:
     head = ["method", "s / step", "of it the mask, s", "training, CPU s", "peak memory, GiB", "run again with"]
-    lines = [head, ["---", "---:", "---:", "---:", "---:", "---"]]
+    lines = [head, [*_rule(head)[:-1], "---"]]
     for row in rows:
         command = f"`python -m benchmarks.quality run {suite.name} {row.method.name} --again`"
         lines.append(
@@ -149,6 +180,10 @@ def _choice_table(suite: Suite, rows: list[Row]) -> str:
     return _table(lines) + "\n" + note
 
 
+def _rule(head: list[str]) -> list[str]:
+    return ["---"] + ["---:"] * (len(head) - 1)
+
+
 def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
@@ -165,10 +200,10 @@ def _mean(values: dict[int, float], digits: int) -> str:
     return f"{found.mean:.{digits}f}{spread}"
 
 
-def _difference(values, baseline: Row | None, row: Row, get, digits: int) -> str:
-    if baseline is None or row is baseline:
+def _difference(row: Row, other: Row | None, get, digits: int) -> str:
+    if other is None or row is other:
         return ""
-    found = paired_difference(values, baseline.values(get))
+    found = paired_difference(row.values(get), other.values(get))
     return "" if found is None else _interval(found, digits)
 
 
@@ -189,6 +224,10 @@ def _test_loss(run: dict) -> float:
 
 def _accuracy(run: dict) -> float:
     return 100 * run["accuracy"]
+
+
+def _validation(step: int) -> Callable[[dict], float | None]:
+    return lambda run: dict(map(tuple, run["validation_loss"])).get(step)
 
 
 def _changed(run: dict) -> float:
@@ -236,7 +275,7 @@ def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
 def _by_density(suite: Suite, rows: list[Row]) -> Figure | None:
     points = [row for row in rows if row.method.density is not None and row.values(_accuracy)]
     line = sorted(
-        (row for row in points if row.method.name.startswith("gmt_") or row.method.name == BASELINE),
+        (row for row in points if row.method.name.startswith("gmt_") or row.method.name == "sft"),
         key=lambda row: row.method.density,
     )
     others = [row for row in points if row not in line]

@@ -101,7 +101,7 @@ def _write(suite, method, rate, seed, phase, loss, **more):
 
 def test_lowest_mean_validation_loss_chooses_and_a_diverged_run_never_does(own_results):
     suite, sft = load_suite("village_ample"), load_method("sft")
-    for rate, loss in zip(suite.choose["learning_rates"], (0.5, 0.3, 0.4, 0.2), strict=True):
+    for rate, loss in zip(suite.choose["learning_rates"], (0.5, 0.3, 0.4, 0.4, 0.2), strict=True):
         assert results.chosen_learning_rate(suite, sft) is None
         for seed in suite.choose["seeds"]:
             failed = {"failed": "loss holds NaN"} if rate == 0.008 else {}

@@ -66,9 +66,7 @@ def test_resumed_training_equals_uninterrupted_training():
     mask, optimizer, _ = _train(first, range(6), refresh_every=4, seed=5)
     second = _model(seed=1)
     second.load_state_dict(first.state_dict())
-    _, _, moved_later = _train(
-        second, range(6, 10), mask.state_dict(), optimizer.state_dict(), refresh_every=4, seed=5
-    )
+    _, _, moved_later = _train(second, range(6, 10), mask.state_dict(), optimizer.state_dict(), refresh_every=4, seed=5)
     assert moved_later == moved[6:]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
@@ -97,3 +95,28 @@ def test_a_gradient_that_is_not_finite_is_named():
     model[3].weight.grad[0, 0] = float("nan")
     with pytest.raises(RuntimeError, match="3.weight"):
         mask.mask_grads_()
+
+
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_training_freezes_the_same_tensors(one_process_group):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    whole, sharded = _model(), _model()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    fully_shard(sharded, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    _train(whole, range(4), refresh_every=2)
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=0.01, weight_decay=0.1)
+    mask = HalfMask(sharded.named_parameters(), dense=["8.*"], refresh_every=2)
+    mask.register(optimizer)
+    for step in range(4):
+        _step(sharded, optimizer, step)
+    for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(one, other.full_tensor())
