@@ -1,6 +1,6 @@
 """Compares gradient-mask tuning with plain fine-tuning, random masks, one-off masks, half fine-tuning and LoRA.
 
-``python -m benchmarks.quality --help`` says how; docs/results/index.md discusses what came out.
+``python -m benchmarks.quality --help`` says how; docs/results.md discusses what came out.
 
 - ``suites/*.yaml``: a task, its training regime and grid. ``methods/*.yaml``: what differs from plain fine-tuning.
 - ``experiment``: a suite and a method become the config of one run. ``tasks``: rows and texts.

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, nargs="+", help="only these")
     run.add_argument("--lr", type=float, help="this learning rate, instead of the chosen one")
     run.add_argument("--again", action="store_true", help="also what is done already")
-    run.add_argument("--fork", action="store_true", help="start runs as forks of one process: saves importing torch each time")
+    run.add_argument("--fork", action="store_true", help="start runs as forks of one process: no imports each time")
     run.add_argument("--keep", action="store_true", help="keep checkpoints and logs in the work folder")
     run.add_argument("--work", type=Path, default=_WORK, help=f"for data and checkpoints (default {_WORK})")
 
