@@ -21,6 +21,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("base", metavar="BASE", help="folder (or one file) that the tuning started from")
     parser.add_argument("tuned", metavar="TUNED", help="folder (or one file) that the tuning made")
     parser.add_argument("--top", metavar="N", type=_count, default=10, help="tensors that moved most (default: 10)")
+    parser.add_argument("--tensors", action="store_true", help="print a row for every tensor too")
     parser.add_argument("--json", action="store_true", help="print everything, tensor by tensor, as JSON instead")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write pictures and tables as a page too")
     parser.add_argument("--png", metavar="DIR", type=Path, help="write the pictures as PNG files into this folder too")
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         from gmt_tune.reporting.diff_page import write_diff_pngs
 
         written += [str(path.resolve()) for path in write_diff_pngs(diff, args.png, args.top)]
-    print(_as_json(diff, base, tuned) if args.json else _as_text(diff, base, tuned, args.top, written))
+    print(_as_json(diff, base, tuned) if args.json else _as_text(diff, base, tuned, args, written))
     return 0
 
 
@@ -86,7 +87,7 @@ def _as_json(diff, base, tuned) -> str:
     )
 
 
-def _as_text(diff, base, tuned, top: int, written: list[str]) -> str:
+def _as_text(diff, base, tuned, args: argparse.Namespace, written: list[str]) -> str:
     lines = [_described("BASE ", base), _described("TUNED", tuned), *diff.notes, ""]
     if total := diff.total:
         lines += _table("", [("all", total)])
@@ -94,7 +95,9 @@ def _as_text(diff, base, tuned, top: int, written: list[str]) -> str:
         lines += _table("module", by_module.items())
     if by_layer := diff.by_layer():
         lines += _table("layer", [(str(layer), change) for layer, change in by_layer.items()])
-    if moved := diff.moved_most(top):
+    if args.tensors:
+        lines += _table("tensor", diff.tensors.items())
+    if moved := diff.moved_most(args.top):
         lines += _table("moved most", moved)
     lines += [f"Wrote {path}" for path in written]
     return "\n".join(lines).rstrip()

@@ -136,7 +136,7 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
         watch: wraps the names of the tensors as they are gone through, for a progress bar.
 
     Raises:
-        UserError: if the two have no tensor in common, or a file cannot be read.
+        UserError: if the two have no tensor of the same name and shape, or a file cannot be read.
     """
     diff = Diff()
     pairs = _pair(base, tuned, diff)
@@ -160,6 +160,11 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
         for before, after in slices:
             change += _compare_slices(before, after)
         diff.tensors[name] = change
+    if not diff.tensors:
+        raise UserError(
+            f"no tensor of {tuned.path} has the shape that it has in {base.path} ({diff.notes[-1].rstrip('.')}): name "
+            "two checkpoints of the same model"
+        )
     for (one, other), count in casts.items():
         diff.notes.insert(
             0,

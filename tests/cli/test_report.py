@@ -1,0 +1,92 @@
+"""``gmt-tune report``: where it writes, and one sentence for what it cannot draw."""
+
+import json
+import re
+import sys
+
+import pytest
+from reporting.fabricated import write_run
+
+from gmt_tune.cli.main import main
+
+
+def complaint(capsys) -> str:
+    """What the command printed when it failed: one line, without a traceback."""
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("gmt-tune: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_it_says_where_the_page_and_the_pictures_are(tmp_path, capsys):
+    run = write_run(tmp_path / "run", steps=4, layers=2)
+    assert main(["report", str(run), "--png", str(tmp_path / "png")]) == 0
+    out = capsys.readouterr().out
+    count = int(re.search(r"Wrote (\d+) PNG files", out)[1])
+    assert f"Wrote {run / 'report.html'}\n" in out
+    assert len(list((tmp_path / "png").glob("*.png"))) == count > 8
+
+
+def test_several_runs_go_on_one_page(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, steps=4, layers=2, seed=seed) for seed, name in enumerate("ab")]
+    page = tmp_path / "both.html"
+    assert main(["report", *map(str, runs), "-o", str(page)]) == 0
+    assert "<h1>Fine-tuning report: a and b</h1>" in page.read_text()
+    assert not (runs[0] / "report.html").exists()
+
+
+def test_what_is_no_run_is_told_in_one_sentence(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    begun = write_run(tmp_path / "begun", steps=1, layers=1)
+    header = (begun / "run_log.jsonl").read_text().splitlines()[0]
+    (begun / "run_log.jsonl").write_text(header + "\n")
+    blank = tmp_path / "blank"
+    blank.mkdir()
+    (blank / "run_log.jsonl").write_text("")
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "run_log.jsonl").write_text(json.dumps({"format": "gmt-tune run log", "version": 2}) + "\n")
+    for folder, words in (
+        (tmp_path / "nowhere", "is no folder: name the output_dir of a run"),
+        (begun / "run_log.jsonl", "is no folder: name the output_dir of a run"),
+        (empty, "holds no logged step"),
+        (begun, "holds no logged step"),
+        (blank, "holds no logged step"),
+        (newer, "upgrade gmt-tune"),
+    ):
+        assert main(["report", str(folder)]) == 1
+        message = complaint(capsys)
+        assert words in message and str(folder) in message
+
+
+def test_a_page_that_cannot_be_written_is_told_in_one_sentence(tmp_path, capsys):
+    run = write_run(tmp_path / "run", steps=2, layers=1)
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(run), "-o", str(tmp_path / "file" / "page.html")]) == 1
+    assert "name another file" in complaint(capsys)
+    assert main(["report", str(run), "--png", str(tmp_path / "file" / "png")]) == 1
+    assert "name another folder" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", steps=2, layers=1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(run)]) == 1
+    assert "pip install 'gmt-tune[report]'" in complaint(capsys)
+
+
+def test_damaged_and_foreign_lines_are_passed_over(tmp_path, capsys):
+    run = write_run(tmp_path / "run", steps=6, layers=1)
+    with open(run / "run_log.jsonl", "a") as file:
+        file.write(
+            'not json\n[1, 2]\n{"step": "seven", "loss": 1}\n{"step": 7, "loss": "high", "val_loss": null}\n{"st'
+        )
+    (run / "mask_detail.jsonl").write_text('{"step": 3, "density": {"layers.0.w.weight": "x"}}\n{"step": 4, "densi')
+    assert main(["report", str(run)]) == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_usage_is_told(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", *arguments])
+    assert "RUN_DIR" in "".join(capsys.readouterr())
