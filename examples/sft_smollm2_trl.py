@@ -1,11 +1,12 @@
 """SmolLM2-135M learns to solve GSM8K's problems: TRL's SFTTrainer with a gradient mask, ten steps.
 
-    pip install "gmt-tune[trl]"
+    pip install "gmt-tune[transformers,fetch]" trl
     gmt-tune fetch smollm2-135m /tmp/SmolLM2-135M-Instruct
     python examples/sft_smollm2_trl.py --model /tmp/SmolLM2-135M-Instruct
 
 Without ``--model`` and ``--data``, both come from the Hugging Face hub. On a CPU with two cores it takes a few
-minutes; all that makes it a masked run is the last argument of the trainer.
+minutes; all that makes it a masked run is the last argument of the trainer. Each step's line shows the loss and
+what the mask did; ``gmt-tune report /tmp/smollm2_gsm8k`` draws them.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
+
+BATCH_SIZE, ACCUMULATE = 2, 2
 
 
 def as_conversation(row: dict) -> dict:
@@ -38,16 +41,17 @@ def main() -> None:
         if args.data
         else load_dataset("openai/gsm8k", "main", split="train")
     )
-    data = data.shuffle(seed=0).select(range(2000)).map(as_conversation, remove_columns=data.column_names)
+    rows = min(len(data), args.steps * BATCH_SIZE * ACCUMULATE)
+    data = data.shuffle(seed=0).select(range(rows)).map(as_conversation, remove_columns=data.column_names)
 
     trainer = SFTTrainer(
         model=args.model,
         args=SFTConfig(
             output_dir=args.output_dir,
             max_steps=args.steps,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            max_length=384,
+            per_device_train_batch_size=BATCH_SIZE,
+            gradient_accumulation_steps=ACCUMULATE,
+            max_length=256,
             learning_rate=1e-4,
             lr_scheduler_type="constant",
             model_init_kwargs={"dtype": "float32"},
@@ -58,7 +62,7 @@ def main() -> None:
             seed=0,
         ),
         train_dataset=data,
-        callbacks=[GradientMaskCallback(density=args.density)],
+        callbacks=[GradientMaskCallback(density=args.density, log_by_group=False)],
     )
     trainer.train()
 
