@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gmt_tune.masking import GradientMask
+from gmt_tune.integrations.transformers import GradientMaskCallback
 
 
 class GradientMaskSection(BaseModel):
-    """Options of ``gmt_tune.GradientMask``, under their own names. Unknown keys and wrong types are refused."""
+    """Options of ``GradientMaskCallback``, under their own names. Unknown keys and wrong types are refused."""
 
     # Strict: YAML's true is no density, and "4" no number of steps
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -22,12 +21,12 @@ class GradientMaskSection(BaseModel):
     frozen: list[str] = Field(default_factory=list, description="Name patterns of what is not updated at all.")
     seed: int = Field(0, description="Of the random score.")
     error_if_nonfinite: bool = Field(True, description="Raise if a gradient holds NaN or infinity.")
+    track_selection_every: int | None = Field(None, description="Optimizer steps between looks at the overlap.")
+    log_by_group: bool = Field(True, description="Log the mask by module and layer as well.")
 
     @model_validator(mode="after")
-    def _accepted_by_the_mask(self):
-        # The mask's own checks and sentences, on a parameter that stands for any; patterns need the model.
-        options = self.model_dump(exclude={"dense", "frozen"})
-        GradientMask([("weight", torch.nn.Parameter(torch.zeros(1)))], **options)
+    def _accepted_by_the_callback(self):
+        GradientMaskCallback(**self.model_dump())  # its own checks and sentences; patterns need the model
         return self
 
 
@@ -51,5 +50,12 @@ class GradientMaskArgs(BaseModel):
             raise ValueError(
                 "deepspeed keeps gradients in its own engine, where gradient_mask cannot reach them: remove it and "
                 "set fsdp_version: 2 with an fsdp_config"
+            )
+        fsdp = data.get("fsdp_config") or {}
+        version = data.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
+        if (fsdp or data.get("fsdp")) and str(version) != "2":  # Axolotl takes a version left out to be 1
+            raise ValueError(
+                "FSDP version 1 flattens parameters together, where gradient_mask finds no tensor's threshold: set "
+                "fsdp_version: 2"
             )
         return data

@@ -24,6 +24,7 @@ from transformers.trainer_callback import CallbackHandler
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
 from gmt_tune.integrations.transformers.run_files import TrainerRunLog
 from gmt_tune.integrations.transformers.trainer_setup import (
+    refuse_masked_optimizer,
     refuse_unmaskable_arguments,
     refuse_unmaskable_model,
     unwrap_optimizer,
@@ -52,7 +53,8 @@ class GradientMaskCallback(TrainerCallback):
         dense: name patterns (``fnmatch``) of parameters that are updated in full.
         frozen: name patterns of parameters that are not updated at all.
         seed: of the random score.
-        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes.
+        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes. On CUDA, so as
+            not to wait for the device, it is raised at the next step, or when the step is logged.
         mask_class: GradientMask, or a subclass of it with a score of its own.
         track_selection_every: optimizer steps between two looks at overlap and coverage (``mask/overlap``,
             ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Starts anew on resuming.
@@ -61,7 +63,8 @@ class GradientMaskCallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: if an argument is out of its range or misspelt; from the Trainer's constructor on,
-            if a pattern matches no parameter, or gradients cannot be reached (see ``trainer_setup``).
+            if a pattern matches no parameter, the optimizer is masked already, or gradients cannot be reached (see
+            ``trainer_setup``).
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[GradientMaskCallback(density=0.2)])
@@ -142,6 +145,7 @@ class GradientMaskCallback(TrainerCallback):
         if state.global_step > 0:
             restore_mask(mask, model, args, state)
         optimizer = unwrap_optimizer(optimizer)
+        refuse_masked_optimizer(optimizer)
         self._handles = [mask.register(optimizer), optimizer.register_step_pre_hook(self._note_step)]
         self._mask = mask
         tracker = None

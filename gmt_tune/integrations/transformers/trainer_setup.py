@@ -6,21 +6,30 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from gmt_tune.masking import GradientMask
+
 # Optimizers that step inside the backward pass, a parameter at a time, and drop each gradient at once.
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
+
+_FSDP1 = (
+    "FSDP version 1 flattens parameters together, so that no threshold of a tensor can be found: "
+    "set fsdp_config={'version': 2} (FSDP2)"
+)
 
 
 def refuse_unmaskable_arguments(args: TrainingArguments) -> None:
     """Raise if, with these arguments, no step hook sees the whole gradient.
 
     Raises:
-        ValueError: for DeepSpeed, and for optimizers that step inside the backward pass.
+        ValueError: for DeepSpeed, FSDP version 1, and optimizers that step inside the backward pass.
     """
     if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "deepspeed keeps gradients in its own engine, where they cannot be masked: remove it and set "
             "fsdp=True with fsdp_config={'version': 2} (FSDP2), which shards the same tensors"
         )
+    if (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 1:
+        raise ValueError(_FSDP1)
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in _STEPS_IN_BACKWARD or optim.endswith("layerwise"):
         raise ValueError(
@@ -33,14 +42,26 @@ def refuse_unmaskable_model(model: nn.Module) -> None:
     """Raise if gradients will arrive as pieces whose place in their tensor is unknown.
 
     Raises:
-        ValueError: for FSDP version 1, which flattens parameters together.
+        ValueError: for FSDP version 1, however it was switched on.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(_FSDP1)
+
+
+def refuse_masked_optimizer(optimizer: Optimizer) -> None:
+    """Raise if a mask already acts on this optimizer: a second one would select from what the first one left.
+
+    Raises:
+        ValueError: for two callbacks in one Trainer, or a callback beside a ``GradientMask.register`` by hand.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks.values() if hasattr(optimizer, "_optimizer_step_pre_hooks") else ()
+    if any(isinstance(getattr(hook, "__self__", None), GradientMask) for hook in hooks):
         raise ValueError(
-            "FSDP version 1 flattens parameters together, so that no threshold of a tensor can be found: "
-            "set fsdp_config={'version': 2} (FSDP2)"
+            "the optimizer already has a gradient mask, and a second one would select from what the first one left: "
+            "give the Trainer one GradientMaskCallback (trainer.remove_callback(GradientMaskCallback) takes one "
+            "out), and register no GradientMask by hand beside it"
         )
 
 

@@ -1,9 +1,16 @@
-"""A tiny Llama, a tiny Mistral, their data, and Trainers on them: real ones, small enough for the CPU."""
+"""A tiny Llama, a tiny Mistral, their data, and Trainers on them: real ones, small enough for the CPU.
 
+And the loop that does what these Trainers do, in plain PyTorch.
+"""
+
+import functools
 import os
 
 import pytest
 import torch
+from torch.nn.utils import clip_grad_norm_
+
+from gmt_tune import GradientMask
 
 os.environ.setdefault("WANDB_DISABLED", "true")
 
@@ -55,14 +62,14 @@ def rows():
     return rows
 
 
-@pytest.fixture
-def make_trainer(make_model, rows, tmp_path):
+@pytest.fixture(scope="session")
+def make_trainer_in(make_model, rows):
     """Function that makes a Trainer over the rows, in their order; keywords go to its TrainingArguments."""
     from transformers import Trainer, TrainingArguments
 
-    def make(callbacks=(), model=None, **changes):
+    def make(output_dir, callbacks=(), model=None, **changes):
         settings = {
-            "output_dir": str(tmp_path / "out"),
+            "output_dir": str(output_dir),
             "max_steps": 5,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
@@ -87,3 +94,43 @@ def make_trainer(make_model, rows, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def make_trainer(make_trainer_in, tmp_path):
+    """The same, with the test's own output folder."""
+    return functools.partial(make_trainer_in, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def train_plain_loop(rows):
+    """Function that does what such a Trainer does, written out: the independent answer.
+
+    It takes the model, the mask's policy, and the optimizer as a function of parameter groups.
+    """
+
+    def adamw(groups):
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+    def train(model, policy, make_optimizer=adamw, steps=5, micro_batch=4, accumulate=2):
+        decayed = [p for name, p in model.named_parameters() if "norm" not in name]
+        others = [p for name, p in model.named_parameters() if "norm" in name]
+        mask = GradientMask(model.named_parameters(), **policy)
+        optimizer = make_optimizer([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+        mask.register(optimizer)
+        model.train()
+        batches = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+        for step in range(steps):
+            micro_batches = [
+                {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+                for batch in batches[step * accumulate : (step + 1) * accumulate]
+            ]
+            targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+            for batch in micro_batches:
+                model(**batch, num_items_in_batch=targets).loss.backward()
+            clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer
+
+    return train

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from gmt_tune import GradientMask
 from gmt_tune.integrations.transformers import GradientMaskCallback
 
 
@@ -44,6 +45,38 @@ def test_a_wrong_pattern_is_refused_when_the_trainer_is_made(make_trainer, wrong
 def test_optimizers_that_step_in_backward_are_refused(make_trainer, optim):
     with pytest.raises(ValueError, match=f"optim='{optim}' updates weights during the backward pass"):
         make_trainer([GradientMaskCallback(density=0.2)], optim=optim)
+
+
+def test_fsdp_version_1_is_refused_and_2_named(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, fsdp=True, fsdp_config={"version": 1})
+    with pytest.raises(ValueError, match="FSDP version 1 flattens .* set fsdp_config={'version': 2}"):
+        GradientMaskCallback(density=0.2).on_init_end(args, None, None)
+
+
+def test_two_masks_on_one_optimizer_are_refused(make_trainer):
+    trainer = make_trainer([GradientMaskCallback(density=0.2)], max_steps=1)
+    trainer.add_callback(GradientMaskCallback(density=0.3))
+    with pytest.raises(ValueError, match="already has a gradient mask.*remove_callback"):
+        trainer.train()
+    trainer.remove_callback(GradientMaskCallback)  # as the message says
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_mask_registered_by_hand_beside_the_callback_is_refused(make_trainer, make_model):
+    model = make_model()
+    trainer = make_trainer([GradientMaskCallback(density=0.2)], model)
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GradientMask(model.named_parameters(), density=0.2).register(trainer.optimizer)
+    with pytest.raises(ValueError, match="register no GradientMask by hand beside it"):
+        trainer.train()
+
+
+def test_one_callback_serves_one_trainer_after_another(make_trainer):
+    callback = GradientMaskCallback(density=0.2)
+    for steps in (1, 2):
+        make_trainer([callback], max_steps=steps).train()
+        assert callback.mask.step == steps
 
 
 def test_deepspeed_is_refused_and_fsdp2_named(tmp_path):

@@ -1,11 +1,11 @@
 """A Trainer run resumed from its checkpoint ends with the bits of one that was not interrupted."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
 
@@ -13,41 +13,37 @@ RUN = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_
 RUN |= {"train_sampling_strategy": "random", "num_train_epochs": 2}
 
 
-class StopsAfter(TrainerCallback):
-    """An interruption: ends the training right behind the checkpoint of a step."""
+@pytest.fixture(scope="module")
+def undisturbed(make_trainer_in, tmp_path_factory):
+    """Function that gives the Trainer of an undisturbed run; each policy is trained once."""
+    trained = {}
 
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-@pytest.fixture
-def undisturbed(make_trainer, tmp_path):
-    def train(policy):
-        trainer = make_trainer([GradientMaskCallback(**policy)], output_dir=str(tmp_path / "undisturbed"), **RUN)
-        trainer.train()
-        return trainer
+    def train(policy, optim="adamw_torch", model=None):
+        key = json.dumps([policy, optim])
+        if key not in trained:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            trained[key] = make_trainer_in(folder, [GradientMaskCallback(**policy)], model, optim=optim, **RUN)
+            trained[key].train()
+        return trained[key]
 
     return train
 
 
 @pytest.fixture
-def interrupt(make_trainer, tmp_path):
-    def train(policy, step=3):
-        make_trainer(
-            [GradientMaskCallback(**policy), StopsAfter(step)], output_dir=str(tmp_path / "interrupted"), **RUN
-        ).train()
-        assert (tmp_path / "interrupted" / f"checkpoint-{step}" / "gradient_mask.pt").is_file()
-        return tmp_path / "interrupted" / f"checkpoint-{step}"
+def interrupt(undisturbed, tmp_path):
+    """Function that gives a checkpoint as a run leaves it that is killed behind step 3."""
 
-    return train
+    def leave(policy, **run):
+        source = Path(undisturbed(policy, **run).args.output_dir) / "checkpoint-3"
+        assert (source / "gradient_mask.pt").is_file()
+        return Path(shutil.copytree(source, tmp_path / "interrupted" / "checkpoint-3"))
+
+    return leave
 
 
-def resume(make_trainer, policy, checkpoint: Path, resume_from=True, **changes):
+def resume(make_trainer, policy, checkpoint: Path, resume_from=True, model=None, **changes):
     callback = GradientMaskCallback(**policy)
-    trainer = make_trainer([callback], **{**RUN, "output_dir": str(checkpoint.parent), **changes})
+    trainer = make_trainer([callback], model, **{**RUN, "output_dir": str(checkpoint.parent), **changes})
     trainer.train(resume_from_checkpoint=resume_from)
     assert callback.mask.step == 8
     return trainer
@@ -67,6 +63,19 @@ def test_resumed_equals_undisturbed(make_trainer, undisturbed, interrupt, same_b
     """The checkpoint of step 3 lies inside the second epoch's data and inside a refresh interval of 4."""
     resumed = resume(make_trainer, policy, interrupt(policy))
     assert same_bits(resumed.model.state_dict(), undisturbed(policy).model.state_dict()) == []
+
+
+def test_resumed_equals_undisturbed_with_torchaos_8_bit_states(
+    make_trainer, make_model, undisturbed, interrupt, same_bits
+):
+    policy, optim = {"density": 0.2, "refresh_every": 4}, "adamw_torch_8bit"
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64}  # large enough to be quantized
+    with torch.compiler.set_stance("force_eager"):
+        checkpoint = interrupt(policy, optim=optim, model=make_model(**sizes))
+        resumed = resume(make_trainer, policy, checkpoint, model=make_model(**sizes), optim=optim)
+    states = resumed.optimizer.optimizer.state.values()
+    assert "OptimState8bit" in {type(state["exp_avg"]).__name__ for state in states}
+    assert same_bits(resumed.model.state_dict(), undisturbed(policy, optim).model.state_dict()) == []
 
 
 def test_a_stored_selection_is_needed_to_resume(make_trainer, undisturbed, interrupt, same_bits):
