@@ -17,25 +17,17 @@ def gmt_recipe():
 
 
 @pytest.fixture(scope="session")
-def run_recipe(gmt_recipe):
-    """Function that trains by a recipe's class: ours, or torchtune's "single_device" or "distributed"."""
+def train_by():
+    """Function that trains by a recipe's class. torchtune's are guarded where there is no accelerator."""
     import torch
     from omegaconf import OmegaConf
     from torchtune import training
 
-    from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
-    from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous, no_memory_stats_on_cpu
+    from gmt_tune.integrations.torchtune.process_group import no_memory_stats_on_cpu
 
-    def run(config: dict, base: str | None = None):
+    def train(recipe_class, config: dict):
         cfg = OmegaConf.create(config)
-        if base is None:
-            recipe_class = gmt_recipe
-        elif base == "single_device":
-            recipe_class = load_base_recipe("full_finetune_single_device").FullFinetuneRecipeSingleDevice
-        else:
-            recipe_class = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
-            ensure_rendezvous()
-        # Where there is no accelerator, torchtune's distributed recipe stops at its memory reports
+        # Where there is no accelerator, torchtune's distributed recipes stop at their memory reports
         with no_memory_stats_on_cpu(torch.device("cpu")), pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "cleanup_before_training", lambda: None)
             try:
@@ -47,5 +39,22 @@ def run_recipe(gmt_recipe):
                 if torch.distributed.is_initialized():
                     torch.distributed.destroy_process_group()
         return recipe
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def run_recipe(gmt_recipe, train_by):
+    """Function that trains by a recipe's class: ours, or torchtune's "single_device" or "distributed"."""
+    from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
+    from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous
+
+    def run(config: dict, base: str | None = None):
+        if base is None:
+            return train_by(gmt_recipe, config)
+        if base == "single_device":
+            return train_by(load_base_recipe("full_finetune_single_device").FullFinetuneRecipeSingleDevice, config)
+        ensure_rendezvous()
+        return train_by(load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed, config)
 
     return run
