@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -23,8 +24,12 @@ class Progress:
         self._epoch, self._total, self._done, self._every = epoch, total, done, every
         self._start, self._done_before = time.perf_counter(), done
         self._is_shown = is_shown
-        on_terminal = is_shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
+        self._bar = None
+        if is_shown and sys.stderr.isatty():
+            # A terminal that does not tell its width (0), such as a container's, would get an empty bar
+            knows_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if knows_width else {"ncols": 100}
+            self._bar = tqdm(total=total, initial=done, unit="step", **width)
         self._val_loss: float | None = None
 
     def update(self, global_step: int, loss: float, tokens_per_second: float, mask_share: float | None) -> None:
