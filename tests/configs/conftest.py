@@ -31,7 +31,7 @@ def local_data(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     rows = {"alpaca": [], "ise-uiuc/Magicoder-Evol-Instruct-110K": [], "meta-math/MetaMathQA": []}
-    rows["allenai/tulu-v2-sft-mixture"] = []
+    rows |= {"allenai/tulu-v2-sft-mixture": [], "HuggingFaceH4/ultrafeedback_binarized": []}
     for _ in range(96):
         a, b = rng.randint(0, 99), rng.randint(0, 99)
         question, answer = f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
@@ -42,6 +42,9 @@ def local_data(tmp_path_factory) -> dict[str, Path]:
         if rng.random() < 0.3:
             messages.insert(0, {"role": "system", "content": "Be exact."})
         rows["allenai/tulu-v2-sft-mixture"].append({"dataset": "sums", "id": str(a), "messages": messages})
+        chosen, rejected = ([*messages[-2:-1], {"role": "assistant", "content": c}] for c in (answer, "I do not know."))
+        pair = {"prompt": question, "chosen": chosen, "rejected": rejected, "score_chosen": 8.5, "score_rejected": 1.0}
+        rows["HuggingFaceH4/ultrafeedback_binarized"].append(pair)
     files = {}
     for name, lines in rows.items():
         files[name] = folder / f"{name.replace('/', '_')}.jsonl"
@@ -106,11 +109,17 @@ def on_tiny_model(tiny_families, local_data):
         if family.startswith("llama3"):
             cfg.tokenizer.special_tokens_path = str(folder / "special_tokens.json")
         cfg.tokenizer.max_seq_len = 128  # of single bytes, mostly
-        source = cfg.dataset.get("source", "alpaca")
-        cfg.dataset.source = "json"
-        cfg.dataset.data_files = str(local_data[source])
-        cfg.checkpointer.checkpoint_dir = str(folder)
-        cfg.checkpointer.checkpoint_files = ["model.safetensors"]
+        for section in ("dataset", "dataset_val"):
+            if cfg.get(section) is not None:
+                source = cfg[section].get("source", "alpaca")
+                cfg[section].source = "json"
+                cfg[section].data_files = str(local_data[source])
+                if "split" in cfg[section]:
+                    cfg[section].split = "train"  # the only one of a local file
+        for section in ("checkpointer", "ref_checkpointer"):
+            if section in cfg:
+                cfg[section].checkpoint_dir = str(folder)
+                cfg[section].checkpoint_files = ["model.safetensors"]
         cfg.output_dir = str(output_dir)
         cfg.device = "cpu"
         cfg.enable_activation_offloading = False  # needs CUDA
@@ -127,14 +136,17 @@ def on_tiny_model(tiny_families, local_data):
 
 
 @pytest.fixture(scope="session")
-def gmt_recipe():
-    """The class of our recipe, loaded from its file as ``tune run`` does."""
+def recipe_classes() -> dict[str, type]:
+    """The classes of our recipes by their names, loaded from their files as ``tune run`` does."""
     from gmt_tune.integrations.torchtune.registry import recipe_path
 
-    spec = importlib.util.spec_from_file_location("gmt_full_finetune_recipe", recipe_path("gmt_full_finetune"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.GMTFullFinetuneRecipe
+    classes = {}
+    for name, class_name in (("gmt_full_finetune", "GMTFullFinetuneRecipe"), ("gmt_full_dpo", "GMTFullDPORecipe")):
+        spec = importlib.util.spec_from_file_location(f"{name}_recipe", recipe_path(name))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        classes[name] = getattr(module, class_name)
+    return classes
 
 
 @pytest.fixture(scope="session")

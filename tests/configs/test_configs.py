@@ -12,7 +12,7 @@ from gmt_tune.integrations.torchtune.registry import config_paths, recipe_of
 
 ALL = config_paths()
 FAMILIES = ("llama2/", "llama3/", "llama3_1/", "llama3_2/", "llama3_3/", "mistral/")
-FINE_TUNING = [n for n in ALL if n.startswith(FAMILIES) and recipe_of(n) == "gmt_full_finetune"]
+FULL_SIZE = [n for n in ALL if n.startswith(FAMILIES)]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -27,18 +27,19 @@ def test_config_passes_tune_validate_as_a_command(run_tune, tmp_path):
     assert "well-formed" in run_tune("validate", ALL["llama3_1/8B_gmt"], cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("name", FINE_TUNING)
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
-    name, on_tiny_model, gmt_recipe, logged_metrics, tmp_path
+    name, on_tiny_model, recipe_classes, logged_metrics, tmp_path
 ):
     cfg = on_tiny_model(name, tmp_path / "out")
     density = cfg.gradient_mask.density
     with torch.compiler.set_stance("force_eager"):  # torchao's updates compile for 20 s a shape
-        _train(gmt_recipe, cfg)
-    steps = logged_metrics(tmp_path / "out")
+        _train(recipe_classes[recipe_of(name)], cfg)
+    steps = [step for step in logged_metrics(tmp_path / "out") if "loss" in step]
     assert len(steps) == 2
     for step in steps:
-        assert math.isfinite(step["loss"]) and step["loss"] > 1
+        # Of preferences, it begins at log 2
+        assert math.isfinite(step["loss"]) and step["loss"] > (0.5 if recipe_of(name) == "gmt_full_dpo" else 1)
         # Less where a gradient is mostly zero (rows of unseen tokens), a little more where entries tie
         assert density / 4 < step["mask/density"] < density + 0.1
     assert list((tmp_path / "out").rglob("*.safetensors"))
@@ -46,27 +47,27 @@ def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama2/7B_gmt_low_memory", "mistral/7B_gmt_low_memory"])
-def test_low_bit_config_trains_with_its_update_compiled(name, on_tiny_model, gmt_recipe, logged_metrics, tmp_path):
-    _train(gmt_recipe, on_tiny_model(name, tmp_path / "out"))
+def test_low_bit_config_trains_with_its_update_compiled(name, on_tiny_model, recipe_classes, logged_metrics, tmp_path):
+    _train(recipe_classes[recipe_of(name)], on_tiny_model(name, tmp_path / "out"))
     assert all(math.isfinite(step["loss"]) for step in logged_metrics(tmp_path / "out"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3_1/8B_gmt", "llama2/7B_gmt_tulu", "llama3_2/3B_gmt"])
+@pytest.mark.parametrize("name", ["llama3_1/8B_gmt", "llama2/7B_gmt_tulu", "llama3_2/3B_gmt", "mistral/7B_gmt_dpo"])
 def test_config_for_several_devices_trains_on_two(name, on_tiny_model, run_tune, logged_metrics, tmp_path):
     config = tmp_path / "config.yaml"
     OmegaConf.save(on_tiny_model(name, tmp_path / "out"), config)
-    run_tune("run", "--nproc_per_node", 2, "gmt_full_finetune", "--config", config, cwd=tmp_path)
-    assert len(logged_metrics(tmp_path / "out")) == 2
+    run_tune("run", "--nproc_per_node", 2, recipe_of(name), "--config", config, cwd=tmp_path)
+    assert len([step for step in logged_metrics(tmp_path / "out") if "loss" in step]) == 2
 
 
-@pytest.mark.parametrize("name", FINE_TUNING)
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_config_opens_with_its_download_and_run_lines_and_comments_its_knobs(name):
     text = ALL[name].read_text()
     header = text[: text.index("output_dir:")]
     cfg = OmegaConf.load(ALL[name])
     assert re.search(rf"tune download \S+ --output-dir {cfg.checkpointer.checkpoint_dir} ", header)
-    assert re.search(rf"tune run .*gmt_full_finetune --config {name}$", header, re.MULTILINE)
+    assert re.search(rf"tune run .*{recipe_of(name)} --config {name}$", header, re.MULTILINE)
     assert "checkpointer.checkpoint_dir=<YOUR_CHECKPOINT_DIR>" in header
     assert re.search(r"Needs about \d+ GiB.*: fits cards of \d+ GB or more", header)
     assert str(cfg.tokenizer.path).startswith(str(cfg.checkpointer.checkpoint_dir))
@@ -97,8 +98,12 @@ def test_configs_and_their_table_are_what_the_script_writes(make_configs):
 
 def _train(recipe_class, cfg) -> None:
     from gmt_tune.integrations.torchtune.config_check import check_config
+    from gmt_tune.integrations.torchtune.preference import OWN_KEYS, check_preference_config
 
-    check_config(cfg)
+    is_dpo = recipe_class.__name__ == "GMTFullDPORecipe"
+    check_config(cfg, OWN_KEYS if is_dpo else ())
+    if is_dpo:
+        check_preference_config(cfg)
     try:
         recipe = recipe_class(cfg)
         recipe.setup(cfg)
