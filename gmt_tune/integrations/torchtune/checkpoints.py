@@ -27,8 +27,9 @@ log = utils.get_logger("INFO")
 
 # Config sections that may differ between a run and its continuation: they change no number of the training.
 _MAY_DIFFER = (
-    "output_dir", "checkpointer", "resume_from_checkpoint", "epochs", "device", "compile", "metric_logger",
-    "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler", "save_every_n_steps",
+    "output_dir", "checkpointer", "ref_checkpointer.output_dir", "resume_from_checkpoint", "epochs", "device",
+    "compile", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler",
+    "save_every_n_steps",
     "keep_last_n_checkpoints", "dataset_val", "run_val_every_n_steps", "batch_size_val", "evaluation",
     "track_selection_every_n_steps", "write_report",
     "enable_activation_checkpointing", "enable_activation_offloading", "ac_mode", "ac_option",
@@ -362,7 +363,7 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
     """Every key whose value changes the training and is not what it was."""
     found = []
     for key in {**saved, **now}:
-        if not prefix and key in _MAY_DIFFER:
+        if f"{prefix}{key}" in _MAY_DIFFER:
             continue
         a, b = saved.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
