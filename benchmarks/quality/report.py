@@ -47,7 +47,7 @@ def write_report() -> list[Path]:
     parts = [
         "---\norphan: true\n---\n\n# Results: tables and figures\n",
         "<!-- Made by `python -m benchmarks.quality table` from docs/results/runs: edit nothing here. -->\n",
-        "[The discussion](../results.md) says what to make of them, and how everything was measured. Numbers are means over "
+        "[The discussion](../results.md) says what to make of them, and how all was measured. Numbers are means over "
         "seeds ± standard deviation; differences are paired by seed (same data in the same order), with their 95% "
         "confidence interval, **bold** where it leaves out zero. The learning rate of each method was chosen on the "
         "validation split. Forgetting is the change of the loss on texts that have nothing to do with the task.\n",
