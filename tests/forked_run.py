@@ -13,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+# Variable of the environment that asks for a broken gradient: "rank step parameter value".
+BREAK = "TEST_BREAK_GRADIENT"
+
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     [
@@ -41,6 +44,9 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
     from gmt_tune.integrations.torchtune.registry import recipe_path
 
     torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # torchao's updates compile for 20 s a shape, in every process
+    if BREAK in environment:
+        _break_gradient(*environment[BREAK].split())
     path = str(recipe_path("gmt_full_finetune"))
     sys.argv = [path, *arguments]
     try:
@@ -48,6 +54,22 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _break_gradient(rank: str, step: str, name: str, value: str) -> None:
+    """Put a value into one entry of one rank's part of a gradient, after the backward pass of one step."""
+    from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
+
+    reduce = MaskedRecipe._reduce
+
+    def breaking(self, *args):
+        if self.rank == int(rank) and self.global_step + 1 == int(step):
+            grad = self._model.get_parameter(name).grad
+            grad = grad.to_local() if hasattr(grad, "to_local") else grad
+            grad.view(-1)[3] = float(value)
+        return reduce(self, *args)
+
+    MaskedRecipe._reduce = breaking
 
 
 class ForkedRun:
@@ -93,7 +115,7 @@ class ForkedRun:
         """End all ranks without asking, as when a node goes away."""
         for process in self.processes:
             process.kill()
-        self.wait(10)
+        self.wait(30)
 
     def wait(self, timeout: float) -> list[int]:
         """The exit statuses of all ranks."""

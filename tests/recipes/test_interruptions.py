@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,30 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked_run import BREAK, ForkedRun
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.checkpoint_folder import space_needed
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3}
-RECIPE = [sys.executable, "-m", "gmt_full_finetune", "--config"]
-
-
-def start(config_file: Path, processes: int = 1) -> subprocess.Popen:
-    command = [*RECIPE, str(config_file)]
-    if processes > 1:
-        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
-        command = [*torchrun, *command[1:]]
-    log = open(config_file.with_suffix(".log"), "a")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
-    # A session of its own, so that a kill reaches launcher and workers alike, as when a node goes away
-    return subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment, cwd=config_file.parent, start_new_session=True
-    )
-
-
-def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    os.killpg(process.pid, number)
-    process.wait()
+TORCHRUN = [str(Path(sys.executable).parent / "tune"), "run", "--nproc_per_node", "2", "gmt_full_finetune", "--config"]
 
 
 def write_config(folder: Path, config: dict) -> Path:
@@ -50,94 +35,177 @@ def saved_steps(output_dir: Path) -> int:
     steps = [0]
     for manifest in output_dir.glob("*/training_progress.json"):
         if not manifest.parent.name.startswith("."):
-            steps.append(json.loads(manifest.read_text())["progress"]["global_step"])
+            try:
+                steps.append(json.loads(manifest.read_text())["progress"]["global_step"])
+            except FileNotFoundError:  # the run has discarded it meanwhile
+                pass
     return max(steps)
 
 
-def kill_until_done(tmp_path, tiny_config, final_weights, *, processes: int, kills: int, steps: int) -> None:
+def wait_until(condition, run, timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert run.is_running(), f"the run ended too early:\n{run.log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, run.log.read_text()[-3000:]
+        time.sleep(0.001)
+
+
+def kill_somewhere(run: ForkedRun, moment: int, output_dir: Path, rng: random.Random) -> bool:
+    """Kill a run that has just been started: ``moment`` 0 while it starts, 1 within its steps, 2 within a save.
+
+    Returns:
+        Whether a save was cut off.
+    """
+    if moment == 0:
+        time.sleep(rng.uniform(0, 1))
+    else:
+        before = saved_steps(output_dir)
+        wait_until(lambda: saved_steps(output_dir) > before, run)  # so that each life gets further
+        if moment == 1:
+            time.sleep(rng.uniform(0, 0.15))
+        else:
+            wait_until(lambda: saves_at_work(output_dir), run)
+            time.sleep(rng.choice((0, 0, 0.002, 0.005)))
+    assert run.is_running(), "the run ended before it could be killed: it needs more steps"
+    run.kill()
+    return saves_at_work(output_dir)
+
+
+def saves_at_work(output_dir: Path) -> bool:
+    return any(output_dir.glob(".incomplete-*_*"))
+
+
+def kill_until_done(tmp_path, tiny_config, final_weights, *, processes: int, kills: int) -> None:
+    epochs = -(-kills * 5 // (32 // processes)) + 1
     changes = dict(
-        gradient_mask=MASK, max_steps_per_epoch=steps, save_every_n_steps=1, keep_last_n_checkpoints=3,
+        gradient_mask=MASK, epochs=epochs, max_steps_per_epoch=None, save_every_n_steps=1, keep_last_n_checkpoints=3,
         resume_from_checkpoint=True, batch_size=2, optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
     )  # fmt: skip
     straight = write_config(tmp_path / "straight", tiny_config(tmp_path / "straight" / "out", **changes))
-    assert start(straight, processes).wait(timeout=600) == 0, straight.with_suffix(".log").read_text()[-3000:]
-
+    undisturbed = ForkedRun(straight, processes=processes)
     killed = write_config(tmp_path / "killed", tiny_config(tmp_path / "killed" / "out", **changes))
     output_dir = tmp_path / "killed" / "out"
     rng = random.Random(processes)
-    seen_incomplete = 0
-    for _ in range(kills):
-        process = start(killed, processes)
-        before = saved_steps(output_dir)
-        deadline = time.monotonic() + 240
-        # Wait until it trains again, then kill at a random moment: within steps and within saves
-        while saved_steps(output_dir) == before and process.poll() is None:
-            assert time.monotonic() < deadline, killed.with_suffix(".log").read_text()[-3000:]
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        assert process.poll() is None, "the run ended before it could be killed: it needs more steps"
-        kill(process)
-        seen_incomplete += any(output_dir.glob(".incomplete-*"))
-    assert start(killed, processes).wait(timeout=600) == 0, killed.with_suffix(".log").read_text()[-3000:]
+    within_saves = sum(
+        kill_somewhere(ForkedRun(killed, processes=processes), (2, 1, 2, 0, 2)[i % 5], output_dir, rng)
+        for i in range(kills)
+    )
+    assert within_saves >= kills // 4
+    assert ForkedRun(killed, processes=processes).wait(600) == [0] * processes
+    assert undisturbed.wait(600) == [0] * processes
     assert not any(output_dir.glob(".incomplete-*"))
-    wanted, weights = final_weights(tmp_path / "straight" / "out"), final_weights(output_dir)
-    assert wanted.keys() == weights.keys()
+    wanted = final_weights(tmp_path / "straight" / "out", epochs - 1)
+    weights = final_weights(output_dir, epochs - 1)
+    assert wanted.keys() == weights.keys() and len(wanted) > 10
     for key in wanted:
         assert torch.equal(weights[key], wanted[key]), key
-    print(f"{kills} kills with {processes} process(es), {seen_incomplete} of them within a save")
+    print(f"{kills} kills with {processes} process(es), {within_saves} of them within a save")
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 18), (2, 7)])
+@pytest.mark.parametrize("processes, kills", [(1, 20), (2, 10)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights(
     processes, kills, tmp_path, tiny_config, final_weights
 ):
-    kill_until_done(tmp_path, tiny_config, final_weights, processes=processes, kills=kills, steps=kills * 8 // 5 + 3)
+    kill_until_done(tmp_path, tiny_config, final_weights, processes=processes, kills=kills)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_a_hundred_times_each(processes, tmp_path, tiny_config, final_weights):
-    kill_until_done(tmp_path, tiny_config, final_weights, processes=processes, kills=100, steps=200)
+    kill_until_done(tmp_path, tiny_config, final_weights, processes=processes, kills=100)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
-def test_told_to_stop_a_run_saves_says_how_to_go_on_and_does(number, tmp_path, tiny_config, logged_metrics):
+def test_told_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes, tmp_path, tiny_config, logged_metrics):
     config = tiny_config(tmp_path / "out", gradient_mask=MASK, max_steps_per_epoch=None, epochs=50)
-    file = write_config(tmp_path, config)
-    process = start(file)
+    run = ForkedRun(write_config(tmp_path, config), processes=processes)
     log = tmp_path / "out" / "logs" / "log.txt"
-    deadline = time.monotonic() + 240
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        assert time.monotonic() < deadline and process.poll() is None, file.with_suffix(".log").read_text()[-3000:]
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
-    said = file.with_suffix(".log").read_text()
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 3, run)
+    os.kill(run.processes[-1].pid, number)  # one rank is told, and all stop
+    statuses = run.wait(120)
+    assert statuses[-1] == 128 + number and all(status > 128 for status in statuses)
+    said = run.log.read_text()
     assert f"{number.name} received" in said and "resume_from_checkpoint=True" in said
     assert "Traceback" not in said
     done = len(log.read_text().splitlines())
     assert saved_steps(tmp_path / "out") == done
 
-    config.update(resume_from_checkpoint=True, epochs=done // 16 + 1)
-    process = start(write_config(tmp_path, config))
-    assert process.wait(timeout=240) == 0
-    assert len(logged_metrics(tmp_path / "out")) == config["epochs"] * 16
+    steps = 16 // processes  # of an epoch
+    config.update(epochs=done // steps + 1)
+    more = ForkedRun(write_config(tmp_path, config), "resume_from_checkpoint=True", processes=processes)
+    assert more.wait(240) == [0] * processes
+    assert len(logged_metrics(tmp_path / "out")) == config["epochs"] * steps
 
 
-def test_a_second_signal_leaves_at_once(tmp_path):
-    code = (
-        "import os, signal, time\n"
-        "from gmt_tune.integrations.torchtune import signals\n"
-        "signals.SECONDS_OF_ONE_WISH = 0.2\n"
-        "stop = signals.StopSignal(); stop.install()\n"
-        "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "print('still here', stop.received, flush=True)\n"
-        "time.sleep(0.3); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
-        "print('must not be reached')"
+@pytest.mark.parametrize("is_under_torchrun", [False, True])
+def test_a_second_signal_leaves_at_once(is_under_torchrun, tmp_path, tiny_config):
+    """But not one that torchrun passes on besides the terminal: both are there when the process looks."""
+    config = tiny_config(tmp_path / "out", max_steps_per_epoch=None, epochs=50)
+    run = ForkedRun(
+        write_config(tmp_path, config), environment={"TORCHELASTIC_RUN_ID": "1"} if is_under_torchrun else {}
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "still here 15" in process.stdout and "must not be reached" not in process.stdout
-    assert process.returncode == -signal.SIGTERM
+    log = tmp_path / "out" / "logs" / "log.txt"
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 3, run)
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+        run.send(number)
+    status, said = run.wait(60)[0], run.log.read_text()
+    assert said.count(" received: finishing this step") == 1
+    assert ("resume_from_checkpoint=True" in said) == is_under_torchrun
+    assert (status > 128) if is_under_torchrun else status in (-signal.SIGTERM, -signal.SIGINT)
+
+
+def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_the_same_command_ends_it(
+    tmp_path, tiny_config, final_weights
+):
+    """The command as users type it: ``tune run --nproc_per_node 2``, stopped at torchrun itself."""
+    changes = dict(gradient_mask=MASK, epochs=8, max_steps_per_epoch=None, resume_from_checkpoint=True, batch_size=2)
+    straight = ForkedRun(
+        write_config(tmp_path / "straight", tiny_config(tmp_path / "straight" / "out", **changes)), processes=2
+    )
+    file = write_config(tmp_path / "stopped", tiny_config(tmp_path / "stopped" / "out", **changes))
+    log = tmp_path / "stopped" / "out" / "logs" / "log.txt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    outputs = []
+    for is_told_to_stop in (True, False):
+        with open(tmp_path / "said.txt", "w+") as said:
+            process = subprocess.Popen(
+                [*TORCHRUN, str(file)], stdout=said, stderr=said, env=environment, cwd=tmp_path, start_new_session=True
+            )
+            if is_told_to_stop:
+                deadline = time.monotonic() + 300
+                while not (log.exists() and len(log.read_text().splitlines()) > 3):
+                    assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said.txt").read_text()
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+            status = process.wait(timeout=300)
+            outputs.append((tmp_path / "said.txt").read_text())
+        assert (status != 0) == is_told_to_stop, outputs[-1]
+    assert "To go on, run the same command with resume_from_checkpoint=True." in outputs[0]
+    assert "Going on from" in outputs[1]
+    assert straight.wait(300) == [0, 0]
+    wanted, weights = (final_weights(tmp_path / name / "out", 7) for name in ("straight", "stopped"))
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["error", "skip"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_met_by_all_alike(
+    on_nonfinite, tmp_path, tiny_config, logged_metrics
+):
+    name = "layers.1.mlp.w2.weight"
+    config = tiny_config(tmp_path / "out", gradient_mask=MASK, on_nonfinite=on_nonfinite, save_every_n_steps=1)
+    run = ForkedRun(write_config(tmp_path, config), processes=2, environment={BREAK: f"1 3 {name} nan"})
+    statuses, said = run.wait(120), run.log.read_text()
+    where = f"the gradient of '{name}' holds NaN or infinity at step 3, rows ["
+    assert said.count(where) == 1
+    rows = json.loads("[" + said.partition(where)[2].partition("]")[0] + "]")
+    assert len(set(rows)) == 2 * config["batch_size"]  # of both ranks: the reduction has mixed their gradients
+    if on_nonfinite == "error":
+        assert statuses == [1, 1] and "Traceback" not in said
+        assert f"the last checkpoint: {tmp_path / 'out' / 'step_2'}" in said
+    else:
+        assert statuses == [0, 0]
+        assert [step["skipped_steps"] for step in logged_metrics(tmp_path / "out")] == [0, 0, 1, 1]
 
 
 @pytest.fixture
@@ -181,6 +249,57 @@ def test_steps_that_are_not_finite_are_left_out_and_counted_on_request(
     assert all(torch.isfinite(p).all() for p in recipe._model.parameters())
 
 
+def test_with_the_optimizer_in_backward_a_gradient_that_is_not_finite_is_not_saved(
+    tmp_path, tiny_config, run_recipe, gmt_recipe, monkeypatch
+):
+    begin = gmt_recipe._begin_training
+
+    def breaking(self):
+        def not_finite(grad):
+            return grad * float("nan") if self.global_step == 2 else grad
+
+        self._model.layers[1].mlp.w2.weight.register_hook(not_finite)
+        return begin(self)
+
+    monkeypatch.setattr(gmt_recipe, "_begin_training", breaking)
+    for mask in (MASK, None):
+        with pytest.raises(UserError) as error:
+            run_recipe(tiny_config(tmp_path, gradient_mask=mask, save_every_n_steps=1, optimizer_in_bwd=True))
+        message = str(error.value)
+        assert "the gradient of 'layers.1.mlp.w2.weight'" in message and "at step 3, rows [" in message
+        assert "weights have changed by it in backward, and are not saved" in message
+        assert saved_steps(tmp_path) == 2 and "on_nonfinite" not in message
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_save_that_fails_midway_ends_the_run_and_the_checkpoint_before_it_resumes(
+    is_async, tmp_path, tiny_config, run_recipe, final_weights, monkeypatch
+):
+    """A limit on the size of files, which the weights fit into and the training state does not."""
+    changes = dict(gradient_mask=MASK, save_every_n_steps=1, enable_async_checkpointing=is_async)
+    save, (_, hard) = RunCheckpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def with_limit(self, recipe, *args, **kwargs):
+        if recipe.global_step == 3:
+            self.finish()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+        return save(self, recipe, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoints, "save", with_limit)
+        try:
+            with pytest.raises(UserError, match=r"step_3 could not be written .*: free disk space") as error:
+                run_recipe(tiny_config(tmp_path / "out", **changes))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert f"the last whole checkpoint: {tmp_path / 'out' / 'step_2'}" in str(error.value)
+    assert saved_steps(tmp_path / "out") == 2 and not any((tmp_path / "out").glob(".incomplete-*"))
+    run_recipe(tiny_config(tmp_path / "out", resume_from_checkpoint=True, **changes))
+    run_recipe(tiny_config(tmp_path / "straight", **changes))
+    resumed, straight = final_weights(tmp_path / "out"), final_weights(tmp_path / "straight")
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
 def test_a_full_disk_ends_the_run_with_one_sentence_and_the_checkpoint_before_it_resumes(
     tmp_path, tiny_config, run_recipe, final_weights, monkeypatch
 ):
@@ -220,6 +339,21 @@ def test_too_little_disk_for_the_checkpoints_to_come_is_told_before_training(
     ):
         run_recipe(tiny_config(tmp_path / "out", save_every_n_steps=1))
     run_recipe(tiny_config(tmp_path / "few", optimizer={"_component_": "torch.optim.SGD", "lr": 0.1}))
+
+
+@pytest.mark.parametrize(
+    "saves, keep_last_n, there, needed",
+    [
+        (0, None, 0, 10),  # the last checkpoint holds the weights alone
+        (3, None, 0, 3 * 30 + 10),
+        (3, None, 60, 3 * 30 + 10),  # what is there is kept
+        (3, 1, 0, 2 * 30),  # the second is written before the first is discarded
+        (1, 1, 0, 30 + 10),
+        (5, 2, 60, 3 * 30 - 60),
+    ],
+)
+def test_the_estimate_of_disk_space_is_the_most_that_is_there_at_once(saves, keep_last_n, there, needed):
+    assert space_needed(weights=10, state=20, saves=saves, keep_last_n=keep_last_n, there=there) == needed
 
 
 def test_validation_loss_is_that_of_all_rows_and_changes_no_training(
