@@ -61,7 +61,8 @@ def refuse_masked_optimizer(optimizer: Optimizer) -> None:
         raise ValueError(
             "the optimizer already has a gradient mask, and a second one would select from what the first one left: "
             "give the Trainer one GradientMaskCallback (trainer.remove_callback(GradientMaskCallback) takes one "
-            "out), and register no GradientMask by hand beside it"
+            "out), and register no GradientMask by hand beside it; after a training that ended in an error, make the "
+            "Trainer anew"
         )
 
 

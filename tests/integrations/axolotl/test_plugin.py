@@ -1,6 +1,8 @@
 """The plugin in the real Axolotl: its loader, its validation of configs, its trainer, its command."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,7 @@ def test_a_section_reaches_the_mask_as_it_was_written(validate, axolotl_config, 
         ({"density": 0.2, "scope": "layer"}, "scope must be one of tensor, global"),
         ({"density": 0.2, "refresh_every": 0}, "refresh_every must be a whole number"),
         ({"density": 0.2, "dense": "*norm*"}, "gradient_mask.dense"),
+        ({"density": 0.2, "track_selection_every": 0}, "track_selection_every must be a whole number"),
         (..., "needs a section gradient_mask"),
     ],
 )
@@ -81,6 +84,23 @@ def test_deepspeed_is_refused_and_fsdp2_named(validate, axolotl_config):
         validate(axolotl_config(deepspeed={"zero_optimization": {"stage": 3}}))
 
 
+@pytest.mark.parametrize("version", [{}, {"fsdp_version": 1}, {"fsdp_config": {"fsdp_version": 1}}])
+def test_fsdp_version_1_is_refused_and_2_named(validate, axolotl_config, version):
+    """A version that is left out is 1 to Axolotl."""
+    from pydantic import ValidationError
+
+    fsdp = {"fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **version.pop("fsdp_config", {})}, **version}
+    with pytest.raises(ValidationError, match="FSDP version 1 flattens.*fsdp_version: 2"):
+        validate(axolotl_config(**fsdp))
+
+
+def test_the_yaml_of_the_documentation_passes_axolotls_validation(validate, axolotl_config):
+    page = (EXAMPLES.parent / "docs" / "integrations.md").read_text()
+    [block] = re.findall(r"```yaml tested-by=tests/integrations/axolotl/test_plugin.py\n(.*?)```", page, re.DOTALL)
+    cfg = validate(axolotl_config(**yaml.safe_load(block)))
+    assert cfg.gradient_mask.density == 0.2 and cfg.plugins == [PLUGIN]
+
+
 @pytest.mark.parametrize("name", ["axolotl_llama3_1_8b", "axolotl_mistral_7b"])
 def test_the_examples_pass_axolotls_validation(validate, name):
     cfg = validate(
@@ -91,23 +111,42 @@ def test_the_examples_pass_axolotls_validation(validate, name):
     assert cfg.gradient_mask.density == 0.2 and cfg.fsdp_version == 2
 
 
-def test_a_step_of_axolotls_trainer_moves_the_entries_that_a_full_sort_selects(
-    axolotl_config, tmp_path, moves_only_selected
-):
+@pytest.fixture
+def make_axolotl_trainer(tmp_path):
+    """Function that makes Axolotl's trainer of a config, as ``axolotl train`` does, and adds a callback."""
     from axolotl.cli.config import load_cfg
-    from axolotl.common.datasets import load_datasets
+    from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.train import setup_model_and_trainer
 
-    config = axolotl_config(optimizer="sgd", learning_rate=10.0, max_steps=1, save_strategy="no", save_steps=...)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    cfg = load_cfg(str(tmp_path / "config.yaml"))
-
-    def make(watch):
-        trainer = setup_model_and_trainer(cfg, load_datasets(cfg=cfg))[0]
-        trainer.add_callback(watch)
+    def make(config, callback):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        cfg = load_cfg(str(tmp_path / "config.yaml"))
+        load = load_preference_datasets if cfg.rl else load_datasets
+        trainer = setup_model_and_trainer(cfg, load(cfg=cfg))[0]
+        trainer.add_callback(callback)
         return trainer
 
-    moves_only_selected(make, density=0.2)
+    return make
+
+
+ONE_SGD_STEP = {"optimizer": "sgd", "learning_rate": 10.0, "max_steps": 1, "save_strategy": "no", "save_steps": ...}
+
+
+def test_a_step_of_axolotls_trainer_moves_the_entries_that_a_full_sort_selects(
+    axolotl_config, make_axolotl_trainer, moves_only_selected
+):
+    config = axolotl_config(**ONE_SGD_STEP)
+    moves_only_selected(lambda watch: make_axolotl_trainer(config, watch), density=0.2)
+
+
+def test_a_step_of_axolotls_dpo_trainer_moves_the_entries_that_a_full_sort_selects(
+    axolotl_config, make_axolotl_trainer, moves_only_selected, tmp_path
+):
+    rows = [{"prompt": f"What is {i} plus 1?", "chosen": f" It is {i + 1}.", "rejected": " No."} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"path": str(tmp_path / "pairs.jsonl"), "ds_type": "json", "split": "train", "type": "passthrough"}
+    config = axolotl_config(rl="dpo", datasets=[pairs], **ONE_SGD_STEP)
+    moves_only_selected(lambda watch: make_axolotl_trainer(config, watch), density=0.2)
 
 
 @pytest.mark.slow

@@ -64,12 +64,14 @@ def rows():
 
 @pytest.fixture(scope="session")
 def make_trainer_in(make_model, rows):
-    """Function that makes a Trainer over the rows, in their order; keywords go to its TrainingArguments."""
+    """Function that makes a Trainer over the rows, in their order; keywords go to its TrainingArguments.
+
+    These must name an output_dir.
+    """
     from transformers import Trainer, TrainingArguments
 
-    def make(output_dir, callbacks=(), model=None, **changes):
+    def make(callbacks=(), model=None, **changes):
         settings = {
-            "output_dir": str(output_dir),
             "max_steps": 5,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
@@ -99,7 +101,7 @@ def make_trainer_in(make_model, rows):
 @pytest.fixture
 def make_trainer(make_trainer_in, tmp_path):
     """The same, with the test's own output folder."""
-    return functools.partial(make_trainer_in, tmp_path / "out")
+    return functools.partial(make_trainer_in, output_dir=str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="session")

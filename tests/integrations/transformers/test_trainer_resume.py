@@ -21,8 +21,8 @@ def undisturbed(make_trainer_in, tmp_path_factory):
     def train(policy, optim="adamw_torch", model=None):
         key = json.dumps([policy, optim])
         if key not in trained:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            trained[key] = make_trainer_in(folder, [GradientMaskCallback(**policy)], model, optim=optim, **RUN)
+            settings = {**RUN, "optim": optim, "output_dir": str(tmp_path_factory.mktemp("undisturbed"))}
+            trained[key] = make_trainer_in([GradientMaskCallback(**policy)], model, **settings)
             trained[key].train()
         return trained[key]
 
