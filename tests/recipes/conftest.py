@@ -5,6 +5,15 @@ import importlib.util
 import pytest
 
 
+@pytest.fixture
+def eager():
+    """torchao's updates as plain torch: compiled, which the parity tests have, each takes 20 s to begin with."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def gmt_recipe():
     """The class of our recipe, loaded from its file as ``tune run`` does."""

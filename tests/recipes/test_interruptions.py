@@ -155,34 +155,28 @@ def test_a_second_signal_leaves_at_once(is_under_torchrun, tmp_path, tiny_config
     assert (status > 128) if is_under_torchrun else status in (-signal.SIGTERM, -signal.SIGINT)
 
 
-def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_the_same_command_ends_it(
-    tmp_path, tiny_config, final_weights
-):
-    """The command as users type it: ``tune run --nproc_per_node 2``, stopped at torchrun itself."""
+def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, tiny_config, final_weights):
+    """The command as users type it, ``tune run --nproc_per_node 2``; it is torchrun that is told."""
     changes = dict(gradient_mask=MASK, epochs=8, max_steps_per_epoch=None, resume_from_checkpoint=True, batch_size=2)
-    straight = ForkedRun(
-        write_config(tmp_path / "straight", tiny_config(tmp_path / "straight" / "out", **changes)), processes=2
-    )
+    config = tiny_config(tmp_path / "straight" / "out", **changes)
+    straight = ForkedRun(write_config(tmp_path / "straight", config), processes=2)
     file = write_config(tmp_path / "stopped", tiny_config(tmp_path / "stopped" / "out", **changes))
     log = tmp_path / "stopped" / "out" / "logs" / "log.txt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
-    outputs = []
-    for is_told_to_stop in (True, False):
-        with open(tmp_path / "said.txt", "w+") as said:
-            process = subprocess.Popen(
-                [*TORCHRUN, str(file)], stdout=said, stderr=said, env=environment, cwd=tmp_path, start_new_session=True
-            )
-            if is_told_to_stop:
-                deadline = time.monotonic() + 300
-                while not (log.exists() and len(log.read_text().splitlines()) > 3):
-                    assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said.txt").read_text()
-                    time.sleep(0.01)
-                process.send_signal(signal.SIGTERM)
-            status = process.wait(timeout=300)
-            outputs.append((tmp_path / "said.txt").read_text())
-        assert (status != 0) == is_told_to_stop, outputs[-1]
-    assert "To go on, run the same command with resume_from_checkpoint=True." in outputs[0]
-    assert "Going on from" in outputs[1]
+    with open(tmp_path / "said.txt", "w") as said:
+        process = subprocess.Popen([*TORCHRUN, str(file)], stdout=said, stderr=said, env=environment, cwd=tmp_path)
+        deadline = time.monotonic() + 300
+        while not (log.exists() and len(log.read_text().splitlines()) > 3):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said.txt").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) != 0
+    text = (tmp_path / "said.txt").read_text()
+    assert "To go on, run the same command with resume_from_checkpoint=True." in text
+    assert "Traceback" not in text and "tune: the run was told to stop" in text
+    assert saved_steps(tmp_path / "stopped" / "out") == len(log.read_text().splitlines())
+
+    assert ForkedRun(file, processes=2).wait(300) == [0, 0]
     assert straight.wait(300) == [0, 0]
     wanted, weights = (final_weights(tmp_path / name / "out", 7) for name in ("straight", "stopped"))
     assert all(torch.equal(weights[key], wanted[key]) for key in wanted)

@@ -90,7 +90,6 @@ WRONG = [
     ("enable_activation_offloading", True, r"enable_activation_offloading: True needs device: cuda"),
     ("run_val_every_n_steps", 5, r"run_val_every_n_steps is set, but dataset_val is not"),
     ("collate_fn", "torchtune.data.left_pad_sequence", r"collate_fn must not be left_pad_sequence"),
-    ("fsdp_cpu_offload", True, r"fsdp_cpu_offload: True needs a device to offload from"),
     ("tensor_parallel_dim", 2, r"tensor_parallel_dim: 2 needs tensor_parallel_plan"),
     ("tokenizer.max_seq_len", 1000, r"tokenizer\.max_seq_len is 1000, but the model takes at most 256 tokens"),
     # files

@@ -204,8 +204,6 @@ def _check_combinations(cfg: DictConfig) -> None:
             )
         if cfg.optimizer.get("fused", False):
             raise UserError("optimizer.fused: True does not work with tensor_parallel_dim above 1: set it to False")
-    if cfg.get("fsdp_cpu_offload", False) and str(cfg.device) == "cpu":
-        raise UserError("fsdp_cpu_offload: True needs a device to offload from, got device: cpu")
     if cfg.get("enable_activation_offloading", False):
         if str(cfg.device).split(":")[0] != "cuda":
             raise UserError(f"enable_activation_offloading: True needs device: cuda, got {cfg.device!r}")

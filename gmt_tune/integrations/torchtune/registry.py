@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from gmt_tune.integrations.torchtune.torchrun import shorten_tracebacks
 from gmt_tune.integrations.torchtune.versions import check_torchtune_version, make_torchtune_importable
 
 # Recipe name -> whether it runs under torchrun. Each is recipes/<name>.py.
@@ -49,6 +50,8 @@ def register_recipes(registry) -> None:
     from gmt_tune.integrations.torchtune.assets import register_resolver
 
     register_resolver()
+    if RECIPES.keys() & set(sys.argv):  # `tune run gmt_full_finetune`, perhaps under torchrun
+        shorten_tracebacks()
     configs = config_paths()
     known = {recipe.name for recipe in registry._ALL_RECIPES}
     for name, supports_distributed in RECIPES.items():
