@@ -157,9 +157,10 @@ _FRAGMENTS = [f for f in FENCES if f.language == "yaml" and not f.options and "i
 def test_part_of_a_config_has_only_keys_of_the_recipe(fence):
     from gmt_tune.integrations.torchtune import config_check
     from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+    from gmt_tune.integrations.torchtune.preference import OWN_KEYS
 
     cfg = OmegaConf.create(fence.text)
-    unknown = set(cfg) - {*config_check._REQUIRED, *config_check._OPTIONAL}
+    unknown = set(cfg) - {*config_check._REQUIRED, *config_check._OPTIONAL, *OWN_KEYS}
     assert not unknown, f"{fence.where}: {sorted(unknown)[0]} is no key of the recipe"
     mask = cfg.get("gradient_mask", None)
     if mask is not None and str(mask.get("_component_")).startswith("gmt_tune."):

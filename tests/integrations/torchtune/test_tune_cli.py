@@ -14,6 +14,9 @@ def test_ls_shows_the_recipe_and_its_configs(run_tune, tmp_path):
     start = next(i for i, line in enumerate(lines) if line.startswith("gmt_full_finetune "))
     configs = [line.split()[-1] for line in lines[start:]]
     assert CONFIG in configs and "quickstart" in configs
+    dpo = next(i for i, line in enumerate(lines) if line.startswith("gmt_full_dpo "))
+    assert "quickstart_dpo" in [line.split()[-1] for line in lines[dpo:]]
+    assert "quickstart_dpo" not in configs[: dpo - start]
     assert any(line.startswith("full_finetune_distributed ") for line in lines)
 
 
