@@ -66,10 +66,16 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
     if not curves:
         return None
     is_grouped = any(len(curve.x) > 240 for curve in curves)
-    note = "Mean cross-entropy per token" + (
-        "; line: mean of neighbouring steps, band: their range." if is_grouped else "."
-    )
+    note = "Mean over the preference pairs" if any(map(_prefers, runs)) else "Mean cross-entropy per token, in nats"
+    note += "; line: mean of neighbouring steps, band: their range." if is_grouped else "."
     return _curves_figure("loss", "Loss", note, curves, sentences)
+
+
+def _prefers(run: Run) -> bool:
+    """Whether a run learns preferences (DPO and its like) rather than tokens."""
+    loss = run.config.get("loss")
+    component = str(loss.get("_component_", "")) if isinstance(loss, dict) else ""
+    return "rlhf" in component or "DPO" in component
 
 
 def _of_metric(runs: Sequence[Run], metric: str, title: str, note: str) -> Figure | None:

@@ -23,7 +23,7 @@ p{margin:0 0 10px;max-width:75ch}
 .card{background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:12px}
 h3{font-size:1rem;margin:0 0 4px}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));gap:14px}
-@media (min-width:760px){.figures.pairs{grid-template-columns:1fr 1fr}}
+@media (min-width:760px){.figures.pairs{grid-template-columns:1fr 1fr;align-items:start}}
 .tables{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:14px;align-items:start}
 figure{margin:0;min-width:0}
 figcaption{font-weight:600;line-height:1.35;margin-bottom:6px;overflow-wrap:anywhere}

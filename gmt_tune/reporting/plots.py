@@ -48,9 +48,8 @@ def draw_curves(
 
     axes = canvas.add_subplot()
     if log:
-        _set_log_scale(
-            axes, [value for curve in curves for values in (curve.y, *(curve.band or ())) for value in values]
-        )
+        drawn = [value for curve in curves for values in (curve.y, *(curve.band or ())) for value in values]
+        _set_log_scale(axes, [*drawn, *(limit for limit in limits if limit is not None)])
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
@@ -200,4 +199,4 @@ def _tick(value: float, _position=None) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
-    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"
+    return f"{value:.6g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"

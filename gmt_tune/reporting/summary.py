@@ -58,6 +58,13 @@ def _mask(key: str) -> Callable[[Run], str]:
     return _config("gradient_mask", key)
 
 
+def _refresh(run: Run) -> str:
+    mask = run.config.get("gradient_mask")
+    if isinstance(mask, dict) and "refresh_every" in mask and mask["refresh_every"] is None:
+        return "selected once"
+    return _mask("refresh_every")(run)
+
+
 def _is_masked(run: Run) -> str:
     if isinstance(run.config.get("gradient_mask"), dict):
         return ""
@@ -169,7 +176,7 @@ _SET_UP: _Facts = (
     ("density", _mask("density")),
     ("score", _mask("score")),
     ("scope", _mask("scope")),
-    ("refresh every", _mask("refresh_every")),
+    ("refresh every", _refresh),
     ("dense", _mask("dense")),
     ("frozen", _mask("frozen")),
     ("optimizer", _optimizer),

@@ -12,8 +12,8 @@ needs_browser = pytest.mark.skipif(
     chromium.EXECUTABLE is None, reason="no Chromium is installed: apt-get install -y --no-install-recommends chromium"
 )
 WIDTHS = (390, 1280)
-OVER_TIME = {"loss", "lr", "grad_norm", "mask-density", "mask-overlap", "mask-coverage", "mask-seconds"}
-OVER_TIME |= {"tokens_per_second_per_gpu", "threshold"}
+OVER_TIME = {"loss", "lr", "grad-norm", "mask-density", "mask-overlap", "mask-coverage", "mask-seconds"}
+OVER_TIME |= {"tokens-per-second-per-gpu", "threshold"}
 BY_LAYER = {"density-map", "coverage-map", "overlap-map", "threshold-by-depth"}
 
 # Elements that stick out of the screen, where they are not in a box that scrolls by itself
@@ -66,7 +66,7 @@ def pages(quickstart_run, smollm2_run, tmp_path_factory):
     ):
         maps = {f"{key}-{i}" for key in BY_LAYER for i in range(len(runs))}
         path, pngs = write_report(runs, folder / f"{name}.html", folder / name)
-        expected = (OVER_TIME if "smollm2" in (name, runs[-1].name) else OVER_TIME - {"grad_norm"}) | maps
+        expected = (OVER_TIME if "smollm2" in (name, runs[-1].name) else OVER_TIME - {"grad-norm"}) | maps
         assert {png.stem for png in pngs} == expected
         assert all(png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 3000 for png in pngs)
         found[name] = path, expected
