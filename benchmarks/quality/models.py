@@ -35,7 +35,7 @@ def lora_smollm2_135m(
 ) -> TransformerDecoder:
     """SmolLM2-135M with LoRA, as ``torchtune.models.llama3_2.lora_llama3_2`` builds it; see there for the arguments."""
     torch.set_float32_matmul_precision(float32_matmul_precision)
-    return lora_llama3_2(
+    model = lora_llama3_2(
         list(lora_attn_modules),
         apply_lora_to_mlp,
         vocab_size=49_152,
@@ -51,6 +51,8 @@ def lora_smollm2_135m(
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
     )
+    model.register_state_dict_post_hook(_copy_weights)
+    return model
 
 
 def lora_tiny_llama(
@@ -62,7 +64,7 @@ def lora_tiny_llama(
     max_seq_len: int = tiny.MAX_SEQ_LEN,
 ) -> TransformerDecoder:
     """The quickstart's model with LoRA, as ``torchtune.models.llama3_2.lora_llama3_2`` builds it."""
-    return lora_llama3_2(
+    model = lora_llama3_2(
         list(lora_attn_modules),
         apply_lora_to_mlp,
         vocab_size=tiny.VOCAB_SIZE,
@@ -78,3 +80,17 @@ def lora_tiny_llama(
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
     )
+    model.register_state_dict_post_hook(_copy_weights)
+    return model
+
+
+def _copy_weights(module, state_dict, prefix, local_metadata) -> None:
+    """Let ``state_dict()`` give copies.
+
+    At the end of each epoch torchtune 0.6.1's LoRA recipe adds the adapters to what ``state_dict()`` gave it, in place.
+    On a GPU that is a copy on the host; on the CPU it is the model itself, which would train on with its adapters
+    added once more.
+    """
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, torch.Tensor):
+            state_dict[name] = tensor.clone()

@@ -128,3 +128,19 @@ def test_differences_are_paired_by_seed():
         pytest.approx(1.963, abs=1e-3),
     )
     assert estimate([0.3]) == (0.3, None, None, 1) and not estimate([0.3]).differs_from_zero
+
+
+def test_torchtunes_merge_of_adapters_leaves_the_model_that_trains_on_alone():
+    from torchtune.modules.peft import get_merged_lora_ckpt
+
+    from benchmarks.quality.models import lora_tiny_llama
+
+    torch.manual_seed(0)
+    model = lora_tiny_llama(["q_proj"], lora_rank=2, lora_alpha=4)
+    layer = model.layers[1].attn.q_proj
+    torch.nn.init.normal_(layer.lora_b.weight)
+    before = layer.weight.detach().clone()
+    merged = get_merged_lora_ckpt({k: v.cpu() for k, v in model.state_dict().items()}, rank=2, alpha=4)
+    assert torch.equal(layer.weight, before)
+    added = 2 * layer.lora_b.weight.detach() @ layer.lora_a.weight.detach()
+    assert torch.allclose(merged["layers.1.attn.q_proj.weight"], before + added)
