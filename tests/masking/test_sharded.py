@@ -1,12 +1,10 @@
 """A sharded gradient is masked as if it were whole, whatever shards it: real processes against one without any."""
 
 import functools
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -30,17 +28,9 @@ def torchrun(tmp_path_factory):
 
     @functools.cache
     def run(n: int) -> dict:
-        output = tmp_path_factory.mktemp("sharded") / "results.pt"
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        process = subprocess.run(
-            [sys.executable, *command, str(WORKER), str(output)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert process.returncode == 0, process.stderr[-5000:]
-        return torch.load(output)
+        folder = tmp_path_factory.mktemp("sharded")
+        launch.torchrun(WORKER, folder / "results.pt", processes=n, log_dir=folder)
+        return torch.load(folder / "results.pt")
 
     return run
 

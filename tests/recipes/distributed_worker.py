@@ -1,17 +1,23 @@
-"""One process of the runs that ``test_distributed.py`` starts under torchrun: several recipes, one after the other.
+"""One process of the runs that ``test_distributed.py`` starts under torchrun: recipes, one after the other.
 
     torchrun --standalone --nproc_per_node N distributed_worker.py JOBS_FILE
 
-The file is a JSON list of jobs: ``config``, and ``base`` for torchtune's own distributed recipe.
+The file is a JSON list of jobs. ``ranks`` are the processes that form the world of a job; the others go on to
+their next job meanwhile. So one start, which takes longer than such a run, serves several numbers of processes.
+``config`` is the recipe's; ``base`` stands for torchtune's own distributed recipe; ``resume`` is a checkpoint
+folder to go on from.
 """
 
 import faulthandler
 import importlib.util
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torchtune import training
 
@@ -19,7 +25,7 @@ from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.process_group import no_memory_stats_on_cpu
 from gmt_tune.integrations.torchtune.registry import recipe_path
 
-TIMEOUT = 400  # seconds
+TIMEOUT = 240  # seconds
 
 
 def load_ours():
@@ -31,22 +37,29 @@ def load_ours():
 
 def main(jobs_file: str) -> None:
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)  # ranks that wait for each other say where
-    jobs = json.loads(Path(jobs_file).read_text())
+    me = int(os.environ["RANK"])
     base = load_base_recipe("full_finetune_distributed")
     ours = load_ours()
     # Where there is no accelerator, torchtune's distributed recipe stops at its memory reports
     training.cleanup_before_training = lambda: None
-    # All jobs in one process group: a second one cannot meet at torchrun's store
-    torch.distributed.init_process_group("gloo")
-    base.init_process_group = base.destroy_process_group = lambda *args, **kwargs: None
-    for job in jobs:
+    base.init_process_group = lambda backend: None  # the job's world is there already
+    torch.compiler.set_stance("force_eager")  # torchao's updates compile for 20 s a shape
+    for i, job in enumerate(json.loads(Path(jobs_file).read_text())):
+        if me not in job["ranks"]:
+            continue
+        world_size, rank = len(job["ranks"]), job["ranks"].index(me)
+        # The processes of a job meet at a file of its own: torchrun's store knows only the world of all
+        store = dist.FileStore(f"{jobs_file}.{i}", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        if "resume" in job and rank == 0:
+            shutil.copytree(job["resume"], Path(job["config"]["output_dir"]) / Path(job["resume"]).name)
+        dist.barrier()
         cfg = OmegaConf.create(job["config"])
         with no_memory_stats_on_cpu(torch.device("cpu")):
             recipe = (base.FullFinetuneRecipeDistributed if job.get("base") else ours)(cfg)
             recipe.setup(cfg)
             recipe.train()
             recipe.cleanup()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
