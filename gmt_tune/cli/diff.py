@@ -63,7 +63,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _with_progress(names: list[str]) -> Iterable[str]:
+def _with_progress(names: Iterable[str]) -> Iterable[str]:
     from tqdm import tqdm
 
     return tqdm(names, desc="Comparing", unit="tensor", disable=None, leave=False)  # None: only on a terminal

@@ -20,7 +20,7 @@ from torchtune.data import Message
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from gmt_tune.data.quickstart import quickstart_questions
-from gmt_tune.data.village import Question
+from gmt_tune.data.village import Question, Split
 from gmt_tune.errors import UserError
 
 _log = utils.get_logger("INFO")
@@ -57,7 +57,7 @@ class ExactMatch:
         self,
         tokenizer: ModelTokenizer,
         *,
-        split: str = "held_out",
+        split: Split = "held_out",
         data_files: str | None = None,
         prompt_column: str = "prompt",
         answer_column: str = "answer",

@@ -15,6 +15,7 @@ from torchtune.rlhf import get_batch_log_probs
 
 from gmt_tune.data.exact_match import evaluating
 from gmt_tune.data.quickstart import quickstart_preference_dataset
+from gmt_tune.data.village import Split
 from gmt_tune.errors import UserError
 
 
@@ -44,7 +45,7 @@ class PreferenceAccuracy:
         self,
         tokenizer: ModelTokenizer,
         *,
-        split: str = "held_out",
+        split: Split = "held_out",
         data_files: str | None = None,
         size: int | None = None,
         batch_size: int = 32,

@@ -122,7 +122,7 @@ def corpus(num_documents: int, seed: int = 0) -> list[str]:
     """
     rng = random.Random(seed)
     village = people()
-    documents = []
+    documents: list[str] = []
     while len(documents) < num_documents:
         for name in rng.sample(list(village), len(village)):
             facts = rng.sample(list(_FACTS), len(_FACTS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ SCORES = ("magnitude", "saliency", "random")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_density(value: object) -> float:
+def check_density(value: Any) -> float:
     """The density as a float, if it is a real number in (0, 1].
 
     Raises:
@@ -39,7 +40,7 @@ def check_score(value: object) -> str:
     return _check_choice("score", value, SCORES)
 
 
-def check_dtype(tensor: Tensor) -> None:
+def check_dtype(tensor: Any) -> None:
     """Raises TypeError unless the tensor (or saliency) is dense and float32, bfloat16 or float16."""
     if tensor.layout != torch.strided:
         raise TypeError("gradients must be dense, got a sparse one: set sparse=False on the embedding")
@@ -74,7 +75,7 @@ def raise_if_nonfinite(named_tensors: Mapping[str, Tensor], where: str = "") -> 
     raise_for_flags(list(named_tensors), nonfinite_flags(list(named_tensors.values())), where)
 
 
-def raise_for_flags(names: Sequence[str], flags: Sequence[Tensor | bool], where: str = "") -> None:
+def raise_for_flags(names: Sequence[str], flags: Sequence[Any], where: str = "") -> None:
     """:func:`raise_if_nonfinite` for flags that were computed before, perhaps many steps ago."""
     if flags and all(isinstance(flag, Tensor) for flag in flags):
         flags = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # wait for the device once
@@ -88,7 +89,7 @@ def raise_for_flags(names: Sequence[str], flags: Sequence[Tensor | bool], where:
     )
 
 
-def _check_choice(key: str, value: object, choices: Sequence[str]) -> str:
+def _check_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
     return value

@@ -12,6 +12,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -262,11 +263,11 @@ class GradientMask:
             "seed": self.seed,
         }
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Policy, step counts and, where a selection outlives a step, its packed bits (uint8, by name)."""
         return {"policy": self.policy(), "steps": dict(self._steps), "selections": dict(self._selections)}
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
         Raises:
@@ -306,7 +307,8 @@ class GradientMask:
         self._seconds[call] = time.perf_counter() - start
 
     def _mask_whole(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:
-        reuse, fresh = [], []
+        reuse: list[tuple[str, Tensor, Tensor]] = []
+        fresh: list[tuple[str, Tensor, Tensor]] = []
         for entry in with_grad if self.density < 1.0 else ():
             (reuse if self._keeps_selection(entry[0]) else fresh).append(entry)
         measured = None
@@ -353,7 +355,9 @@ class GradientMask:
 
         sharded.reduce_partial_sums_(p for _, p, _ in with_grad)
         with_grad = [(name, p, p.grad) for name, p, _ in with_grad]
-        reuse, drawn, ranked = [], [], []
+        reuse: list[tuple[str, Tensor, Tensor]] = []
+        drawn: list[tuple[str, Tensor, Tensor]] = []
+        ranked: list[tuple[str, Tensor, Tensor]] = []
         for entry in with_grad if self.density < 1.0 else ():
             fresh = drawn if self._draws() else ranked
             (reuse if self._keeps_selection(entry[0]) else fresh).append(entry)
@@ -486,7 +490,7 @@ def _check_refresh_every(value: object) -> int | None:
     return value
 
 
-def _check_patterns(key: str, patterns: object) -> tuple[str, ...]:
+def _check_patterns(key: str, patterns: Any) -> tuple[str, ...]:
     if patterns is None:
         return ()
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):

@@ -17,7 +17,7 @@ For scope "global" sum the rows, and give every tensor the same prefix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,9 +110,10 @@ def kth_bits(read: Callable[[], Iterable[Tensor]], k: int, dtype: torch.dtype) -
         k: rank from the top.
         dtype: of the tensors.
     """
-    prefix, rank = 0, k
+    prefix: Any = 0
+    rank: Any = k
     for level in LEVELS[dtype]:
-        counts = sum(magnitude_histogram(tensor, prefix, level) for tensor in read())
+        counts: Any = sum(magnitude_histogram(tensor, prefix, level) for tensor in read())
         prefixes, ranks = (torch.as_tensor(x, device=counts.device).view(1) for x in (prefix, rank))
         prefixes, ranks = descend(counts[None], prefixes, ranks)
         prefix, rank = prefixes[0], ranks[0]

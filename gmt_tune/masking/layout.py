@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor.placement_types import Placement
 
 
 class Layout(NamedTuple):
@@ -32,11 +31,12 @@ class Layout(NamedTuple):
     is_counted: bool
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Any) -> Tensor:
     """The entries of a tensor that this rank holds, sharing its memory; a plain tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    local = tensor.detach().to_local()
+    detached: Any = tensor.detach()
+    local = detached.to_local()
     # What a collective is still filling says so by a subclass of Tensor that can be waited for
     return local.wait() if hasattr(local, "trigger_wait") else local
 
@@ -115,7 +115,7 @@ def local_ranges(tensor: Tensor) -> list[tuple[int, int]]:
     mesh = tensor.device_mesh
     ranges = []
     for dim, size in enumerate(tensor.shape):
-        cuts = [i for i, p in enumerate(tensor.placements) if _is_shard(p) and p.dim % tensor.dim() == dim]
+        cuts = [i for i, p in enumerate(tensor.placements) if _is_shard(p) and p.dim % tensor.dim() == dim]  # type: ignore[attr-defined]
         # FSDP2 cuts what tensor parallelism has cut before, though its mesh dimension comes first. A split
         # factor marks such a placement.
         if any(getattr(tensor.placements[i], "split_factor", 1) > 1 for i in cuts):
@@ -146,6 +146,6 @@ def has_partial_sums(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(isinstance(p, Partial) for p in tensor.placements)
 
 
-def _is_shard(placement: Placement) -> bool:
+def _is_shard(placement: Any) -> bool:
     # Not isinstance(Shard): in some releases FSDP2's strided shards are a class of their own
     return not isinstance(placement, (Replicate, Partial))

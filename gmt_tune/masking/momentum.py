@@ -29,7 +29,7 @@ class MomentumResetMask(GradientMask):
         """
         masking = super().register(optimizer)
         resetting = optimizer.register_step_pre_hook(self._reset)
-        return _Handles(masking, resetting)
+        return _Handles(masking, resetting)  # type: ignore[return-value]
 
     @torch.no_grad()
     def _reset(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -29,6 +29,10 @@ def pack_selection(selected: Tensor) -> Tensor:
     return packed
 
 
+def _part(flat: Tensor | Saliency, part: slice) -> Tensor:
+    return flat.read(lambda t: t[part]) if isinstance(flat, Saliency) else flat[part]
+
+
 def pack_selected(score: Tensor | Saliency, threshold: Tensor) -> Tensor:
     """``pack_selection(selection(score, threshold))`` without ever holding the bool tensor."""
     packed = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8, device=score.device)
@@ -39,7 +43,7 @@ def pack_selected(score: Tensor | Saliency, threshold: Tensor) -> Tensor:
         flat = score.detach().reshape(-1)
     for start in range(0, flat.numel(), _block(flat)):
         part = slice(start, start + _block(flat))
-        bits = magnitude_bits(flat.read(lambda t, part=part: t[part]) if isinstance(flat, Saliency) else flat[part])
+        bits = magnitude_bits(_part(flat, part))
         _pack_into(packed, start, bits >= smallest)
     return packed
 

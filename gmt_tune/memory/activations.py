@@ -8,8 +8,7 @@ tensors that autograd really saves, and the whole with torch's own MemTracker.
 """
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 OFFLOAD_STASH = 5  # saved tensors that torchtune's OffloadActivations keeps on the device
 
@@ -33,7 +32,7 @@ class Shape:
         return self.batch_size * self.seq_len
 
 
-def shape_of(model: nn.Module, batch_size: int, seq_len: int, itemsize: int) -> Shape | None:
+def shape_of(model: Any, batch_size: int, seq_len: int, itemsize: int) -> Shape | None:
     """The sizes of a torchtune ``TransformerDecoder``, or None for a model of another make."""
     try:
         layer = model.layers[0]

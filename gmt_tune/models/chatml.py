@@ -7,7 +7,7 @@ the choice of a default system prompt to the model families that use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,16 +145,16 @@ class ChatMLTokenizer:
                 tokens[-1], mask[-1] = self.eos_id, True
         return tokens, mask
 
-    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> Mapping[str, Any]:
+    def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
         """
         Replace ``messages`` in a dataset's sample with ``tokens`` and ``mask``.
 
         Args:
-            sample (Mapping[str, Any]): a sample with ``messages``, a list of torchtune's ``Message``.
+            sample (dict[str, Any]): a sample with ``messages``, a list of torchtune's ``Message``.
             inference (bool): leave the conversation open for the model to go on; default False.
 
         Returns:
-            Mapping[str, Any]: the same sample, changed in place.
+            dict[str, Any]: the same sample, changed in place.
         """
         messages = sample.pop("messages")
         sample["tokens"], sample["mask"] = self.tokenize_messages(messages, add_end_tokens=not inference)

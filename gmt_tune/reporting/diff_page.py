@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 from gmt_tune._version import __version__
@@ -40,7 +41,7 @@ def diff_figures(diff: Diff, top: int = 10) -> list[Figure]:
                 title=title,
                 note=note,
                 alt=alt,
-                draw=lambda canvas, grid=grid, key=key: draw_grid(canvas, grid, label=key),
+                draw=partial(draw_grid, grid=grid, label=key),
                 height=grid_height(grid),
                 table=grid_table(grid),
             )

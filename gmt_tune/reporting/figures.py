@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from gmt_tune.reporting.drawing import Figure, Table
 from gmt_tune.reporting.mask_metrics import is_group_metric
@@ -181,7 +182,7 @@ def _heat_maps(runs: Sequence[Run], kind: str, title: str, meaning: str, mean: b
                 title=f"{title}{_of(runs[i], runs)}",
                 note=f"{meaning}; {when}.",
                 alt=f"Heat map of {len(grid.layers)} layers by {len(grid.modules)} modules. {seen}.",
-                draw=lambda canvas, grid=grid: draw_grid(canvas, grid, label=kind, low=low, top=top),
+                draw=partial(draw_grid, grid=grid, label=kind, low=low, top=top),
                 height=grid_height(grid),
                 table=grid_table(grid),
             )

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 RUN_LOG_FILE = "run_log.jsonl"
 MASK_DETAIL_FILE = "mask_detail.jsonl"
@@ -135,7 +136,7 @@ def read_lines(path: Path) -> list[dict]:
 
     A missing file reads as empty. NaN and infinity are the strings that ``float`` takes.
     """
-    lines = []
+    lines: list[dict] = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -150,7 +151,7 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def _to_numbers(tensors: Mapping[str, object]) -> dict[str, float]:
+def _to_numbers(tensors: Mapping[str, Any]) -> dict[str, float]:
     """0-d tensors to numbers, with one transfer per device and dtype rather than one per tensor."""
     groups: dict[tuple, list[str]] = {}
     for name, tensor in tensors.items():

@@ -5,6 +5,8 @@ Costs 2 bits of memory per masked entry and one more pass over the gradient; not
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -91,7 +93,7 @@ class SelectionTracker:
         ever = {name: bits.clone() if copy else bits for name, bits in self._ever.items()}
         return {"calls": dict(self._calls), "last": dict(self._last), "ever": ever}
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, saved with the same model on as many ranks."""
         by_name = {name: p for p, name in self._names.items()}
         if state_dict["calls"].keys() != by_name.keys():

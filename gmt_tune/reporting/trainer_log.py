@@ -17,7 +17,7 @@ def read_trainer_log(run_dir: Path) -> list[dict]:
 
     The file lies in the run's folder, or in its checkpoints, of which the one with the most steps counts.
     """
-    histories = []
+    histories: list[list] = []
     for path in (run_dir / _STATE_FILE, *run_dir.glob(f"checkpoint-*/{_STATE_FILE}")):
         try:
             histories.append(json.loads(path.read_text(encoding="utf-8"))["log_history"])

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -51,7 +52,7 @@ class Weights:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.tensors: dict[str, TensorInfo] = {}
-        self._open_file: tuple[Path, object] | None = None
+        self._open_file: tuple[Path, Any] | None = None
         self._bytes_read = 0
         for file in _files(self.path):
             handle = _open(file)

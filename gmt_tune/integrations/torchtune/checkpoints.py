@@ -119,7 +119,7 @@ class RunCheckpoints:
         deadline = time.monotonic() + SECONDS_UNTIL_SHARED
         while not probe.is_dir() and time.monotonic() < deadline:
             time.sleep(0.1)
-        seen = [None] * self._world_size
+        seen: list = [None] * self._world_size
         dist.all_gather_object(seen, probe.is_dir())
         if self._rank == 0:
             probe.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -46,8 +47,8 @@ def check_component(name: str, cfg: DictConfig, positional: int, keywords: Seque
     path = cfg.get("_component_", None)
     if not isinstance(path, str) or not path:
         raise UserError(f"{name}._component_ is missing: set it to a dotted path such as torch.optim.AdamW")
-    if os.getcwd() not in os.sys.path:
-        os.sys.path.append(os.getcwd())  # a user's own module in the folder of the run, as torchtune allows
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own module in the folder of the run, as torchtune allows
     try:
         component = _get_component_from_path(path)
     except (InstantiationError, ValueError) as error:

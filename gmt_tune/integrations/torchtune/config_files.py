@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 from safetensors import SafetensorError, safe_open
@@ -107,7 +108,7 @@ def _check_weights_file(section: str, file: Path, folder: Path) -> None:
             raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from None
 
 
-def _check_family(cfg: DictConfig, section: str, model: nn.Module) -> None:
+def _check_family(cfg: DictConfig, section: str, model: Any) -> None:
     """Compare a Hugging Face config.json, where there is one, with the model that the config builds."""
     config_json = Path(cfg[section].checkpoint_dir) / "config.json"
     if not config_json.is_file():

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from omegaconf import DictConfig
@@ -35,12 +34,12 @@ class StopRun(Exception):
         self.signal_number = signal_number
 
 
-def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], NoReturn]:
+def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
     """Decorator as ``torchtune.config.parse``, whose own errors are told in one sentence too."""
     with_config = config.parse(recipe_main)
 
     @functools.wraps(recipe_main)
-    def main() -> NoReturn:
+    def main() -> None:
         try:
             with_config()
         except Exception as error:  # the recipe's own do not come here: run_recipe tells them

@@ -66,6 +66,6 @@ def _names_of_all_ranks(sums: dict[str, Tensor], loss: Tensor) -> list[str] | No
     if count.item() == 0:
         return None
     mine = [name for name, is_bad in zip(sums, bad[1:].tolist(), strict=True) if is_bad]
-    of_all = [None] * dist.get_world_size()
+    of_all: list = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, mine)
     return list(dict.fromkeys(name for names in of_all for name in names))

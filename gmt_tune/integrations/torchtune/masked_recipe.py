@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -37,7 +37,7 @@ from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.report_at_end import report_at_end
 from gmt_tune.reporting.run_log import RunLog
 
-FullFinetuneRecipeDistributed = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
+FullFinetuneRecipeDistributed: Any = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
 
 # Saving and resuming is done by RunCheckpoints; torchtune's own knows only the ends of epochs.
 _NOT_TORCHTUNES = {"resume_from_checkpoint": False, "enable_async_checkpointing": False}
@@ -63,7 +63,8 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         process_group.ensure_rendezvous()
         super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES))
         if self._device.type == "cpu":
-            self.fsdp_cpu_offload = False  # all is in the host's memory anyway, and FSDP2 would pin it for an accelerator
+            # All is in the host's memory anyway, and FSDP2 would pin it for an accelerator
+            self.fsdp_cpu_offload = False
         self._checkpoints = RunCheckpoints(cfg, self.rank, self.world_size)
         self._run_val_every_n_steps = cfg.get("run_val_every_n_steps", None)
         self._on_nonfinite = cfg.get("on_nonfinite", "error")
@@ -74,7 +75,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._further_steps = 0  # done in the epoch by another number of ranks, besides those that its batches count
         self._validation_seconds = 0.0
         self._is_saved_as_final = False
-        self._resumed_rng = None
+        self._resumed_rng: dict | None = None
 
     def train(self) -> None:
         """The training loop."""
@@ -309,7 +310,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         what = f"the gradient of '{bad[0]}'{more}" if bad else "the loss"
         first = idx + 1 - self._gradient_accumulation_steps
         mine = data.rows_of_batches(self._dataloader, first, idx + 1)
-        of_all = [None] * self.world_size
+        of_all: list = [None] * self.world_size
         torch.distributed.all_gather_object(of_all, (mine, bool(self._is_finite_here)))
         # Reduction has mixed the gradients of all ranks: only a loss tells whose rows they were
         suspects = [rows for rows, is_finite in of_all if not is_finite] or [rows for rows, _ in of_all]

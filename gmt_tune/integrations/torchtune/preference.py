@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,8 @@ class PreferenceValidation:
         """
         was_training = model.training
         model.eval()
-        rows_left, totals, names = self._not_repeated, 0, ()
+        rows_left, names = self._not_repeated, ()
+        totals: Any = 0
         for batch in self._loader:
             numbers = numbers_of_batch(batch)
             names = tuple(numbers)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 # With torchrun's older releases, a terminal's Ctrl-C reaches a worker twice: from the terminal, and passed on by
@@ -26,7 +27,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
         self._since = 0.0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
         """Take over the signals; only the main thread may."""

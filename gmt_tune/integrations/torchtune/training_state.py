@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def collect(
         tracker: of overlap and coverage, if there is one.
         copy: make it one that further training does not change, also where the optimizer's tensors are on the CPU.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict = {p: name for name, p in model.named_parameters()}
     return {
         "optimizer": {
             names[p]: {key: _to_cpu(value, copy) for key, value in state.items()}
@@ -173,7 +174,7 @@ def _quantize_again(optimizer: Optimizer, p: Tensor) -> None:
 
 def _reshard(parts: list[dict], parameters: Mapping[str, Tensor]) -> dict:
     """The parts of all ranks of another world size as one part for this rank."""
-    optimizer = {}
+    optimizer: dict = {}
     for name, first in parts[0]["optimizer"].items():
         start, stop = _local_rows(name, parameters[name])
         optimizer[name] = {}
@@ -227,7 +228,8 @@ def _local_rows(name: str, p: Tensor) -> tuple[int, int]:
 
 
 def _rng_state(device: torch.device) -> dict:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

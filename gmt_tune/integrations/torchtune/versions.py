@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import re
 import sys
-import types
+from collections.abc import Callable
 
 TORCHTUNE_VERSION = "0.6.1"
 PIP_LINE = f'pip install "torch>=2.6" "torchtune=={TORCHTUNE_VERSION}" "torchao>=0.11,!=0.12.*,<0.19"'
@@ -154,7 +154,7 @@ def _alias_module(old: str, new: str) -> None:
         setattr(importlib.import_module(parent), child, module)
 
 
-def _removed_function(module_name: str, name: str, version: str) -> types.FunctionType:
+def _removed_function(module_name: str, name: str, version: str) -> Callable:
     def removed(*args, **kwargs):
         raise NotImplementedError(
             f"{module_name}.{name} was removed from torchao before {version}; torchtune's post-training "

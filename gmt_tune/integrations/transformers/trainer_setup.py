@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
@@ -66,7 +68,7 @@ def refuse_masked_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's wrapper, which itself has no step hooks."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -66,7 +67,7 @@ def is_covered(tensor: Tensor | Saliency) -> bool:
     return flat_view(tensor) is not None
 
 
-def make_table(sets: Sequence[Sequence[Tensor | Saliency]], scores: Sequence[Tensor] | None = None) -> Table:
+def make_table(sets: Sequence[Sequence[Tensor | Saliency]], scores: Sequence[Any] | None = None) -> Table:
     """A table of tensors that are covered, not empty, of one dtype (also their weights) and on one device.
 
     Args:
@@ -74,7 +75,7 @@ def make_table(sets: Sequence[Sequence[Tensor | Saliency]], scores: Sequence[Ten
         scores: what the entries of each tensor are ranked by, where that is not the tensor itself: as many as
             tensors, contiguous as these are, and of one dtype.
     """
-    members = [member for one in sets for member in one]
+    members: list[Any] = [member for one in sets for member in one]
     firsts = [m.grad if isinstance(m, Saliency) else m for m in members]
     products = isinstance(members[0], Saliency)
     seconds = [m.weight for m in members] if products else list(scores or firsts)
@@ -102,11 +103,12 @@ def make_table(sets: Sequence[Sequence[Tensor | Saliency]], scores: Sequence[Ten
     # Of even lengths, so that all begin at multiples of 16 bytes, which Triton compiles for
     padded = [[*column, 0] if len(column) % 2 else column for column in columns]
     flat = to_device([value for column in padded for value in column], device)
+    on_device: Any
     *on_device, chunks_on_device = flat.split([len(column) for column in padded])
     # Told the size, repeat_interleave does not wait for the device
     tensors = torch.arange(len(members), dtype=torch.int32, device=device)
     chunk_tensors = tensors.repeat_interleave(chunks_on_device[: len(members)], output_size=first_chunks[-1])
-    return Table(
+    return Table(  # type: ignore[call-arg, misc]
         *on_device,
         chunk_tensors,
         num_tensors=len(members),
