@@ -239,10 +239,12 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = self.bytes = 0
+        self.kinds: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
             self.count += 1
+            self.kinds.add(func.overloadpacket.__name__)
             flat = torch.utils._pytree.tree_leaves((args, kwargs))
             self.bytes += sum(t.numel() * t.element_size() for t in flat if isinstance(t, torch.Tensor))
         return func(*args, **(kwargs or {}))
@@ -270,8 +272,8 @@ def llama_of_30_layers(dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def count_collectives() -> dict[str, tuple[int, int, int]]:
-    """For each policy: collectives and bytes of a step, and the number of masked tensors."""
+def count_collectives() -> dict[str, tuple[int, int, int, set[str]]]:
+    """For each policy: collectives and bytes of a step, the number of masked tensors, and the collectives' kinds."""
     found = {}
     for dtype, policies in {
         "fp32": [{}, {"scope": "global"}, {"score": "saliency"}, {"score": "random"}, {"refresh_every": None}],
@@ -289,7 +291,7 @@ def count_collectives() -> dict[str, tuple[int, int, int]]:
                 mask.mask_grads_()
                 mask.metrics()
             tensors = len(list(model.parameters()))
-            found[f"{dtype}, {policy}"] = (collectives.count, collectives.bytes, tensors)
+            found[f"{dtype}, {policy}"] = (collectives.count, collectives.bytes, tensors, collectives.kinds)
     return found
 
 

@@ -84,8 +84,9 @@ def test_mask_grads_masks_sharded_gradients_as_whole_ones(results, cases):
 def test_a_step_costs_few_collectives_and_megabytes_for_30_layers(torchrun):
     counted = torchrun(2)["collectives"]  # what a rank sends does not depend on their number
     assert len(counted) == 6
-    for policy, (collectives, sent, tensors) in counted.items():
+    for policy, (collectives, sent, tensors, kinds) in counted.items():
         assert tensors == 272
+        assert kinds == {"allreduce_"}, "gradients themselves were sent"
         assert 0 < collectives < 4, policy
         assert sent < (1e6 if "bf16" in policy else 5e6), policy
 

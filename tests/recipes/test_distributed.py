@@ -10,8 +10,11 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.chunks import filled_length
+from gmt_tune.integrations.torchtune.config_check import check_config
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
@@ -182,6 +185,12 @@ def test_sharded_low_bit_states_are_saved_and_go_on_exactly(name, runs, losses, 
 @pytest.mark.parametrize("optimizer", LOW_BIT)
 def test_sharded_low_bit_states_go_on_in_one_process(optimizer, losses):
     assert losses(f"{optimizer} resumed on one")[0] < losses(f"{optimizer} on two")[0] - 0.1
+
+
+def test_an_optimizer_that_takes_gradients_away_is_refused(tmp_path, tiny_config):
+    config = tiny_config(tmp_path, gradient_mask=MASK, optimizer={"_component_": "torchao.optim.CPUOffloadOptimizer"})
+    with pytest.raises(UserError, match="moves gradients to the host before they can be masked: to save memory, use"):
+        check_config(OmegaConf.create(config))
 
 
 def test_filled_chunks_are_as_many_as_asked_for():

@@ -204,6 +204,11 @@ def _check_combinations(cfg: DictConfig) -> None:
             )
         if cfg.optimizer.get("fused", False):
             raise UserError("optimizer.fused: True does not work with tensor_parallel_dim above 1: set it to False")
+    if cfg.get("gradient_mask", None) is not None and cfg.optimizer._component_.endswith("CPUOffloadOptimizer"):
+        raise UserError(
+            "optimizer._component_: CPUOffloadOptimizer moves gradients to the host before they can be masked: "
+            "to save memory, use torchao.optim.AdamW8bit or AdamW4bit, or several devices with fsdp_cpu_offload: True"
+        )
     if cfg.get("enable_activation_offloading", False):
         if str(cfg.device).split(":")[0] != "cuda":
             raise UserError(f"enable_activation_offloading: True needs device: cuda, got {cfg.device!r}")
