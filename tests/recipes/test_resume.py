@@ -5,10 +5,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
+from forked_run import ForkedRun
+from safetensors.torch import load_file
 
 from gmt_tune.errors import UserError
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
 
 VARIANTS = {
     "refresh 1, adamw": dict(gradient_mask=MASK),
@@ -31,6 +35,9 @@ VARIANTS = {
     "micro-batches left over at the end of an epoch": dict(
         gradient_mask=MASK, gradient_accumulation_steps=3, max_steps_per_epoch=None
     ),
+    "packed, saliency, with validation": dict(
+        gradient_mask={**MASK, "score": "saliency"}, packed=True, run_val_every_n_steps=2
+    ),
 }
 
 
@@ -42,29 +49,118 @@ def interrupted_at(output_dir, step):
             shutil.rmtree(folder)
 
 
+def with_data(config: dict, packed: bool) -> dict:
+    """Packed rows, and the same data held out, where a variant asks for them."""
+    config["dataset"]["packed"] = packed
+    if "run_val_every_n_steps" in config:
+        config["dataset_val"] = dict(config["dataset"])
+    return config
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_run_equals_uninterrupted_one(
+    variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights, eager
+):
+    resume_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "8-bit" in name or "bf16" in name])
+def test_resumed_run_equals_uninterrupted_one_with_compiled_optimizers(
     variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights
 ):
+    resume_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights)
+
+
+def resume_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights):
     changes = dict(epochs=2, max_steps_per_epoch=5, save_every_n_steps=1, seed=3)
     changes.update(VARIANTS[variant])
-    if changes["optimizer_in_bwd"] if "optimizer_in_bwd" in changes else False:
-        changes.setdefault("optimizer", {"_component_": "torch.optim.AdamW", "lr": 1e-3})
-    run_recipe(tiny_config(tmp_path / "straight", **changes))
-    losses = [step["loss"] for step in logged_metrics(tmp_path / "straight")]
+    packed = changes.pop("packed", False)
+    run_recipe(with_data(tiny_config(tmp_path / "straight", **changes), packed))
+    losses = losses_of(tmp_path / "straight", logged_metrics)
     wanted = final_weights(tmp_path / "straight", 1)
 
-    half = len(losses) // 2
-    for step in (2, half, half + 1):
+    half = len(losses) // 2  # the end of the first epoch
+    for step in (2, half) if half > 2 else (1, half):
         resumed = tmp_path / f"resumed_at_{step}"
         shutil.copytree(tmp_path / "straight", resumed)
         (resumed / "logs" / "log.txt").unlink()
         interrupted_at(resumed, step)
-        recipe = run_recipe(tiny_config(resumed, resume_from_checkpoint=True, **changes))
-        assert [s["loss"] for s in logged_metrics(resumed)] == losses[step:], f"losses after step {step}"
+        recipe = run_recipe(with_data(tiny_config(resumed, resume_from_checkpoint=True, **changes), packed))
+        assert losses_of(resumed, logged_metrics) == losses[step:], f"losses after step {step}"
         weights = final_weights(resumed, 1)
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted), f"weights, resumed at {step}"
         assert recipe._mask.step == len(losses)
+
+
+def losses_of(output_dir, logged_metrics):
+    return [step["loss"] for step in logged_metrics(output_dir) if "loss" in step]
+
+
+# name: (processes that go on, what the config changes); all are begun by two
+ON_TWO = {
+    "adamw, accumulation, inside a refresh interval": (
+        2,
+        dict(gradient_mask={**MASK, "refresh_every": 5}, gradient_accumulation_steps=2, batch_size=2),
+    ),
+    "8-bit, packed": (2, dict(gradient_mask=MASK, packed=True, batch_size=1, optimizer=ADAMW_8BIT)),
+    "on one, one-off selection": (
+        1,
+        dict(gradient_mask={**MASK, "refresh_every": None}, optimizer={"_component_": "torch.optim.SGD", "lr": 0.5}),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", ON_TWO)
+def test_a_run_of_two_processes_goes_on(variant, tmp_path, tiny_world, tiny_config, logged_metrics, final_weights):
+    processes, changes = ON_TWO[variant]
+    changes = dict(epochs=2, max_steps_per_epoch=5, save_every_n_steps=3, batch_size=2, lr_scheduler=None) | changes
+    packed = changes.pop("packed", False)
+
+    def run(name: str, processes: int, **more):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        config = with_data(tiny_config(folder / "out", **{**changes, **more}), packed)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        assert ForkedRun(folder / "config.yaml", processes=processes).wait(240) == [0] * processes
+        return losses_of(folder / "out", logged_metrics), final_weights(folder / "out", 1)
+
+    losses, wanted = run("straight", 2)
+    shutil.copytree(tmp_path / "straight" / "out", tmp_path / "resumed" / "out")
+    (tmp_path / "resumed" / "out" / "logs" / "log.txt").unlink()
+    interrupted_at(tmp_path / "resumed" / "out", 3)
+    accumulation = changes.get("gradient_accumulation_steps", 1) * 2 // processes  # the same rows in a step
+    resumed, weights = run("resumed", processes, resume_from_checkpoint=True, gradient_accumulation_steps=accumulation)
+    if processes == 2:
+        assert resumed == losses[3:]
+        assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+        return
+    # On one process sums round otherwise, but the entries that move are those that two processes selected
+    assert resumed == pytest.approx(losses[3:], rel=1e-4)
+    before = load_all(tiny_world / "model")
+    for key in wanted:
+        assert torch.equal(weights[key] != before[key], wanted[key] != before[key]), key
+        assert 0.1 < (wanted[key] != before[key]).double().mean() < 0.3, key
+
+
+def load_all(folder):
+    """The weights of a Hugging Face folder by name."""
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def test_on_more_processes_than_rows_are_left_for_a_run_still_ends_with_its_model(tmp_path, tiny_config, final_weights):
+    """Behind the twentieth step of three rows, four of 64 are left: too few for a step of two processes."""
+    file = tmp_path / "config.yaml"
+    changes = dict(gradient_mask=MASK, max_steps_per_epoch=None, save_every_n_steps=20, batch_size=3)
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path / "out", **changes)))
+    assert ForkedRun(file).wait(120) == [0]
+    interrupted_at(tmp_path / "out", 20)
+    wanted = load_all(tmp_path / "out" / "step_20")
+    assert ForkedRun(file, "resume_from_checkpoint=True", processes=2).wait(120) == [0, 0]
+    progress = json.loads((tmp_path / "out" / "epoch_0" / "training_progress.json").read_text())["progress"]
+    assert progress["is_final"] and progress["global_step"] == 20
+    weights = final_weights(tmp_path / "out")
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
 
 
 def test_resuming_with_nothing_saved_yet_starts_from_the_beginning(tmp_path, tiny_config, run_recipe, logged_metrics):
@@ -90,12 +186,17 @@ def test_a_final_checkpoint_is_an_ordinary_hugging_face_folder(tmp_path, tiny_co
     run_recipe(tiny_config(tmp_path, save_every_n_steps=2))
     names = {path.name for path in (tmp_path / "epoch_0").iterdir()}
     assert not any(name.startswith("training_state") for name in names)
-    assert {"config.json", "tokenizer.json", "generation_config.json"} <= names
-    AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_0")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "step_2")
+    assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= names
+    index = json.loads((tmp_path / "epoch_0" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) <= names
+    for name in ("epoch_0", "step_2"):
+        _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "changed", "state changed", "missing", "no manifest", "manifest changed"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     damage, tmp_path, tiny_config, run_recipe, final_weights, caplog
 ):
@@ -112,14 +213,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         data = bytearray(weights.read_bytes())
         data[-1000] ^= 0xFF
         weights.write_bytes(data)
+    elif damage == "state changed":
+        state = run / "step_3" / "training_state_rank0.pt"
+        data = bytearray(state.read_bytes())
+        data[len(data) // 2] ^= 0x01
+        state.write_bytes(data)
+    elif damage == "manifest changed":
+        manifest = run / "step_3" / "training_progress.json"
+        manifest.write_text(manifest.read_text().replace('"samples": 12', '"samples": 16'))
     elif damage == "missing":
         (run / "step_3" / "training_state_rank0.pt").unlink()
     else:
         (run / "step_3" / "training_progress.json").write_text("{")
     caplog.set_level("INFO")
     run_recipe(tiny_config(run, resume_from_checkpoint=True, **changes))
-    if damage != "no manifest":
-        assert "step_3 is damaged" in caplog.text
+    named = f"{run / 'step_3'} is passed over" if "manifest" in damage else f"{run / 'step_3'} is damaged"
+    assert named in caplog.text
     assert f"Going on from {run / 'step_2'}" in caplog.text
     weights = final_weights(run)
     assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
@@ -135,6 +244,14 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path, tiny_config
     assert kept == ["epoch_0", "step_1", "step_7"]
 
 
+@pytest.fixture(scope="module")
+def a_run_of_four_steps(tmp_path_factory, tiny_config, run_recipe):
+    output_dir = tmp_path_factory.mktemp("four_steps")
+    changes = dict(gradient_mask=MASK, save_every_n_steps=2)
+    run_recipe(tiny_config(output_dir, **changes))
+    return output_dir, changes
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -144,14 +261,36 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path, tiny_config
             r"optimizer\._component_ is 'torch\.optim\.SGD'",
         ),
         ({"batch_size": 2}, r"batch_size is 2, was 4"),
+        ({"batch_size": 2, "gradient_accumulation_steps": 2}, r"batch_size is 2, was 4"),
+        ({"dataset.column_map": {"input": "answer", "output": "question"}}, r"column_map\.input is 'answer'"),
+        ({"shuffle": False}, r"shuffle is False, was True"),
     ],
     ids=str,
 )
-def test_a_config_that_contradicts_the_checkpoint_says_what_differs(change, said, tmp_path, tiny_config, run_recipe):
-    changes = dict(gradient_mask=MASK, save_every_n_steps=2)
-    run_recipe(tiny_config(tmp_path, **changes))
+def test_a_config_that_contradicts_the_checkpoint_says_what_differs(
+    change, said, tiny_config, run_recipe, a_run_of_four_steps
+):
+    output_dir, changes = a_run_of_four_steps
+    config = tiny_config(output_dir, resume_from_checkpoint=True, **changes)
+    for key, value in change.items():
+        section, _, last = key.rpartition(".")
+        (config[section] if section else config)[last] = value
     with pytest.raises(UserError, match=said):
-        run_recipe(tiny_config(tmp_path, resume_from_checkpoint=True, **{**changes, **change}))
+        run_recipe(config)
+
+
+def test_data_that_has_changed_meanwhile_is_told(tmp_path, tiny_world, tiny_config, run_recipe):
+    rows = (tiny_world / "train.jsonl").read_text().splitlines()
+    file = tmp_path / "rows.jsonl"
+    for count in (64, 60):
+        file.write_text("\n".join(rows[:count]) + "\n")
+        config = tiny_config(tmp_path / "out", max_steps_per_epoch=2, save_every_n_steps=1, resume_from_checkpoint=True)
+        config["dataset"]["data_files"] = str(file)
+        if count == 64:
+            run_recipe(config)
+        else:
+            with pytest.raises(UserError, match="dataset has 60 rows, had 64"):
+                run_recipe(config)
 
 
 def test_a_new_run_moves_the_checkpoints_of_an_earlier_one_aside(tmp_path, tiny_config, run_recipe):
