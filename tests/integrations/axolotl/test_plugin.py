@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytest.importorskip("axolotl")
+pytest.importorskip("axolotl", reason="axolotl is not installed: requirements.txt beside this file says how")
 
 PLUGIN = "gmt_tune.integrations.axolotl.GradientMaskPlugin"
 EXAMPLES = Path(__file__).parents[3] / "examples"
