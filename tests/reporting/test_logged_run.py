@@ -42,9 +42,9 @@ def test_tensorboard_gets_the_same_names(train, tmp_path):
     train(tmp_path / "out", gradient_mask=MASK, metric_logger=logger, max_steps_per_epoch=2)
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
-    names = set(events.Tags()["scalars"])
+    names = set(events.Tags()["tensors"])  # where the logger's scalars "of the new style" are
     assert {"loss", "mask/density", *expected_groups(("density", "threshold"), 2)} <= names
-    assert [event.step for event in events.Scalars("mask_density_by_module/mlp.w1")] == [1, 2]
+    assert [event.step for event in events.Tensors("mask_density_by_module/mlp.w1")] == [1, 2]
 
 
 def test_the_files_beside_the_checkpoint_hold_every_tensor(smollm2_run):
@@ -71,6 +71,26 @@ def test_a_resumed_run_tracks_and_logs_as_an_uninterrupted_one(train, tmp_path):
     for name in ("loss", "mask/overlap", "mask/coverage", "mask/density"):
         assert run.series[name] == whole.series[name], name
     assert run.details == whole.details
+
+
+@pytest.mark.slow
+def test_several_ranks_speak_with_one_voice_and_count_as_one(train, tiny_config, run_tune, tmp_path):
+    """Sharded over two processes: the same coverage and overlap, up to the order of sums, and each line once."""
+    from omegaconf import OmegaConf
+
+    how = {"gradient_mask": MASK, "track_selection_every_n_steps": 1, "max_steps_per_epoch": 4}
+    one = read_run(train(tmp_path / "one", **how))
+    OmegaConf.save(OmegaConf.create(tiny_config(tmp_path / "two", **how, batch_size=2)), tmp_path / "two.yaml")
+    process = run_tune(
+        "run", "--nproc_per_node", 2, "gmt_full_finetune", "--config", tmp_path / "two.yaml", cwd=tmp_path, timeout=600
+    )
+    steps = re.findall(r"^epoch=1 step=(\d)/4 loss=", process.stdout, re.MULTILINE)
+    assert steps == ["1", "2", "3", "4"]
+    two = read_run(tmp_path / "two")
+    for name in ("mask/coverage", "mask/overlap"):
+        assert two.series[name].steps == one.series[name].steps
+        assert two.series[name].values == pytest.approx(one.series[name].values, abs=0.02), name
+    assert two.details["coverage"][-1][1] == pytest.approx(one.details["coverage"][-1][1], abs=0.05)
 
 
 def test_the_quickstart_ends_by_saying_where_its_report_is(quickstart_run):
