@@ -254,7 +254,10 @@ tensor_parallel_plan:
 
 
 def _fsdp(c: Config) -> str:
-    return f"""custom_sharded_layers: {c.model.sharded}  # Gather these by themselves: less memory, a little slower
+    separately = "Gather these by themselves: less memory, a little slower"
+    if c.model.sharded == "null":
+        separately = "Not tok_embeddings, whose weights the output layer shares"
+    return f"""custom_sharded_layers: {c.model.sharded}  # {separately}
 fsdp_cpu_offload: False  # True holds weights, gradients and optimizer states in the host's memory: slow
 fsdp_reshard_after_forward: True  # False keeps the gathered weights until backward: faster, more memory
 """

@@ -1,6 +1,6 @@
-"""Writes the Llama and Mistral configs, and the table of docs/configs.md, so that all of them stay alike.
+"""Writes the Llama and Mistral configs, and the tables of docs/configs.md and README.md, so that all stay alike.
 
-    python scripts/make_configs.py          # writes configs/llama*/, configs/mistral/ and docs/configs.md
+    python scripts/make_configs.py          # writes configs/llama*/, configs/mistral/ and the tables
     python scripts/make_configs.py --check  # writes nothing; exits with 1 if a file differs
 
 A config is a whole file that users copy and change; here is only what they have in common, and what sets each of
@@ -15,8 +15,9 @@ from pathlib import Path
 from config_template import Config, Model, render
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs" / "configs.md"
+DOCS, README = ROOT / "docs" / "configs.md", ROOT / "README.md"
 TABLE = ("<!-- gmt-tune memory --all -->\n", "<!-- end -->\n")
+CARD_TABLE = ("<!-- gmt-tune memory --all --by-card -->\n", "<!-- end -->\n")
 GIB = 2**30
 
 
@@ -41,7 +42,7 @@ def _llama3(
     )  # fmt: skip
 
 
-TIED = {"sharded": "['tok_embeddings']"}  # Llama 3.2 has no output layer of its own
+TIED = {"sharded": "null"}  # Llama 3.2's output layer uses the embeddings: they cannot be gathered by themselves
 LLAMA2_7B, LLAMA2_13B, LLAMA2_70B = _llama2("7b", 2), _llama2("13b", 3), _llama2("70b", 15)
 LLAMA3_8B = _llama3("3", "8b", "Meta-Llama-3-8B-Instruct", 4, "llama3")
 LLAMA3_8B_BASE = _llama3("3", "8b", "Meta-Llama-3-8B", 4, "llama3")
@@ -224,14 +225,23 @@ def build() -> dict[str, str]:
     return texts
 
 
-def build_docs() -> str:
-    """docs/configs.md with its table made anew, of the configs as they are on disk."""
+def build_docs() -> dict[Path, str]:
+    """docs/configs.md and README.md with their tables made anew, of the configs as they are on disk.
+
+    A file without the marks of its table stays as it is.
+    """
     from gmt_tune.cli import memory
 
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(TABLE[0])
-    _, _, after = rest.partition(TABLE[1])
     reports = [memory.report(name, None, []) for name in memory.packaged_configs()]
-    return before + TABLE[0] + memory.markdown_table(reports) + "\n" + TABLE[1] + after
+    made = {}
+    for path, (begin, end), table in (
+        (DOCS, TABLE, memory.markdown_table(reports)),
+        (README, CARD_TABLE, memory.card_table(reports)),
+    ):
+        text = path.read_text(encoding="utf-8")
+        before, mark, rest = text.partition(begin)
+        made[path] = before + begin + table + "\n" + end + rest.partition(end)[2] if mark else text
+    return made
 
 
 def main() -> int:
@@ -249,7 +259,8 @@ def main() -> int:
 
     for name, text in build().items():
         put(ROOT / "configs" / f"{name}.yaml", text)
-    put(DOCS, build_docs())
+    for path, text in build_docs().items():
+        put(path, text)
     for path in differing:
         print(("differs: " if check else "wrote ") + str(path.relative_to(ROOT)))
     return int(check and bool(differing))

@@ -23,11 +23,14 @@ def add_parser(subparsers) -> None:
         description="Estimate the memory of each device that a config needs, from the config alone: no weights, no "
         "network, no accelerator.",
         epilog="Example: gmt-tune memory --config llama3_1/8B_gmt --world-size 8 batch_size=4",
-        usage="gmt-tune memory (--config NAME_OR_PATH [--world-size N] | --all) [--json] [KEY=VALUE ...]",
+        usage="gmt-tune memory (--config NAME_OR_PATH [--world-size N] | --all [--by-card]) [--json] [KEY=VALUE ...]",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="NAME_OR_PATH", help="a config's name, as `tune ls` shows it, or its file")
     which.add_argument("--all", action="store_true", help="print a Markdown table of all configs of this package")
+    parser.add_argument(
+        "--by-card", action="store_true", help="with --all: print which configs fit on which card, a line for each card"
+    )
     parser.add_argument(
         "--world-size",
         metavar="N",
@@ -53,9 +56,12 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
+    if args.by_card and not args.all:
+        raise UserError("--by-card is for all configs: give --all instead of --config")
     if args.all:
+        table = card_table if args.by_card else markdown_table
         reports = [report(name, args.world_size, args.overrides) for name in packaged_configs()]
-        print(json.dumps(reports, indent=2) if args.json else markdown_table(reports))
+        print(json.dumps(reports, indent=2) if args.json else table(reports))
         return 0
     result = report(args.config, args.world_size, args.overrides)
     print(json.dumps(result, indent=2) if args.json else text_table(result))
@@ -136,6 +142,25 @@ def markdown_table(reports: list[dict]) -> str:
         cells = [f"{value:.1f}" for value in (*shown, sum(on_device.values()), total)]
         fits = f"{report['fits_on'][0]} or more" if _is_gpu(report) and report["fits_on"] else _fits(report)
         lines.append(f"| `{report['config']}` | {report['world_size']} | {' | '.join(cells)} | {fits} |")
+    return "\n".join(lines)
+
+
+def card_table(reports: list[dict]) -> str:
+    """One line for each card: the configs that need no larger one; behind those for several, how many of it."""
+    from gmt_tune.memory import CARDS
+
+    lines = ["| card | on one | on several |", "|---|---|---|"]
+    on_cpu = [f"`{r['config']}`" for r in reports if not _is_gpu(r)]
+    if on_cpu:
+        lines.append(f"| none: a CPU | {', '.join(on_cpu)} | |")
+    for card in CARDS:
+        one, several = [], []
+        for r in reports:
+            if _is_gpu(r) and r["fits_on"][:1] == [card]:
+                count = r["world_size"]
+                (several if count > 1 else one).append(f"`{r['config']}`" + (f" ({count})" if count > 1 else ""))
+        if one or several:
+            lines.append(f"| {card} | {', '.join(one)} | {', '.join(several)} |")
     return "\n".join(lines)
 
 
