@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from html import escape
@@ -107,7 +108,8 @@ def write_page(path: Path, page: str) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): name another file") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # also where the folder is none
+            part.unlink(missing_ok=True)
 
 
 def _figure(figure: Figure) -> str:

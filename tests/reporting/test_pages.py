@@ -65,9 +65,9 @@ def pages(quickstart_run, smollm2_run, tmp_path_factory):
         ("comparison", [quickstart_run, smollm2_run]),
     ):
         maps = {f"{key}-{i}" for key in BY_LAYER for i in range(len(runs))}
-        path, pngs = write_report(runs, folder / f"{name}.html", folder / name)
+        path, pngs = write_report(runs, folder / f"{name}.html", folder / name if len(runs) > 1 else None)
         expected = (OVER_TIME if "smollm2" in (name, runs[-1].name) else OVER_TIME - {"grad-norm"}) | maps
-        assert {png.stem for png in pngs} == expected
+        assert {png.stem for png in pngs} == (expected if len(runs) > 1 else set())
         assert all(png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 3000 for png in pngs)
         found[name] = path, expected
     return found
@@ -123,7 +123,7 @@ def test_odd_runs_open_as_clean(browser, tmp_path):
         write_run(tmp_path / ("a_rather_long_name_of_a_run_" * 3), steps=1, layers=1, scope="tensor"),
         write_run(tmp_path / "plain", steps=30, density=None),
     ]
-    for number, chosen in enumerate([runs[:1], runs[1:2], runs[2:3], runs]):
+    for number, chosen in enumerate([runs[1:2], runs[2:3], runs]):
         path, _ = write_report(chosen, tmp_path / f"{number}.html")
         for width in WIDTHS:
             browser.errors.clear()
@@ -138,8 +138,8 @@ def test_a_page_is_one_file_without_scripts_or_addresses(pages):
     for path, figures in pages.values():
         text = path.read_text()
         assert "<script" not in text and "default-src 'none'" in text
-        addresses = set(re.findall(r"""(?:href|src|url)\W{1,3}(?!#)([^\s"')>]+)""", text))
-        assert {a for a in addresses if not a.startswith(("data:", "#"))} == set()
+        addresses = {*re.findall(r"""\b(?:href|src)=["']?([^"'\s>]*)""", text), *re.findall(r"url\(([^)]*)\)", text)}
+        assert addresses and all(address.startswith(("data:", "#")) for address in addresses)
         assert not re.search(r"https?://(?!www\.w3\.org/)", text)
         ids = re.findall(r'\bid="([^"]+)"', text)
         assert len(ids) == len(set(ids)) and figures <= set(ids)
