@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from gmt_tune import GradientMask
-from gmt_tune.integrations.torchtune import config_check
+from gmt_tune.integrations.torchtune import config_check, preference
 from gmt_tune.integrations.torchtune.registry import config_paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,10 @@ MEANINGS = {
     "gradient_mask._component_": "`gmt_tune.GradientMask`, or [a class of yours](extending/new_score.md)",
     "gradient_mask.seed": "Of the random score",
     "gradient_mask.error_if_nonfinite": "Set by the recipe: see `on_nonfinite`",
-    "loss": "The loss: cross-entropy, in chunks to spare memory",
+    "loss": "Cross-entropy, in chunks to spare memory; for `gmt_full_dpo` one of torchtune's losses of preferences",
+    "dataset_val": "Data whose loss is reported, and never trained on; the keys of `dataset`",
+    "batch_size_val": "Samples in one forward pass of the validation. null: as batch_size",
+    "ref_checkpointer": "Of `gmt_full_dpo`, which needs it: the model before training; the keys of `checkpointer`",
     "device": "`cuda`, `cpu`, `xpu` or `npu`",
     "dtype": "Of weights, gradients and computation. fp32 doubles all memory",
     "compile": "torch.compile the model and the loss: faster, less memory, after minutes of compilation",
@@ -170,6 +173,8 @@ def _takes(key: str) -> str:
             return text
     if key in config_check._CHOICES:
         return " or ".join(f"`{choice}`" for choice in config_check._CHOICES[key])
+    if key in preference.OWN_KEYS:
+        return "a section"
     if key in config_check._GIVEN or key in ("gradient_mask", "profiler", "tensor_parallel_plan"):
         return "a section" + ("" if key in config_check._REQUIRED else or_null)
     return {
@@ -220,15 +225,16 @@ def build() -> str:
     for name in order:
         for key, comment in _comments(paths[name].read_text(encoding="utf-8")).items():
             comments.setdefault(key, comment)
-    top = [*config_check._REQUIRED, *config_check._OPTIONAL]
+    top = [*config_check._REQUIRED, *config_check._OPTIONAL, *preference.OWN_KEYS]
     # A config's own variables, which others refer to, are no keys of the recipe
     top_and_mask = [*top, *(f"gradient_mask.{name}" for name in inspect.signature(GradientMask).parameters)]
     keys = [key for key in values if key.split(".")[0] in top] + [key for key in top_and_mask if key not in values]
     keys.remove("gradient_mask.named_parameters")  # given by the recipe
-    keys = [key for key in keys if not key.startswith("tensor_parallel_plan.")]
+    alike = ("tensor_parallel_plan.", "dataset_val.", "ref_checkpointer.")  # the last two as those without the prefix
+    keys = [key for key in keys if not key.startswith(alike)]
     rows = []
     for key in sorted(keys, key=lambda key: (_rank(key.split(".")[0], values), "." in key)):
-        meaning = MEANINGS.get(key) or comments.get(key) or comments.get(_twin(key))
+        meaning = MEANINGS.get(key) or comments.get(key)
         if meaning is None and key.split(".")[0] in OPEN_SECTIONS and "." in key:
             continue  # an argument of a component, whose own documentation has it
         if meaning is None:
@@ -244,11 +250,6 @@ def _rank(key: str, values: dict) -> int:
     """Keys in the order in which the configs have them; those that no config has at the end."""
     order = [name for name in values if "." not in name]
     return order.index(key) if key in order else len(order)
-
-
-def _twin(key: str) -> str:
-    """`dataset_val` has the keys of `dataset`."""
-    return key.replace("dataset_val.", "dataset.")
 
 
 def main() -> int:

@@ -126,10 +126,8 @@ def _command_problem(words: list[str], files: set[str]) -> str | None:
 
 
 def _override_problem(overrides: list[str], config: Path) -> str | None:
-    from gmt_tune.integrations.torchtune import config_check
-
     cfg = OmegaConf.load(config)
-    known = {*config_check._REQUIRED, *config_check._OPTIONAL}
+    known = _keys_of_recipes()
     for override in overrides:
         key = override.lstrip("~").partition("=")[0]
         if "=" not in override and not override.startswith("~"):
@@ -137,6 +135,12 @@ def _override_problem(overrides: list[str], config: Path) -> str | None:
         if key.split(".")[0] not in {*known, *cfg}:
             return f"{key} is no key of the recipe"
     return None
+
+
+def _keys_of_recipes() -> set[str]:
+    from gmt_tune.integrations.torchtune import config_check, preference
+
+    return {*config_check._REQUIRED, *config_check._OPTIONAL, *preference.OWN_KEYS}
 
 
 _LOOKED_AT = [f for f in FENCES if f.language == "sh" and (not f.runs or "slow" in f.marks)]
