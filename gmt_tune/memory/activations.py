@@ -75,20 +75,24 @@ def layer_scratch_bytes(s: Shape, tensor_parallel: int = 1) -> int:
     return 3 * s.tokens * s.hidden_dim * s.itemsize // tensor_parallel
 
 
-def head_bytes(s: Shape, output_chunks: int) -> int:
+def head_bytes(s: Shape, output_chunks: int, *, pairs: bool = False) -> int:
     """
     Bytes of the final norm, the logits and the loss when the loss has been computed.
 
     Per token: final norm 8 d + d e. With chunks, the logits (V e) and all fp32 log-probabilities (4 V), besides the
     fp32 logits of one chunk (4 V / chunks). Without, the fp32 logits and log-probabilities (8 V) and their gradient
-    in the model's dtype (V e).
+    in the model's dtype (V e). With pairs, while the reference model runs: the log-probabilities of the other model
+    (4 V), its own logits (4 V), and of one half of them a copy and the log-probabilities (2 V each).
 
     Args:
         s: sizes.
         output_chunks: of the loss; 0 for a loss that takes the logits whole.
+        pairs: whether chosen and rejected answers are compared with a reference model's.
     """
     norm = s.embed_dim * (8 + s.itemsize)
-    if output_chunks:
+    if pairs:
+        logits = 12 * s.vocab_size
+    elif output_chunks:
         logits = s.vocab_size * s.itemsize + 4 * s.vocab_size + 4 * s.vocab_size / output_chunks
     else:
         logits = 8 * s.vocab_size + s.vocab_size * s.itemsize

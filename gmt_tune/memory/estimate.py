@@ -185,7 +185,7 @@ def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -
     new_gradient = dtype.itemsize * largest if mesh.data == 1 else 0
     chunks = getattr(_instantiate(cfg, "loss"), "num_output_chunks", 0)
     phases = {
-        "logits and loss": act.head_bytes(shape, chunks) + new_gradient,
+        "logits and loss": act.head_bytes(shape, chunks, pairs=pairs == 2) + new_gradient,
         "recomputing a layer": act.layer_bytes(shape, mesh.tensor) + act.layer_scratch_bytes(shape, mesh.tensor),
         "optimizer step": step,
     }
@@ -303,7 +303,8 @@ def _rope_bytes(model: nn.Module) -> int:
 def _assumptions(cfg: DictConfig, model: nn.Module) -> list[str]:
     length, assumed = _seq_len(cfg, model)
     source = "assumed, for tokenizer.max_seq_len is null" if assumed else "tokenizer.max_seq_len"
-    lines = [f"{cfg.batch_size} sequences of {length} tokens in a micro-batch ({source})"]
+    rows = "pairs of sequences" if cfg.get("ref_checkpointer", None) is not None else "sequences"
+    lines = [f"{cfg.batch_size} {rows} of {length} tokens in a micro-batch ({source})"]
     if cfg.get("compile", False):
         lines.append("compile: True needs less than this estimate, which is made without it")
     return lines

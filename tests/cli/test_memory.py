@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from gmt_tune.cli.main import main
-from gmt_tune.cli.memory import devices_of_run_line
+from gmt_tune.cli.memory import card_table, devices_of_run_line
 from gmt_tune.errors import UserError
 from gmt_tune.memory import estimate
 from gmt_tune.memory.activations import head_bytes, layer_bytes, shape_of
@@ -258,6 +258,30 @@ def test_peak_of_a_micro_batch_is_what_torch_tracks(checkpointing, chunked):
     assert told.device_bytes - rows_of(told)["reserve"] == pytest.approx(real, rel=0.1)
 
 
+def test_head_of_pairs_is_what_a_step_of_dpo_reaches():
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torchtune.rlhf import get_batch_log_probs
+    from torchtune.rlhf.loss import DPOLoss
+
+    shape = shape_of(build(vocab_size=4000), 4, 32, 4)
+    hidden, labels = torch.randn(4, 32, 8), torch.randint(0, 4000, (4, 32))
+    trained, reference = nn.Linear(8, 4000, bias=False), torch.randn(8, 4000)
+
+    def log_probs(logits):
+        return [get_batch_log_probs(*half) for half in zip(logits.chunk(2), labels.chunk(2), strict=True)]
+
+    tracker = MemTracker()
+    tracker.track_external(trained)
+    with tracker:
+        policy = log_probs(trained(hidden))
+        with torch.no_grad():
+            other = log_probs(hidden @ reference)
+        DPOLoss()(*policy, *other)[0].mean().backward()
+    real = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()) - trained.weight.nbytes
+    norm = shape.tokens * shape.embed_dim * (8 + shape.itemsize)
+    assert head_bytes(shape, 0, pairs=True) - norm == pytest.approx(real, rel=0.1)
+
+
 def test_head_grows_with_the_vocabulary_and_chunks_save_memory():
     shape = shape_of(build(), 2, 32, 2)
     assert head_bytes(shape, 8) < head_bytes(shape, 0)
@@ -329,6 +353,23 @@ def test_all_prints_a_line_for_each_packaged_config(capsys):
     assert [line.split("`")[1] for line in lines[2:]] == list(config_paths())
 
 
+def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it():
+    def told(config, world_size, fits_on, device="cuda"):
+        return {"config": config, "world_size": world_size, "fits_on": fits_on, "device": device}
+
+    reports = [
+        told("large", 8, ["80 GB", "141 GB"]),
+        told("small", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
+        told("medium", 1, ["80 GB", "141 GB"]),
+        told("on a laptop", 1, ["24 GB"], device="cpu"),
+    ]
+    assert card_table(reports).splitlines()[2:] == [
+        "| none: a CPU | `on a laptop` | |",
+        "| 24 GB | `small` |  |",
+        "| 80 GB | `medium` | `large` (8) |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "devices"),
     [
@@ -347,6 +388,7 @@ def test_devices_come_from_the_run_line_of_a_config(line, devices):
     [
         (["--config", "llama3_1/8B_gmt_single_devic"], "did you mean llama3_1/8B_gmt_single_device"),
         (["--config", "nothing/like/it"], "`tune ls` lists them"),
+        (["--config", "llama3_1/8B_gmt", "--by-card"], "--by-card is for all configs"),
         (["--config", "llama3_1/8B_gmt", "--world-size", "0"], "--world-size must be a whole number from 1 on, got 0"),
         (["--config", "llama3_1/8B_gmt", "dtype=fp16"], "dtype must be bf16 or fp32"),
         (["--config", "llama3_1/8B_gmt", "batch_size"], "must be in the form of key=value"),

@@ -252,6 +252,11 @@ def test_a_wrong_config_is_named_with_what_is_right(changes, message, tmp_path, 
     assert "\n" not in str(caught.value)
 
 
+def test_the_other_recipe_names_the_one_that_a_config_is_for(tmp_path, dpo_config):
+    with pytest.raises(UserError, match="ref_checkpointer is no key of this recipe: tune run gmt_full_dpo is the one"):
+        check_config(OmegaConf.create(dpo_config(tmp_path)))
+
+
 def test_data_of_another_kind_is_named_before_the_model_is_loaded(
     tmp_path, tiny_config, dpo_config, dpo_recipe, train_by, caplog
 ):

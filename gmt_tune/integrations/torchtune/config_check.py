@@ -98,6 +98,13 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     if cfg.get("collate_fn", None) is not None:
         import_function("collate_fn", cfg.collate_fn)
     model = _meta_model(cfg)
+    if hasattr(getattr(model, "output", None), "tied_module") and "tok_embeddings" in (
+        cfg.get("custom_sharded_layers", None) or ()
+    ):
+        raise UserError(
+            "custom_sharded_layers must not name tok_embeddings for this model, whose output layer uses their weights "
+            "too: take it out of the list, or set custom_sharded_layers: null"
+        )
     _check_lengths(cfg, model)
     check_files(cfg, model)
     build_gradient_mask(cfg.get("gradient_mask", None), model)
@@ -146,6 +153,8 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
     raw = json.dumps(OmegaConf.to_container(cfg, resolve=False))
     for key, value in cfg.items():
         if key not in known and "${" + str(key) not in raw:  # a key that others refer to is a user's variable
+            if key == "ref_checkpointer":
+                raise UserError(f"{key} is no key of this recipe: tune run gmt_full_dpo is the one for this config")
             raise UserError(f"{key} ({value!r}) is no key of this recipe: {nearest(str(key), known)}")
 
 
