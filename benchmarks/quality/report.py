@@ -88,7 +88,7 @@ def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
             f"Before training: test loss {base['losses']['test']:.3f}, accuracy {base['accuracy']:.1%} "
             f"({base['questions']} questions), {texts}.\n"
         )
-    text += [_quality_table(rows, base), _difference_table(rows), _convergence_table(rows)]
+    text += [_quality_table(rows, base), _difference_table(rows, base), _convergence_table(rows)]
     text += [_cost_table(suite, rows), _choice_table(suite, rows)]
     text += [f"![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n" for figure in figures]
     return "\n".join(text)
@@ -108,19 +108,22 @@ def _quality_table(rows: list[Row], base: dict | None) -> str:
     return _table(lines)
 
 
-def _difference_table(rows: list[Row]) -> str:
+def _difference_table(rows: list[Row], base: dict | None) -> str:
     """Each method against plain fine-tuning and against the default mask, by seed."""
     head, against = ["paired difference of"], []
+    text = next(iter(base["texts"]), None) if base is not None else None
     for name in BASELINES:
         other = next((row for row in rows if row.method.name == name), None)
         if other is not None:
             head += [f"test loss, minus {BASELINES[name]}", f"accuracy, minus {BASELINES[name]}"]
+            head += [f"forgetting, {text}, minus {BASELINES[name]}"] if text else []
             against.append(other)
     lines = [head, _rule(head)]
     for row in rows:
         cells = [row.method.title]
         for other in against:
             cells += [_difference(row, other, _test_loss, 4), _difference(row, other, _accuracy, 1)]
+            cells += [_difference(row, other, forgetting(base, text), 3)] if text else []
         lines.append(cells)
     return _table(lines)
 

@@ -68,6 +68,9 @@ class Runner:
             except BlockingIOError:
                 print(f"{run.name}: another process is at it", flush=True)
                 return {}
+            done = results.read_valid(run)  # by another process, between the look above and the lock
+            if done is not None:
+                return done
             result = self._make(run, folder)
         results.write(run.name, result)
         if not self._keep:
