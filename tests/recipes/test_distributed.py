@@ -53,6 +53,8 @@ RUNS = {
     "mask on two": ([0, 1], dict(gradient_mask=MASK)),
     "knobs on two": ([0, 1], dict(gradient_mask=MASK, **KNOBS)),
     "offload on two": ([0, 1], dict(gradient_mask=MASK, fsdp_cpu_offload=True)),
+    "tied on one": ([2], dict(gradient_mask=MASK, tied=True)),
+    "tied on two": ([0, 1], dict(gradient_mask=MASK, tied=True)),
     "tensor parallel on two": ([0, 1], dict(gradient_mask=MASK, **GRID)),
     "random on two": ([2, 3], dict(gradient_mask={**MASK, "score": "random"})),
     "in backward on two": ([2, 3], dict(gradient_mask=MASK, optimizer_in_bwd=True)),
@@ -87,6 +89,7 @@ def runs(tmp_path_factory, tiny_llama3, tiny_config):
     for name, (ranks, changes) in RUNS.items():
         changes = {"optimizer": ADAMW, "lr_scheduler": None, "max_steps_per_epoch": STEPS, **changes}
         job = {"ranks": ranks}
+        tied = changes.pop("tied", False)
         if changes.pop("base", False):
             job["base"] = True
         if "resumed" in name:
@@ -97,9 +100,10 @@ def runs(tmp_path_factory, tiny_llama3, tiny_config):
         if name.endswith("resumed on one"):
             data_parallel = 2  # as it was: on fewer processes, a step has fewer rows
         config = tiny_config(root / name, batch_size=BATCH // data_parallel, **changes)
-        config["model"].update(_component_="torchtune.models.llama3.llama3", intermediate_dim=92)
-        config["model"].pop("scale_factor")
-        config["checkpointer"].update(checkpoint_dir=str(tiny_llama3), model_type="LLAMA3")
+        if not tied:
+            config["model"].update(_component_="torchtune.models.llama3.llama3", intermediate_dim=92)
+            config["model"].pop("scale_factor")
+            config["checkpointer"].update(checkpoint_dir=str(tiny_llama3), model_type="LLAMA3")
         jobs.append({**job, "config": config})
     (root / "jobs.json").write_text(json.dumps(jobs))
     launch.torchrun(WORKER, root / "jobs.json", processes=4, log_dir=root)
@@ -137,6 +141,7 @@ PAIRS = [
     ("in backward on one", "in backward on two", "base on two"),
     ("mask on two", "knobs on two", "base on two"),
     ("mask on two", "offload on two", "base on two"),
+    ("tied on one", "tied on two", "base on two"),
     ("mask on one", "mask on 2x2", "base on 2x2"),
     ("mask on one", "tensor parallel on two", "base on 2x2"),
 ]
@@ -190,6 +195,12 @@ def test_sharded_low_bit_states_go_on_in_one_process(optimizer, losses):
 def test_an_optimizer_that_takes_gradients_away_is_refused(tmp_path, tiny_config):
     config = tiny_config(tmp_path, gradient_mask=MASK, optimizer={"_component_": "torchao.optim.CPUOffloadOptimizer"})
     with pytest.raises(UserError, match="moves gradients to the host before they can be masked: to save memory, use"):
+        check_config(OmegaConf.create(config))
+
+
+def test_embeddings_that_the_output_layer_uses_are_not_sharded_by_themselves(tmp_path, tiny_config):
+    config = tiny_config(tmp_path, custom_sharded_layers=["tok_embeddings"])
+    with pytest.raises(UserError, match="custom_sharded_layers must not name tok_embeddings for this model"):
         check_config(OmegaConf.create(config))
 
 
