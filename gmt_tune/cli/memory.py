@@ -154,7 +154,8 @@ def card_table(reports: list[dict]) -> str:
     if on_cpu:
         lines.append(f"| none: a CPU | {', '.join(on_cpu)} | |")
     for card in CARDS:
-        one, several = [], []
+        one: list[str] = []
+        several: list[str] = []
         for r in reports:
             if _is_gpu(r) and r["fits_on"][:1] == [card]:
                 count = r["world_size"]
