@@ -18,7 +18,7 @@ from gmt_tune.masking import applying, measuring, triton_search
 from gmt_tune.masking.bits import INT_DTYPE, NAN_BITS, from_bits
 from gmt_tune.masking.kernels import apply, count, sample, tables
 
-hypothesis.settings.register_profile("interpreter", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("interpreter", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("interpreter")
 FIXTURE = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 

@@ -31,7 +31,10 @@ def test_kernels_select_what_a_full_sort_selects():
     assert " passed" in output and "skipped" not in output
 
 
-@pytest.mark.parametrize("target", ["cuda:80", pytest.param("cuda:90", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "target",
+    [["cuda:80", "few"], *(pytest.param([t], marks=pytest.mark.slow) for t in ("cuda:80", "cuda:90", "hip:gfx942"))],
+)
 def test_kernels_compile_for_a_gpu_and_load_16_bytes_at_a_time(target, tmp_path):
     """What the interpreter forgives, the compiler does not."""
-    run(HERE / "compile_kernels.py", target, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    run(HERE / "compile_kernels.py", *target, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
