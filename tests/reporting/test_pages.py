@@ -115,6 +115,7 @@ def test_the_browser_checks_would_see_what_is_wrong(browser, tmp_path):
     assert len(browser.evaluate(STICKING_OUT)) == 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_odd_runs_open_as_clean(browser, tmp_path):
     runs = [
