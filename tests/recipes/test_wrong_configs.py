@@ -12,7 +12,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.config_check import check_config
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
-REMOVED = object()
+REMOVED = "(removed)"
 
 
 def changed(config: dict, path: str, value) -> dict:
