@@ -65,7 +65,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install 'gmt-tune[report]'") from None
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
 
 
 def to_svg(figure: Figure) -> str:
