@@ -57,9 +57,12 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
             _check_family(cfg, section, model)
-    folders = {"output_dir": cfg.output_dir, "checkpointer.output_dir": cfg.checkpointer.output_dir}
-    log_dir = cfg.metric_logger.get("log_dir", None)
-    for key, folder in folders.items() | {("metric_logger.log_dir", log_dir)}:
+    folders = {
+        "output_dir": cfg.output_dir,
+        "checkpointer.output_dir": cfg.checkpointer.output_dir,
+        "metric_logger.log_dir": cfg.metric_logger.get("log_dir", None),
+    }
+    for key, folder in folders.items():
         if folder is not None:
             _check_is_writable(key, Path(str(folder)))
 
