@@ -153,7 +153,7 @@ tokenizer:
 # Dataset
 dataset:
 {c.dataset}{_held_out(c)}batch_size_val: null  # null: as batch_size
-seed: null  # A number makes the order of the data, and what is random, the same each time
+seed: null  # A number makes what is random (such as dropout) the same each time; the order of the data always is
 shuffle: True
 
 # Checkpoints
