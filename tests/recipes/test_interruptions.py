@@ -94,6 +94,10 @@ def kill_until_done(tmp_path, tiny_config, final_weights, *, processes: int, kil
     assert ForkedRun(killed, processes=processes).wait(600) == [0] * processes
     assert undisturbed.wait(600) == [0] * processes
     assert not any(output_dir.glob(".incomplete-*"))
+    # Also where the checkpoint that the last life went on from is long deleted
+    names = {path.name for path in (tmp_path / "straight" / "out" / f"epoch_{epochs - 1}").iterdir()}
+    assert {"config.json", "tokenizer.json"} <= names
+    assert {path.name for path in (output_dir / f"epoch_{epochs - 1}").iterdir()} == names
     wanted = final_weights(tmp_path / "straight" / "out", epochs - 1)
     weights = final_weights(output_dir, epochs - 1)
     assert wanted.keys() == weights.keys() and len(wanted) > 10

@@ -245,7 +245,7 @@ class RunCheckpoints:
             return
         if state is not None:
             torch.save(state, folder / training_state.state_file(0))
-        _write_model(checkpointer, weights, folder)
+        _write_model(checkpointer, weights, folder, self._newest_model_folder())
         # Files rather than a collective tell that the others are done: training may be using the collectives.
         while any(folder.glob(f"{_WRITING}*")):
             time.sleep(0.01)
@@ -254,6 +254,15 @@ class RunCheckpoints:
         progress["model_files"] = _model_files(folder)
         folders.complete(folder, name, progress)
         self._after_save(name, val_loss)
+
+    def _newest_model_folder(self) -> Path:
+        """Where config, tokenizer and generation files are copied from.
+
+        Not always where the weights were loaded from: that may be a checkpoint that has been deleted since, to keep
+        the newest alone.
+        """
+        given = Path(self._cfg.checkpointer.checkpoint_dir)
+        return self._last_saved if self._last_saved is not None and self._last_saved.is_dir() else given
 
     def _prepare(self, folder: Path) -> None:
         folders.make_incomplete(folder)
@@ -336,14 +345,21 @@ def _state_bytes_per_entry(optimizer, p) -> float:
     return (2 if "adam" in kind else 1) * p.element_size()
 
 
-def _write_model(checkpointer, weights: dict, folder: Path) -> None:
-    """Let torchtune's checkpointer write a model folder at ``folder`` instead of ``output_dir/epoch_N``."""
-    output_dir = checkpointer._output_dir
-    checkpointer._output_dir = folder
+def _write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> None:
+    """Let torchtune's checkpointer write a model folder at ``folder`` instead of ``output_dir/epoch_N``.
+
+    Args:
+        checkpointer: the config's.
+        weights: of the model, by torchtune's names.
+        folder: exists; gets the files.
+        files_from: model folder whose files other than weights are copied.
+    """
+    given = checkpointer._output_dir, checkpointer._checkpoint_dir
+    checkpointer._output_dir, checkpointer._checkpoint_dir = folder, files_from
     try:
         checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0, intermediate_checkpoint=False)
     finally:
-        checkpointer._output_dir = output_dir
+        checkpointer._output_dir, checkpointer._checkpoint_dir = given
     for path in sorted((folder / "epoch_0").iterdir()):
         # Our own files of the checkpoint that this run went on from are copied with the model's: not wanted
         if path.name == folders.MANIFEST or path.name.startswith("training_state_rank"):
