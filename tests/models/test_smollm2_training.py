@@ -1,7 +1,6 @@
 """The SmolLM2 configs fit the model that ``gmt-tune fetch`` leaves, and training with one lowers its loss."""
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from tiny_gguf import tiny_tokenizer
+from word_problems import write_problems
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "smollm2"
 EVAL_LOSS = Path(__file__).parents[2] / "benchmarks" / "eval_loss.py"
@@ -20,20 +20,6 @@ SMOLLM2_135M = {
     "num_attention_heads": 9,
     "vocab_size": 49152,
 }
-
-
-def write_problems(path: Path, count: int, seed: int) -> None:
-    """Word problems in the manner of GSM8K."""
-    rng = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        name, thing = rng.choice(["Ana", "Ben", "Chloe", "Dan"]), rng.choice(["pens", "cups", "nuts", "maps"])
-        a, b = rng.randint(2, 40), rng.randint(2, 9)
-        question = f"{name} has {a} {thing} and buys {b} times as many. How many {thing} does {name} have now?"
-        new, total = a * b, a + a * b
-        answer = f"{name} buys {a}*{b}=<<{a}*{b}={new}>>{new} {thing}.\nIn all {a}+{new}={total}.\n#### {total}"
-        lines.append(json.dumps({"question": question, "answer": answer}) + "\n")
-    path.write_text("".join(lines))
 
 
 @pytest.mark.parametrize("name", ["135M_gmt_cpu", "135M_gmt_single_device"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from word_problems import write_problems
 
 TESTS = Path(__file__).parents[1]
 FULL_SORT = "gradient_mask._component_=full_sort_mask.FullSortMask"
@@ -48,8 +49,6 @@ def test_quickstart_losses_equal_those_of_a_full_sort(run_tune, logged_metrics, 
 
 @pytest.mark.slow
 def test_smollm2_losses_equal_those_of_a_full_sort(run_tune, logged_metrics, tmp_path):
-    from test_smollm2_training import write_problems
-
     from gmt_tune.cli.main import main
 
     model = tmp_path / "SmolLM2-135M-Instruct"
