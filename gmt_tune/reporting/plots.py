@@ -63,6 +63,8 @@ def draw_curves(
     low, high = limits
     if low is not None or high is not None:
         axes.set_ylim(low, high)
+    elif not log:
+        _widen_if_flat(axes)
     steps = [x for curve in curves for x in curve.x]
     if min(steps) == max(steps):
         axes.set_xlim(steps[0] - 1, steps[0] + 1)
@@ -141,6 +143,15 @@ def _set_log_scale(axes, values: Sequence[float]) -> None:
     subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _widen_if_flat(axes) -> None:
+    """Show at least one percent of a curve's height, so that rounding does not look like news, and ticks differ."""
+    low, high = axes.get_ylim()
+    least = 0.01 * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def _few_ticks():
