@@ -77,6 +77,7 @@ __all__ = [
     "unpack_selection",
 ]
 
+
 @dataclass
 class MaskStatistics:
     """What one masking did. Holds 0-d tensors on the device; reading a property waits for the device.

@@ -15,6 +15,7 @@ from torchtune.models.convert_weights import hf_to_tune
 
 from gmt_tune.data.exact_match import generate_greedily
 from gmt_tune.integrations.torchtune.assets import asset
+from gmt_tune.integrations.torchtune.process_group import leave
 from gmt_tune.models import tiny
 from gmt_tune.models.chatml import ChatMLTokenizer
 
@@ -52,4 +53,4 @@ if __name__ == "__main__":
     fully_shard(sharded)
     with torch.no_grad():
         (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(generate(sharded)))
-    dist.destroy_process_group()
+    leave()

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torchtune import config
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.assets import register_resolver
 from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
 
@@ -88,8 +89,7 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         _show(f"{_one_line(error)}{_keep_traceback(cfg)}")
         return 1
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        process_group.leave()
 
 
 def _show(message: str) -> None:

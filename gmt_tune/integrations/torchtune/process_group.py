@@ -1,16 +1,23 @@
 """What lets torchtune's distributed recipe run as one plain process, and on the CPU.
 
 ``tune run RECIPE`` without torchrun options starts the recipe without torchrun's environment variables,
-and two of torchtune's memory functions raise where there is no accelerator.
+and two of torchtune's memory functions raise where there is no accelerator. And what lets it end with the exit
+status that it has earned.
 """
 
 import contextlib
 import gc
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torchtune import training
+
+_GLOO_THREAD = "pt_gloo_runloop"
+_PATIENCE = 10.0  # seconds
+_LOOK_EVERY = 0.01  # seconds
 
 
 def ensure_rendezvous() -> None:
@@ -46,3 +53,31 @@ def cleanup_before_training(device: torch.device) -> None:
         gc.collect()
     else:
         training.cleanup_before_training()
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one, and wait until gloo's threads have nothing left to do.
+
+    A thread of gloo frees the tensors of a collective after those who wait for it have gone on, and takes the GIL
+    to do so. If the interpreter is already being finalized by then, Python before 3.14 ends that thread, and C++
+    calls that a reason to abort: a run that has done all its work ends with SIGABRT. Destroying the group joins its
+    threads only if nothing else holds it, and DTensor's caches do.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.destroy_process_group()
+    deadline = time.monotonic() + _PATIENCE
+    idle = 0
+    while idle < 2 and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY)  # without the GIL: who waits for it gets it, and runs
+        idle = 0 if _gloo_is_running() else idle + 1
+
+
+def _gloo_is_running() -> bool:
+    """Whether a thread of gloo is on a core, or waits for one. False where there is no Linux to ask."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+            if name == _GLOO_THREAD and rest.split()[0] == "R":
+                return True
+    return False

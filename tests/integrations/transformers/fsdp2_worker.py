@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from gmt_tune.integrations.torchtune.process_group import leave
 from gmt_tune.integrations.transformers import GradientMaskCallback
 
 BATCH, STEPS, SAVE_STEPS = 4, 5, 3
@@ -113,3 +114,4 @@ def train_all(folder: Path, runs: list[dict]) -> None:
 
 if __name__ == "__main__":
     train_all(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave()

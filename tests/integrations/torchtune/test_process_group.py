@@ -1,0 +1,71 @@
+"""A process ends with the exit status that it has earned, whatever gloo's threads are still at."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gmt_tune.integrations.torchtune.process_group import leave
+
+# What a training leaves to chance, made certain: process 1 is late, so that by the end of the collective gloo's
+# thread holds the last reference to process 0's tensor, and is busy with it for a second. Something else (in a
+# training, DTensor's caches) keeps the group alive, and so its threads.
+SCRIPT = """
+import sys, threading, time
+import torch
+import torch.distributed as dist
+
+being_freed = threading.Event()
+
+class Slow(torch.Tensor):
+    def __del__(self):
+        being_freed.set()
+        print(threading.current_thread() is threading.main_thread(), flush=True)
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            pass
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+sys._keeps = group = dist.group.WORLD
+dist.barrier()
+if rank == 1:
+    time.sleep(0.5)
+    dist.all_reduce(torch.ones(8))
+else:
+    group.allreduce([torch.ones(8).as_subclass(Slow)])
+    being_freed.wait()
+    {leave}
+"""
+
+
+def first_of_two(tmp_path, how: str) -> subprocess.CompletedProcess:
+    """What became of process 0."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT.format(leave=how), str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    return subprocess.CompletedProcess(processes[0].args, processes[0].returncode, *outputs[0])
+
+
+def test_gloo_is_done_before_the_interpreter_ends(tmp_path):
+    process = first_of_two(tmp_path, "from gmt_tune.integrations.torchtune.process_group import leave; leave()")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "False\n"  # the tensor was freed, and not by the main thread
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python 3.14 no longer ends threads that want the GIL")
+def test_destroying_the_group_is_not_enough(tmp_path):
+    process = first_of_two(tmp_path, "dist.destroy_process_group()")
+    assert process.returncode == -signal.SIGABRT, process.stderr
+
+
+def test_there_need_be_no_group():
+    leave()
