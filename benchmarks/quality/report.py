@@ -49,8 +49,9 @@ def write_report() -> list[Path]:
         "<!-- Made by `python -m benchmarks.quality table` from docs/results/runs: edit nothing here. -->\n",
         "[The discussion](../results.md) says what to make of them, and how all was measured. Numbers are means over "
         "seeds ± standard deviation; differences are paired by seed (same data in the same order), with their 95% "
-        "confidence interval, **bold** where it leaves out zero. The learning rate of each method was chosen on the "
-        "validation split. Forgetting is the change of the loss on texts that have nothing to do with the task.\n",
+        "confidence interval (of three seeds or more), **bold** where it leaves out zero. Each method has the learning "
+        "rate that the validation split chose, unless the last lines of its task say otherwise. Forgetting is the "
+        "change of the loss on texts that have nothing to do with the task.\n",
     ]
     for name in suite_names():
         suite = load_suite(name)
@@ -212,7 +213,7 @@ def _difference(row: Row, other: Row | None, get, digits: int) -> str:
 
 def _interval(found: Estimate, digits: int) -> str:
     if found.half_width is None:
-        return f"{found.mean:+.{digits}f} (one seed)"
+        return f"{found.mean:+.{digits}f} ({found.count} seed{'s' if found.count > 1 else ''})"
     low, high = found.mean - found.half_width, found.mean + found.half_width
     text = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"**{text}**" if found.differs_from_zero else text

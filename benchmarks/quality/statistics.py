@@ -17,7 +17,8 @@ _T95 = (
 class Estimate(NamedTuple):
     """A mean of ``count`` values, their standard deviation, and half the width of the mean's 95% interval.
 
-    ``sd`` and ``half_width`` are None for a single value: it has no spread.
+    ``sd`` is None for a single value: it has no spread. ``half_width`` is None for fewer than three values: two can
+    agree by chance, and their interval would then have no width.
     """
 
     mean: float
@@ -43,6 +44,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(values) == 1:
         return Estimate(mean, None, None, 1)
     sd = statistics.stdev(values)
+    if len(values) == 2:
+        return Estimate(mean, sd, None, 2)
     return Estimate(mean, sd, t95(len(values) - 1) * sd / math.sqrt(len(values)), len(values))
 
 

@@ -133,7 +133,7 @@ def draw_bars(canvas, labels: Sequence[str], values: Sequence[float], *, xlabel:
 
 def _set_log_scale(axes, values: Sequence[float]) -> None:
     """A logarithmic axis with ticks where one would look for them, also within less than a decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if not positive:
@@ -141,8 +141,12 @@ def _set_log_scale(axes, values: Sequence[float]) -> None:
     decades = math.log10(max(positive) / min(positive))
     axes.set_yscale("log")
     subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    if decades < math.log10(2):  # a narrow stretch of it is nearly linear
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
 
 
 def _widen_if_flat(axes) -> None:

@@ -128,6 +128,7 @@ def test_differences_are_paired_by_seed():
         pytest.approx(1.963, abs=1e-3),
     )
     assert estimate([0.3]) == (0.3, None, None, 1) and not estimate([0.3]).differs_from_zero
+    assert estimate([0.25, 0.25]) == (0.25, 0.0, None, 2) and not estimate([0.25, 0.25]).differs_from_zero
 
 
 def test_torchtunes_merge_of_adapters_leaves_the_model_that_trains_on_alone():

@@ -15,3 +15,12 @@ def test_a_density_that_varies_by_rounding_alone_is_drawn_flat_with_ticks_that_d
     assert low < min(curve.y) and max(curve.y) < high and high - low >= 0.0019
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert len(labels) > 1 and len(set(labels)) == len(labels)
+
+
+def test_losses_close_to_each_other_have_ticks_to_read_them_by():
+    figure = Figure(figsize=(4, 2))
+    draw_curves(figure, [Curve("run", [20, 40, 60], [1.048, 0.981, 0.961])], log=True)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
