@@ -69,27 +69,27 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         check_config(cfg, own_keys)
         check_machine(cfg)
         recipe(cfg)
-        return 0
+        status = 0
     except StopRun as stop:
         if rank == "0":
             print(stop, flush=True)
-        return 128 + stop.signal_number
+        status = 128 + stop.signal_number
     except UserError as error:
         if is_first_of_node:
             _show(str(error))
-        return 1
+        status = 1
     except torch.OutOfMemoryError as error:
         _show(
             f"out of memory on {cfg.device} ({_one_line(error)}): lower batch_size or tokenizer.max_seq_len, set "
             "enable_activation_checkpointing: True, or take a config ending in _low_memory; `gmt-tune memory` counts"
         )
-        return 1
+        status = 1
     except Exception as error:
         # No fault that we know: after a day of training nobody wants to repeat it in order to see the traceback
         _show(f"{_one_line(error)}{_keep_traceback(cfg)}")
-        return 1
-    finally:
-        process_group.leave()
+        status = 1
+    process_group.leave(has_failed=status == 1)
+    return status
 
 
 def _show(message: str) -> None:

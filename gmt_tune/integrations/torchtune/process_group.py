@@ -17,7 +17,7 @@ from torchtune import training
 
 _GLOO_THREAD = "pt_gloo_runloop"
 _PATIENCE = 10.0  # seconds
-_LOOK_EVERY = 0.01  # seconds
+_LOOK_EVERY = 0.02  # seconds, several times what a thread waits for the GIL before it asks again
 
 
 def ensure_rendezvous() -> None:
@@ -55,29 +55,39 @@ def cleanup_before_training(device: torch.device) -> None:
         training.cleanup_before_training()
 
 
-def leave() -> None:
-    """Destroy the process group, if there is one, and wait until gloo's threads have nothing left to do.
+def leave(*, has_failed: bool = False) -> None:
+    """Destroy the process group, if it is still there, and wait until gloo's threads have nothing left to do.
 
     A thread of gloo frees the tensors of a collective after those who wait for it have gone on, and takes the GIL
     to do so. If the interpreter is already being finalized by then, Python before 3.14 ends that thread, and C++
     calls that a reason to abort: a run that has done all its work ends with SIGABRT. Destroying the group joins its
     threads only if nothing else holds it, and DTensor's caches do.
+
+    Args:
+        has_failed: this process leaves alone. The group stays: NCCL's would wait for the other processes to finish
+            what they have begun together, and they wait for this one.
     """
-    if not torch.distributed.is_initialized():
-        return
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized() and not has_failed:
+        torch.distributed.destroy_process_group()
     deadline = time.monotonic() + _PATIENCE
-    idle = 0
-    while idle < 2 and time.monotonic() < deadline:
+    before, now = None, _threads_of_gloo()
+    while now and (now != before or any("R" in state for state, *_ in now.values())) and time.monotonic() < deadline:
         time.sleep(_LOOK_EVERY)  # without the GIL: who waits for it gets it, and runs
-        idle = 0 if _gloo_is_running() else idle + 1
+        before, now = now, _threads_of_gloo()
 
 
-def _gloo_is_running() -> bool:
-    """Whether a thread of gloo is on a core, or waits for one. False where there is no Linux to ask."""
-    for stat in Path("/proc/self/task").glob("*/stat"):
+def _threads_of_gloo() -> dict[str, list[str]]:
+    """What shows whether gloo's threads have something to do.
+
+    Returns:
+        By thread, the lines of proc(5)'s status with its state (R runs, or waits for a core) and with how often it was
+        switched: a thread that waits for the GIL asks again every few milliseconds, one that waits for work sleeps.
+        Empty without such a thread, and where there is no Linux to ask.
+    """
+    threads = {}
+    for status in Path("/proc/self/task").glob("*/status"):
         with contextlib.suppress(OSError):  # the thread has ended
-            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
-            if name == _GLOO_THREAD and rest.split()[0] == "R":
-                return True
-    return False
+            name, *lines = status.read_text().splitlines()
+            if name.split() == ["Name:", _GLOO_THREAD]:
+                threads[status.parent.name] = [line for line in lines if "State:" in line or "ctxt_switches:" in line]
+    return threads

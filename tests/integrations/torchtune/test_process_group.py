@@ -15,6 +15,7 @@ SCRIPT = """
 import sys, threading, time
 import torch
 import torch.distributed as dist
+from gmt_tune.integrations.torchtune.process_group import leave
 
 being_freed = threading.Event()
 
@@ -55,8 +56,16 @@ def first_of_two(tmp_path, how: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(processes[0].args, processes[0].returncode, *outputs[0])
 
 
-def test_gloo_is_done_before_the_interpreter_ends(tmp_path):
-    process = first_of_two(tmp_path, "from gmt_tune.integrations.torchtune.process_group import leave; leave()")
+@pytest.mark.parametrize(
+    "how",
+    [
+        "leave()",
+        "leave(has_failed=True)",
+        "dist.destroy_process_group(); leave()",  # as torchtune's cleanup does
+    ],
+)
+def test_gloo_is_done_before_the_interpreter_ends(how, tmp_path):
+    process = first_of_two(tmp_path, how)
     assert process.returncode == 0, process.stderr
     assert process.stdout == "False\n"  # the tensor was freed, and not by the main thread
 
