@@ -154,7 +154,8 @@ def test_a_second_signal_leaves_at_once(is_under_torchrun, tmp_path, tiny_config
     for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
         run.send(number)
     status, said = run.wait(60)[0], run.log.read_text()
-    assert said.count(" received: finishing this step") == 1
+    # The second may well come before the first has said a word
+    assert said.count(" received: finishing this step") in ((1,) if is_under_torchrun else (0, 1))
     assert ("resume_from_checkpoint=True" in said) == is_under_torchrun
     assert (status > 128) if is_under_torchrun else status in (-signal.SIGTERM, -signal.SIGINT)
 
