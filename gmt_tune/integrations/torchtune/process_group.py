@@ -70,10 +70,12 @@ def leave(*, has_failed: bool = False) -> None:
     if torch.distributed.is_initialized() and not has_failed:
         torch.distributed.destroy_process_group()
     deadline = time.monotonic() + _PATIENCE
-    before, now = None, _threads_of_gloo()
-    while now and (now != before or any("R" in state for state, *_ in now.values())) and time.monotonic() < deadline:
+    now = _threads_of_gloo()
+    is_idle = not now
+    while not is_idle and time.monotonic() < deadline:
         time.sleep(_LOOK_EVERY)  # without the GIL: who waits for it gets it, and runs
         before, now = now, _threads_of_gloo()
+        is_idle = now == before and not any("R" in state for state, *_ in now.values())
 
 
 def _threads_of_gloo() -> dict[str, list[str]]:
