@@ -91,6 +91,8 @@ def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
         )
     text += [_quality_table(rows, base), _difference_table(rows, base), _convergence_table(rows)]
     text += [_cost_table(suite, rows), _choice_table(suite, rows)]
+    other_rates = _other_rates_table(suite, rows, base)
+    text += [other_rates] if other_rates else []
     text += [f"![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n" for figure in figures]
     return "\n".join(text)
 
@@ -182,6 +184,27 @@ def _choice_table(suite: Suite, rows: list[Row]) -> str:
         lines.append([row.method.title, *cells])
     note = f"With {count} seed{'s' if count > 1 else ''} that no measured run has.\n"
     return _table(lines) + "\n" + note
+
+
+def _other_rates_table(suite: Suite, rows: list[Row], base: dict | None) -> str:
+    """Whole runs at rates besides the one above: what the choice of the rate did."""
+    names = list(base["texts"]) if base is not None else []
+    head = ["at other learning rates", "lr", "seeds", "validation loss", "test loss", "accuracy, %"]
+    head += [f"forgetting, {name}" for name in names] + ["run again with"]
+    lines = [head, [*_rule(head)[:-1], "---"]]
+    for row in rows:
+        others = results.measured_at_other_rates(suite, row.method)
+        if not others:
+            continue
+        for rate, runs in sorted((others | {row.learning_rate: row.runs}).items()):
+            one = Row(row.method, rate, runs)
+            cells = [row.method.title, f"{rate:g}", _seeds(one)]
+            cells += [_mean(one.values(lambda run: run["losses"]["validation"]), 4)]
+            cells += [_mean(one.values(_test_loss), 4), _mean(one.values(_accuracy), 1)]
+            cells += [_mean(one.values(forgetting(base, name)), 3) for name in names]
+            command = f"run {suite.name} {row.method.name} --again --lr {rate:g}"
+            lines.append([*cells, f"`python -m benchmarks.quality {command}`"])
+    return _table(lines) if len(lines) > 2 else ""
 
 
 def _rule(head: list[str]) -> list[str]:

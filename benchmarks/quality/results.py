@@ -80,6 +80,19 @@ def measured(suite: Suite, method: Method) -> dict[int, dict]:
     return {seed: result for seed, result in runs.items() if result is not None}
 
 
+def measured_at_other_rates(suite: Suite, method: Method) -> dict[float, dict[int, dict]]:
+    """Results by learning rate and seed, of the measured runs at rates that were not chosen."""
+    rates = {
+        float(file.name.split("_")[1].removeprefix("lr"))
+        for file in (RUNS / suite.name / method.name).glob("measure_*")
+    }
+    found = {}
+    for rate in sorted(rates - {chosen_learning_rate(suite, method)}):
+        runs = {seed: read_valid(Run(suite, method, rate, seed, "measure")) for seed in suite.seeds}
+        found[rate] = {seed: result for seed, result in runs.items() if result is not None}
+    return {rate: runs for rate, runs in found.items() if runs}
+
+
 def _rounded(value):
     """Six significant digits: enough for every table, and short files. What is not finite becomes null."""
     if isinstance(value, dict):

@@ -113,8 +113,12 @@ def test_a_result_of_other_settings_does_not_count(own_results, monkeypatch):
     suite, sft = load_suite("gsm8k_cpu"), load_method("sft")
     _write(suite, sft, 3e-4, 0, "measure", 0.7)
     assert set(results.measured(suite, sft)) == {0}
+    _write(suite, sft, 1e-4, 1, "measure", 0.8)
+    others = results.measured_at_other_rates(suite, sft)
+    assert {rate: set(runs) for rate, runs in others.items()} == {1e-4: {1}}
     changed = experiment.Suite(**{**vars(suite), "train_rows": 100})
     assert results.measured(changed, sft) == {}
+    assert results.measured_at_other_rates(changed, sft) == {}
 
 
 def test_lora_run_trains_by_torchtunes_recipe_and_is_measured(own_results, short_village, tmp_path, capsys):
