@@ -243,7 +243,10 @@ class GradientMask:
             return {}
         metrics = {"mask/density": self.statistics.density, "mask/seconds": self.seconds}
         if self.statistics.thresholds:
-            thresholds = torch.stack([t.detach().float() for t in self.statistics.thresholds.values()]).cpu()
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for threshold in self.statistics.thresholds.values():
+                by_device.setdefault(threshold.device, []).append(threshold.detach().float())
+            thresholds = torch.cat([torch.stack(group).cpu() for group in by_device.values()])
             metrics["mask/threshold_min"] = thresholds.min().item()
             metrics["mask/threshold_median"] = thresholds.median().item()
             metrics["mask/threshold_max"] = thresholds.max().item()
@@ -340,7 +343,7 @@ class GradientMask:
         on_host = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
         on_host.copy_(on_device, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(on_device.device))
         self._unread_flags = (names, on_host, arrived, where)
 
     def _raise_for_unread_flags(self) -> None:
@@ -462,13 +465,14 @@ def _check_named_parameters(named_parameters) -> dict[str, Tensor]:
         count = -1
     if count <= 0:
         raise TypeError("named_parameters must be pairs of name and parameter: pass model.named_parameters()")
-    parameters = {_bare_name(name): p for name, p in pairs}
+    parameters = {bare_name(name): p for name, p in pairs}
     if len(parameters) < count:
         raise ValueError("named_parameters holds the same name twice: pass those of one model")
     return parameters
 
 
-def _bare_name(name: str) -> str:
+def bare_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing, compiling and the like put into it."""
     for prefix in _WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name

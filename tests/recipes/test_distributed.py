@@ -38,7 +38,10 @@ STEPS, BATCH = 3, 4
 
 def low_bit(name: str) -> dict:
     return dict(
-        gradient_mask=MASK, optimizer={"_component_": f"torchao.optim.{name}", "lr": 1e-3}, save_every_n_steps=2
+        gradient_mask={**MASK, "refresh_every": 4 if name == "AdamW4bit" else 1},
+        optimizer={"_component_": f"torchao.optim.{name}", "lr": 1e-3},
+        save_every_n_steps=2,
+        enable_activation_checkpointing=name == "AdamW4bit",
     )
 
 

@@ -10,6 +10,7 @@ from forked_run import ForkedRun
 from safetensors.torch import load_file
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune import checkpoint_folder, training_state
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
@@ -97,6 +98,30 @@ def losses_of(output_dir, logged_metrics):
     return [step["loss"] for step in logged_metrics(output_dir) if "loss" in step]
 
 
+@pytest.mark.parametrize("at_first", [False, True])
+def test_activation_checkpointing_may_be_switched_when_a_run_goes_on(
+    at_first, tmp_path, tiny_config, run_recipe, final_weights
+):
+    """Such as after it ran out of memory. It wraps layers, which changes the names of their parameters."""
+    changes = dict(gradient_mask={**MASK, "refresh_every": 3}, save_every_n_steps=1, max_steps_per_epoch=4)
+    run_recipe(tiny_config(tmp_path, enable_activation_checkpointing=at_first, **changes))
+    wanted = final_weights(tmp_path)
+    interrupted_at(tmp_path, 2)
+    switched = dict(changes, enable_activation_checkpointing=not at_first, resume_from_checkpoint=True)
+    run_recipe(tiny_config(tmp_path, **switched))
+    weights = final_weights(tmp_path)
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
+def test_optimizer_states_go_where_their_parameter_is():
+    """Also with fsdp_cpu_offload, whose parameters are on the CPU; and in a run that goes on elsewhere."""
+    p = torch.empty(2, 3, device="meta")  # stands for another device
+    moment, step = (torch.ones(2, 3), False, False), (torch.tensor(3.0), False, False)
+    assert training_state._from_cpu(moment, p, False).device == p.device
+    assert training_state._from_cpu(step, p, False).device.type == "cpu"
+    assert training_state._from_cpu(step, p, True).device == p.device  # fused or capturable
+
+
 # name: (processes that go on, what the config changes); all are begun by two
 ON_TWO = {
     "adamw, accumulation, inside a refresh interval": (
@@ -106,7 +131,11 @@ ON_TWO = {
     "8-bit, packed": (2, dict(gradient_mask=MASK, packed=True, batch_size=1, optimizer=ADAMW_8BIT)),
     "on one, one-off selection": (
         1,
-        dict(gradient_mask={**MASK, "refresh_every": None}, optimizer={"_component_": "torch.optim.SGD", "lr": 0.5}),
+        dict(
+            gradient_mask={**MASK, "refresh_every": None},
+            optimizer={"_component_": "torch.optim.SGD", "lr": 0.5},
+            enable_activation_checkpointing=True,
+        ),
     ),
 }
 
@@ -226,12 +255,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     else:
         (run / "step_3" / "training_progress.json").write_text("{")
     caplog.set_level("INFO")
-    run_recipe(tiny_config(run, resume_from_checkpoint=True, **changes))
+    # Were the damaged one to count as the newest, the one saved after it would be deleted
+    run_recipe(tiny_config(run, resume_from_checkpoint=True, keep_last_n_checkpoints=2, **changes))
+    assert (run / "damaged_step_3").is_dir() == ("manifest" not in damage)
     named = f"{run / 'step_3'} is passed over" if "manifest" in damage else f"{run / 'step_3'} is damaged"
     assert named in caplog.text
     assert f"Going on from {run / 'step_2'}" in caplog.text
     weights = final_weights(run)
     assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
+def test_damaged_checkpoints_do_not_count_among_the_newest(tmp_path, tiny_config, run_recipe):
+    run_recipe(tiny_config(tmp_path, save_every_n_steps=1, max_steps_per_epoch=4))
+    interrupted_at(tmp_path, 3)
+    for step in (2, 3):
+        next((tmp_path / f"step_{step}").glob("*.safetensors")).write_bytes(b"")
+    found = checkpoint_folder.newest_whole(tmp_path, print)
+    assert found.path.name == "step_1"
+    checkpoint_folder.set_damaged_aside(tmp_path, newer_than=found)
+    checkpoint_folder.keep_newest(tmp_path, 1)
+    assert {p.name for p in tmp_path.glob("*step_*")} == {"step_1", "damaged_step_2", "damaged_step_3"}
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path, tiny_config, run_recipe, monkeypatch, caplog
+):
+    def discard(folder):
+        raise OSError(39, "Directory not empty", str(folder))  # as on NFS while somebody reads a file in it
+
+    monkeypatch.setattr(checkpoint_folder, "discard", discard)
+    run_recipe(tiny_config(tmp_path, save_every_n_steps=1, max_steps_per_epoch=3, keep_last_n_checkpoints=1))
+    assert {p.name for p in tmp_path.glob("step_*")} == {"step_1", "step_2"} and (tmp_path / "epoch_0").is_dir()
+    assert "older checkpoints could not be put in order" in caplog.text and "Directory not empty" in caplog.text
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path, tiny_config, run_recipe):
@@ -264,6 +319,10 @@ def a_run_of_four_steps(tmp_path_factory, tiny_config, run_recipe):
         ({"batch_size": 2, "gradient_accumulation_steps": 2}, r"batch_size is 2, was 4"),
         ({"dataset.column_map": {"input": "answer", "output": "question"}}, r"column_map\.input is 'answer'"),
         ({"shuffle": False}, r"shuffle is False, was True"),
+        (
+            {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}},
+            r"tensor_parallel_plan is .*base_llama_tp_plan'}, was None",
+        ),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.config_check import check_config
+from gmt_tune.integrations.torchtune.config_files import _check_data_files
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 REMOVED = "(removed)"
@@ -219,6 +220,20 @@ TYPED = [
     (["loss._component_=torch.nn.MSELoss"], "(its traceback is in {out}/error_of_rank0.txt)", 1),
     (["profiler.enabled=True", "profiler.no_such=1"], "unexpected keyword argument 'no_such'", 1),
 ]
+
+
+def test_data_files_are_looked_for_where_datasets_does(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    for right in (
+        {"source": "json", "data_files": str(tmp_path / "rows.jsonl")},
+        {"source": str(tmp_path), "data_files": "rows.jsonl"},
+        {"source": "json", "data_dir": str(tmp_path), "data_files": "rows.jsonl"},
+        {"source": "some/repository", "data_files": "data/rows.jsonl"},
+    ):
+        _check_data_files("dataset", OmegaConf.create(right))
+    for wrong in ({"source": "json", "data_files": "rows.jsonl"}, {"source": str(tmp_path), "data_files": "row.jsonl"}):
+        with pytest.raises(UserError, match=r"dataset\.data_files rows?\.jsonl does not exist"):
+            _check_data_files("dataset", OmegaConf.create(wrong))
 
 
 @pytest.mark.parametrize("overrides, said, processes", TYPED, ids=[" ".join(o) for o, _, _ in TYPED])

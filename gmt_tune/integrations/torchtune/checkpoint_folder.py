@@ -88,6 +88,27 @@ def newest_whole(output_dir: Path, report: Callable[[str], None]) -> Checkpoint 
     return None
 
 
+def set_damaged_aside(output_dir: Path, newer_than: Checkpoint) -> list[Path]:
+    """Rename the damaged checkpoints that a run did not go on from, so that none counts among the newest.
+
+    Args:
+        output_dir: the run's folder.
+        newer_than: what :func:`newest_whole` gave: those before it in its order are damaged.
+
+    Returns:
+        Their new paths, such as ``damaged_step_40``.
+    """
+    aside = []
+    for checkpoint in list_checkpoints(output_dir):
+        if checkpoint.path == newer_than.path:
+            break
+        path = output_dir / f"damaged_{checkpoint.path.name}"
+        if path.exists():
+            shutil.rmtree(path)
+        aside.append(checkpoint.path.rename(path))
+    return aside
+
+
 def incomplete_path(output_dir: Path, name: str) -> Path:
     """Where the checkpoint ``name`` is to be written before it is whole."""
     return output_dir / f"{_INCOMPLETE}{name}"

@@ -21,7 +21,7 @@ from torchtune import config, training, utils
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import checkpoint_folder as folders
-from gmt_tune.integrations.torchtune import training_state
+from gmt_tune.integrations.torchtune import process_group, training_state
 
 log = utils.get_logger("INFO")
 
@@ -34,7 +34,7 @@ _MAY_DIFFER = (
     "track_selection_every_n_steps", "write_report",
     "enable_activation_checkpointing", "enable_activation_offloading", "ac_mode", "ac_option",
     "custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "enable_async_checkpointing",
-    "tensor_parallel_dim", "tensor_parallel_plan", "on_nonfinite", "cudnn_deterministic_mode",
+    "on_nonfinite", "cudnn_deterministic_mode",
 )  # fmt: skip
 
 
@@ -96,7 +96,8 @@ class RunCheckpoints:
         found = [None, None]
         if self._rank == 0:
             found = self._try(self._find_on_rank_zero)
-        dist.broadcast_object_list(found, src=0)
+        with process_group.waiting_longer():
+            dist.broadcast_object_list(found, src=0)
         self._raise_together(found[1])
         self.resumed = found[0]
         checkpointer = OmegaConf.create(OmegaConf.to_container(self._cfg.checkpointer, resolve=True))
@@ -147,11 +148,18 @@ class RunCheckpoints:
             differing = [d for d in differing if not d.startswith(("batch_size ", "gradient_accumulation_steps "))]
         if progress["dataset_rows"] != self._dataset_rows:
             differing.append(f"dataset has {self._dataset_rows} rows, had {progress['dataset_rows']}")
+        if progress["world_size"] != self._world_size and (progress["config"].get("tensor_parallel_dim") or 1) > 1:
+            differing.append(
+                f"{self._world_size} processes, were {progress['world_size']} (with tensor_parallel_dim above 1 it "
+                "must be as many)"
+            )
         if differing:
             raise UserError(
                 f"the config differs from the run that saved {checkpoint.path}: {'; '.join(differing)}. Set it as "
                 "it was, or start a new run with resume_from_checkpoint: False or another output_dir"
             )
+        for path in folders.set_damaged_aside(self.output_dir, newer_than=checkpoint):
+            log.warning(f"Kept what is left of a damaged checkpoint as {path}: delete it if it is of no use.")
         log.info(f"Going on from {checkpoint.path} (step {checkpoint.step}).")
         return checkpoint
 
@@ -226,7 +234,8 @@ class RunCheckpoints:
             return
         (writer, folder, name), self._pending = self._pending, None
         writer.join()
-        self._agree(writer.error, folder, name)
+        with process_group.waiting_longer():
+            self._agree(writer.error, folder, name)
         self._last_saved = self.output_dir / name
         if self._rank == 0:
             log.info(f"Saved {self._last_saved}.")
@@ -253,7 +262,10 @@ class RunCheckpoints:
             raise OSError("another rank could not write its part")
         progress["model_files"] = _model_files(folder)
         folders.complete(folder, name, progress)
-        self._after_save(name, val_loss)
+        try:
+            self._after_save(name, val_loss)
+        except OSError as error:  # such as a file that somebody reads, on NFS; the new checkpoint is whole
+            log.warning(f"After {name} was saved, older checkpoints could not be put in order: {error}")
 
     def _newest_model_folder(self) -> Path:
         """Where config, tokenizer and generation files are copied from.

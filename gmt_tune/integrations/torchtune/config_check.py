@@ -160,7 +160,7 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
 
 def _check_values(cfg: DictConfig) -> None:
     for key in _BOOLS:
-        if not isinstance(cfg.get(key, False), bool):
+        if not isinstance(cfg.get(key, False), (bool, type(None))):
             raise UserError(f"{key} must be True or False, got {cfg.get(key)!r}")
     for key in _COUNTS:
         _check_count(key, cfg.get(key, 1))

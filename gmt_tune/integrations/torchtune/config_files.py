@@ -15,6 +15,9 @@ from gmt_tune.errors import UserError
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
+# Sources that are kinds of files, which ``datasets`` then looks for as they are named.
+_KINDS_OF_FILES = ("json", "csv", "text", "parquet", "arrow", "xml", "pandas")
+
 # Sections that name files of a model; the second is that of a recipe with a reference model.
 _CHECKPOINTERS = ("checkpointer", "ref_checkpointer")
 
@@ -50,10 +53,8 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     for section in ("dataset", "dataset_val"):
         part = cfg.get(section, None)
         for one in part if isinstance(part, ListConfig) else [part]:
-            data_files = one.get("data_files", None) if one is not None else None
-            if isinstance(data_files, str) and not any(c in data_files for c in "*?[") and "://" not in data_files:
-                if not Path(data_files).is_file():
-                    raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
+            if one is not None:
+                _check_data_files(section, one)
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
             _check_family(cfg, section, model)
@@ -65,6 +66,23 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     for key, folder in folders.items():
         if folder is not None:
             _check_is_writable(key, Path(str(folder)))
+
+
+def _check_data_files(section: str, dataset: DictConfig) -> None:
+    """As ``datasets.load_dataset`` will look for it: from here, or from a folder that is the source."""
+    data_files, source = dataset.get("data_files", None), dataset.get("source", None)
+    if not isinstance(data_files, str) or any(c in data_files for c in "*?[") or "://" in data_files:
+        return
+    if dataset.get("data_dir", None) is not None or not isinstance(source, str):
+        return
+    if source in _KINDS_OF_FILES:
+        file = Path(data_files)
+    elif Path(source).is_dir():
+        file = Path(source) / data_files
+    else:  # of a repository on the hub
+        return
+    if not file.is_file():
+        raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
 
 
 def _check_folder(key: str, path: object) -> None:

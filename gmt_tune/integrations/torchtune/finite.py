@@ -58,8 +58,17 @@ def _sum(grad: Tensor) -> Tensor:
     return (grad.to_local() if isinstance(grad, DTensor) else grad).sum(dtype=torch.float32)
 
 
+def _are_bad(loss: Tensor, sums: list[Tensor]) -> Tensor:
+    """Of the loss and then of each sum, whether it is NaN or infinite, on the loss's device. bool, [1 + sums]."""
+    bad = ~torch.isfinite(loss.detach().reshape(1))
+    if not sums:
+        return bad
+    # With fsdp_cpu_offload, gradients are on the CPU and the loss is not
+    return torch.cat([bad, ~torch.isfinite(torch.stack(sums)).to(loss.device)])
+
+
 def _names_of_all_ranks(sums: dict[str, Tensor], loss: Tensor) -> list[str] | None:
-    bad = ~torch.isfinite(torch.stack([loss.detach().float().reshape(()), *sums.values()]))
+    bad = _are_bad(loss, list(sums.values()))
     count = bad.sum(dtype=torch.float32)
     if dist.get_world_size() > 1:
         dist.all_reduce(count)

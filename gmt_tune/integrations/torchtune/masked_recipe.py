@@ -62,8 +62,8 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     def __init__(self, cfg: DictConfig) -> None:
         process_group.ensure_rendezvous()
         super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES))
-        if self._device.type == "cpu":
-            # All is in the host's memory anyway, and FSDP2 would pin it for an accelerator
+        if self._device.type == "cpu" or self.data_parallel_dim == 1:
+            # On the CPU all is in the host's memory anyway; and where FSDP2 shards nothing, it brings nothing back
             self.fsdp_cpu_offload = False
         self._checkpoints = RunCheckpoints(cfg, self.rank, self.world_size)
         self._run_val_every_n_steps = cfg.get("run_val_every_n_steps", None)

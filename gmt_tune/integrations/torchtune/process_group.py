@@ -10,6 +10,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -53,6 +54,25 @@ def cleanup_before_training(device: torch.device) -> None:
         gc.collect()
     else:
         training.cleanup_before_training()
+
+
+@contextlib.contextmanager
+def waiting_longer(timeout: timedelta = timedelta(hours=6)) -> Iterator[None]:
+    """Let the collectives in here wait longer for a process that is busy with files; all processes enter it.
+
+    NCCL's patience is ten minutes, after which it ends the run: a checkpoint of a large model can take longer to
+    write, to flush and to read again.
+    """
+    group = torch.distributed.distributed_c10d._get_default_group()
+    backends = {group._get_backend(torch.device(kind)) for kind in {device.type for device in group._device_types}}
+    before = {b: b.options._timeout for b in backends if hasattr(b, "options") and hasattr(b, "_set_default_timeout")}
+    for backend in before:
+        backend._set_default_timeout(timeout)
+    try:
+        yield
+    finally:
+        for backend, its_own in before.items():
+            backend._set_default_timeout(its_own)
 
 
 def leave(*, has_failed: bool = False) -> None:

@@ -8,7 +8,7 @@ anew; torchao's quantized states are then quantized again, all others keep their
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 
 from gmt_tune.errors import UserError
 from gmt_tune.masking import GradientMask
+from gmt_tune.masking.gradient_mask import bare_name
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 from gmt_tune.reporting.selection_tracker import SelectionTracker
 
@@ -47,7 +49,7 @@ def collect(
         tracker: of overlap and coverage, if there is one.
         copy: make it one that further training does not change, also where the optimizer's tensors are on the CPU.
     """
-    names: dict = {p: name for name, p in model.named_parameters()}
+    names: dict = {p: name for name, p in _named_parameters(model)}
     return {
         "optimizer": {
             names[p]: {key: _to_cpu(value, copy) for key, value in state.items()}
@@ -65,7 +67,7 @@ def collect(
         "mask": mask.state_dict() if mask is not None else None,
         "tracker": tracker.state_dict(copy=copy) if tracker is not None else None,
         "rng": _rng_state(device),
-        "local_numel": {name: _local(p).numel() for name, p in model.named_parameters()},
+        "local_numel": {name: _local(p).numel() for name, p in _named_parameters(model)},
     }
 
 
@@ -95,18 +97,20 @@ def restore(
     Raises:
         UserError: if it was saved by another kind of optimizer, or sharded in a way that cannot be cut anew.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(_named_parameters(model))
     if saved_world_size == world_size:
         state = _read(folder, rank)
     else:
         parts = [_read(folder, r) for r in range(saved_world_size)]
         state = _reshard(parts, parameters)
-    owners = {p: optimizer for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
+    owners = {p: (optimizer, g) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
     for name, saved in state["optimizer"].items():
         p = parameters[name]
-        owners[p].state[p] = {key: _from_cpu(value, p) for key, value in saved.items()}
+        optimizer, group = owners[p]
+        counts_on_device = bool(group.get("fused") or group.get("capturable"))
+        optimizer.state[p] = {key: _from_cpu(value, p, counts_on_device) for key, value in saved.items()}
         if saved_world_size != world_size:
-            _quantize_again(owners[p], p)
+            _quantize_again(optimizer, p)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if len(groups) != len(state[_HYPERPARAMETERS]):
         raise UserError(f"the checkpoint {folder} was saved with another setting of optimizer_in_bwd: set it as it was")
@@ -130,7 +134,15 @@ def restore(
 
 
 def _read(folder: Path, rank: int) -> dict:
-    return torch.load(folder / state_file(rank), map_location="cpu", weights_only=True, mmap=False)
+    state = torch.load(folder / state_file(rank), map_location="cpu", weights_only=True, mmap=False)
+    for key in ("optimizer", "local_numel"):
+        state[key] = {bare_name(name): value for name, value in state[key].items()}
+    return state
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """By names that do not depend on whether activations are checkpointed, which may change when a run goes on."""
+    return ((bare_name(name), p) for name, p in model.named_parameters())
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -150,15 +162,22 @@ def _to_cpu(value, copy: bool):
     return (on_cpu, isinstance(value, DTensor), not local.is_cpu)
 
 
-def _from_cpu(value, p: Tensor):
+def _from_cpu(value, p: Tensor, counts_on_device: bool):
+    """What :func:`_to_cpu` made, where the optimizer of ``p`` looks for it.
+
+    That is beside ``p``, which fsdp_cpu_offload keeps on the CPU. A count of steps (0-d) is on the CPU unless it was
+    not, or the optimizer is fused or capturable.
+    """
     if not isinstance(value, tuple):
         return value
     local, is_sharded, was_on_accelerator = value
-    if was_on_accelerator:
-        local = local.to(p.device)
-    if is_sharded and isinstance(p, DTensor):
-        return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-    return local
+    if local.dim() > 0 or was_on_accelerator or counts_on_device:
+        local = local.to(_local(p).device)
+    if not (is_sharded and isinstance(p, DTensor)):
+        return local
+    # DTensor.from_local would move it to the mesh's device
+    meta = TensorMeta(p.shape, p.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(p.device_mesh, p.placements, tensor_meta=meta), requires_grad=False)
 
 
 def _quantize_again(optimizer: Optimizer, p: Tensor) -> None:

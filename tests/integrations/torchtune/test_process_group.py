@@ -3,10 +3,12 @@
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
+import torch
 
-from gmt_tune.integrations.torchtune.process_group import leave
+from gmt_tune.integrations.torchtune.process_group import leave, waiting_longer
 
 # What a training leaves to chance, made certain: process 1 is late, so that by the end of the collective gloo's
 # thread holds the last reference to process 0's tensor, and is busy with it for a second. Something else (in a
@@ -74,6 +76,18 @@ def test_gloo_is_done_before_the_interpreter_ends(how, tmp_path):
 def test_destroying_the_group_is_not_enough(tmp_path):
     process = first_of_two(tmp_path, "dist.destroy_process_group()")
     assert process.returncode == -signal.SIGABRT, process.stderr
+
+
+def test_collectives_wait_longer_for_a_while():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        before = backend.options._timeout
+        with waiting_longer(timedelta(hours=7)):
+            assert backend.options._timeout == timedelta(hours=7) != before
+        assert backend.options._timeout == before
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_there_need_be_no_group():
