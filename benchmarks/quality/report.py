@@ -51,7 +51,8 @@ def write_report() -> list[Path]:
         "seeds ± standard deviation; differences are paired by seed (same data in the same order), with their 95% "
         "confidence interval (of three seeds or more), **bold** where it leaves out zero. Each method has the learning "
         "rate that the validation split chose, unless the last lines of its task say otherwise. Forgetting is the "
-        "change of the loss on texts that have nothing to do with the task.\n",
+        "rise of the loss on text that training does not show: the village's pretraining text, or English and code "
+        "(SmolLM2).\n",
     ]
     for name in suite_names():
         suite = load_suite(name)
@@ -366,7 +367,7 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
     return Figure(
         key=f"{suite.name}_forgetting",
         title="Forgetting against accuracy",
-        note=f"Low and to the right is better. Bars: 95% interval of the mean over seeds. Text: {name}.",
+        note=f"Low and to the right is better. Bars: 95% interval of the mean over seeds. Forgetting: of {name}.",
         alt=f"Accuracy and rise of the loss: {'; '.join(sentences)}.",
         draw=draw,
         height=240 + legend_height(len(shown)),
