@@ -50,7 +50,7 @@ class Checkpoint:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes instead of {size}"
-            if _crc32(file) != checksum:
+            if _size_and_crc32(file)[1] != checksum:
                 return f"the checksum of {name} is wrong"
         return None
 
@@ -133,7 +133,7 @@ def complete(folder: Path, name: str, progress: dict) -> Path:
     """
     files = {}
     for file in _files(folder):
-        files[file.relative_to(folder).as_posix()] = [file.stat().st_size, _crc32(file)]
+        files[file.relative_to(folder).as_posix()] = _size_and_crc32(file)
         _fsync(file)
     manifest = folder / MANIFEST
     content = json.loads(json.dumps({"progress": progress, "files": files}))  # as it will be read
@@ -257,12 +257,14 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _crc32(file: Path) -> int:
-    checksum = 0
+def _size_and_crc32(file: Path) -> list[int]:
+    """Of what is read: a network file system may show an old size of a file that another node has written."""
+    size = checksum = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
+            size += len(block)
             checksum = zlib.crc32(block, checksum)
-    return checksum
+    return [size, checksum]
 
 
 def _fsync(path: Path) -> None:

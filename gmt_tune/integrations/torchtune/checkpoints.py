@@ -213,7 +213,7 @@ class RunCheckpoints:
         if not is_final:
             parts = recipe._model, recipe._optimizers, recipe._lr_scheduler, recipe._mask, recipe._device
             state = training_state.collect(*parts, tracker=recipe._selection_tracker, copy=self._is_async)
-        if self._is_async:  # on the CPU these still are the tensors that training changes
+        if self._is_async and recipe._device.type == "cpu":  # these still are the tensors that training changes
             weights = {key: weight.clone() for key, weight in weights.items()}
         checkpointer = recipe._checkpoint_client._get_checkpointer()
         progress = self._progress(recipe, is_final)
