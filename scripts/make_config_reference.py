@@ -52,7 +52,8 @@ MEANINGS = {
     "dataset.column_map": "Which columns are `input` and `output`",
     "dataset.size": "Rows that are taken. null: all",
     "dataset.train_on_input": "True puts the questions into the loss too",
-    "seed": "A number makes what is random (stochastic rounding, dropout) the same each time, null draws another. The order of the data does not depend on it, nor does a random score, which has `gradient_mask.seed`",
+    "seed": "A number makes what is random (stochastic rounding, dropout) the same each time, null draws another. The "
+    "order of the data does not depend on it, nor does a random score, which has `gradient_mask.seed`",
     "shuffle": "False takes the rows in their order",
     "max_steps_per_epoch": "A number ends each epoch early. null: the whole epoch",
     "evaluation": "Called with the model before the first and after the last step; its numbers are printed and logged",
