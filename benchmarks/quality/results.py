@@ -76,8 +76,7 @@ def measured(suite: Suite, method: Method) -> dict[int, dict]:
     rate = chosen_learning_rate(suite, method)
     if rate is None:
         return {}
-    runs = {seed: read_valid(Run(suite, method, rate, seed, "measure")) for seed in suite.seeds}
-    return {seed: result for seed, result in runs.items() if result is not None}
+    return _measured_at(suite, method, rate)
 
 
 def measured_at_other_rates(suite: Suite, method: Method) -> dict[float, dict[int, dict]]:
@@ -86,11 +85,13 @@ def measured_at_other_rates(suite: Suite, method: Method) -> dict[float, dict[in
         float(file.name.split("_")[1].removeprefix("lr"))
         for file in (RUNS / suite.name / method.name).glob("measure_*")
     }
-    found = {}
-    for rate in sorted(rates - {chosen_learning_rate(suite, method)}):
-        runs = {seed: read_valid(Run(suite, method, rate, seed, "measure")) for seed in suite.seeds}
-        found[rate] = {seed: result for seed, result in runs.items() if result is not None}
-    return {rate: runs for rate, runs in found.items() if runs}
+    others = sorted(rates - {chosen_learning_rate(suite, method)})
+    return {rate: runs for rate in others if (runs := _measured_at(suite, method, rate))}
+
+
+def _measured_at(suite: Suite, method: Method, rate: float) -> dict[int, dict]:
+    runs = {seed: read_valid(Run(suite, method, rate, seed, "measure")) for seed in suite.seeds}
+    return {seed: result for seed, result in runs.items() if result is not None}
 
 
 def _rounded(value):

@@ -27,6 +27,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
         self._since = 0.0
+        self._has_told = False
+        self._second = 0  # a signal that came while the first was being told
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -48,6 +50,15 @@ class StopSignal:
                 "A second signal leaves at once.",
                 flush=True,
             )
+            self._has_told = True
+            if self._second:
+                self._leave(self._second)
         elif not _is_under_torchrun() or time.monotonic() - self._since > SECONDS_OF_ONE_WISH:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            if self._has_told or self._second:
+                self._leave(number)
+            self._second = number
+
+    @staticmethod
+    def _leave(number: int) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
