@@ -16,7 +16,7 @@ from gmt_tune.masking.bits import (
     magnitude_bits,
     smallest_selected_bits,
 )
-from gmt_tune.masking.devices import triton_search_for
+from gmt_tune.masking.devices import triton_search_for, try_triton
 from gmt_tune.masking.saliency import Saliency
 
 _BLOCK = {"cpu": 1 << 17, "other": 1 << 21}  # entries compared at a time: bounds the passing memory
@@ -55,10 +55,21 @@ def apply_thresholds_(
     counts: list[Tensor | None] = [None] * len(grads) if selected is None else list(selected)
     triton_search = triton_search_for(grads)
     by_kernels = []
+    if triton_search is not None:
+        pairs = enumerate(zip(grads, scores, strict=True))
+        by_kernels = [i for i, (grad, score) in pairs if grad.numel() and triton_search.can_apply(grad, score)]
+    if by_kernels:
+        some = ([values[i] for i in by_kernels] for values in (grads, thresholds, scores))
+        applied = try_triton(triton_search.apply_thresholds_, *some)
+        if applied is None:
+            by_kernels = []
+        for i, count in zip(by_kernels, applied or (), strict=True):
+            counts[i] = count
+    done = set(by_kernels)
     for i, (grad, score) in enumerate(zip(grads, scores, strict=True)):
-        if triton_search is not None and grad.numel() and triton_search.can_apply(grad, score):
-            by_kernels.append(i)
-        elif score is not grad or grad.device.type != "cpu":
+        if i in done:
+            continue
+        if score is not grad or grad.device.type != "cpu":
             counts[i] = _apply_score_(grad, score, thresholds[i])
         else:
             grad = grad.detach()
@@ -66,10 +77,6 @@ def apply_thresholds_(
             torch.ops.aten.hardshrink.out(grad, _largest_dropped(thresholds[i], grad.dtype), out=grad)
             if counts[i] is None:
                 counts[i] = torch.count_nonzero(grad.view(INT_DTYPE[grad.dtype]))
-    if by_kernels:
-        some = ([values[i] for i in by_kernels] for values in (grads, thresholds, scores))
-        for i, count in zip(by_kernels, triton_search.apply_thresholds_(*some), strict=True):
-            counts[i] = count
     return counts
 
 

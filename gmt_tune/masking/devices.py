@@ -1,31 +1,75 @@
-"""Which tensors Triton's kernels handle: those on a GPU, where Triton is installed."""
+"""Which tensors Triton's kernels handle: those on a GPU, where Triton is installed and works."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gmt_tune.masking.saliency import Saliency
+
+# Device types that Triton compiles for here.
+_SERVED = ("cuda",)
 
 
 def triton_search_for(members: Iterable[Tensor | Saliency]) -> ModuleType | None:
     """The module ``triton_search`` where it serves all these tensors' devices, else None."""
     members = list(members)
-    if not members or any(m.device.type != "cuda" for m in members):
+    if not members or any(m.device.type not in _SERVED for m in members):
         return None
     return load_triton_search()
 
 
-@functools.cache
 def load_triton_search() -> ModuleType | None:
-    """None where Triton is not installed, as with PyTorch for Windows or the CPU."""
+    """None where Triton is not installed, as with PyTorch for Windows or the CPU, or has failed before."""
+    return None if _failures else _import_triton_search()
+
+
+def try_triton(run: Callable, *arguments: Any) -> Any:
+    """What a function that launches Triton's kernels returns, or None if they cannot be compiled or launched.
+
+    A Triton that is installed can still be too old, or lack a C compiler. A warning says so once, and from then on
+    thresholds are found without it. Repeating elsewhere what was done in part is safe: a selection that was applied
+    is not changed by applying it again.
+    """
+    try:
+        return run(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _give_up(error)
+        return None
+
+
+# The first error of Triton in this process: it is not tried again.
+_failures: list[Exception] = []
+
+
+def _give_up(error: Exception) -> None:
+    _failures.append(error)
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    warnings.warn(
+        f"Triton is installed but does not work here ({type(error).__name__}: {reason}): gradient masks use PyTorch's "
+        "own operations, which select the same entries more slowly. A C compiler, or the Triton release that came with "
+        f"torch {torch.__version__}, is what is usually missing.",
+        stacklevel=3,
+    )
+
+
+@functools.cache
+def _import_triton_search() -> ModuleType | None:
     try:
         import triton  # noqa: F401
     except ImportError:
         return None
-    from gmt_tune.masking import triton_search
-
+    try:
+        from gmt_tune.masking import triton_search
+    except Exception as error:  # a release that lacks what the kernels use
+        _give_up(error)
+        return None
     return triton_search

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,11 +21,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking import selection as sel
+from gmt_tune.masking.delayed import DelayedFlags
 from gmt_tune.masking.dtensor import any_sharded
-
-# What wrappers put into parameter names. Patterns, and the key of the random score, see the bare name,
-# so that switching on compilation or activation checkpointing selects the same entries.
-_WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+from gmt_tune.masking.names import bare_names
+from gmt_tune.masking.optimizers import HookHandles, after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
+from gmt_tune.masking.packing import check_packed
 
 
 def _names_unknown_keys(init: Callable) -> Callable:
@@ -54,7 +55,8 @@ class GradientMask:
     whose gradient was zeroed.
 
     Args:
-        named_parameters: pairs of name and parameter, as ``model.named_parameters()`` gives them.
+        named_parameters: pairs of name and parameter, as ``model.named_parameters()`` gives them: of the whole model,
+            since an optimizer that holds others is refused.
         density: fraction of entries that stay, in (0, 1]. 1.0 masks nothing.
         score: what entries are ranked by: "magnitude" (of the gradient), "saliency" (of gradient times
             weight) or "random".
@@ -64,8 +66,9 @@ class GradientMask:
         dense: name patterns (``fnmatch``) of parameters that are updated in full.
         frozen: name patterns of parameters that are not updated at all: they stop requiring gradients.
         seed: of the random score.
-        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes. On CUDA, so as
-            not to wait for the device, it is raised at the next step, or when metrics are read.
+        error_if_nonfinite: raise if the gradient of a masked or dense parameter holds NaN or infinity, before any
+            weight changes. On CUDA, so as not to keep the device waiting, the step is launched first, and the same
+            call of the optimizer's ``step`` raises behind it: no later code sees its weights.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range, misspelt, or a pattern matches nothing.
@@ -110,10 +113,11 @@ class GradientMask:
             raise ValueError(f"'{name}' matches both dense and frozen: remove it from one of the two")
         for name in is_frozen:
             parameters[name].requires_grad_(False)
-        self._names: dict[Tensor, str] = {
+        self._known = {p: name for name, p in parameters.items()}
+        self._dense_names, self._frozen_names = is_dense, is_frozen
+        self._names: dict[Tensor, str] = {  # of masked parameters; those that are unfrozen later join them
             p: name for name, p in parameters.items() if name not in is_dense and p.requires_grad
         }
-        self._known = set(parameters.values())
         if not self._names:
             raise ValueError(
                 "no parameter is left to mask: all are dense, frozen, or do not require gradients; "
@@ -122,7 +126,11 @@ class GradientMask:
         self._steps: dict[str, int] = dict.fromkeys(self._names.values(), 0)
         self._selections: dict[str, Tensor] = {}
         self._seconds: dict[int, float] = {}
-        self._unread_flags: tuple[list[str], Tensor, torch.cuda.Event, str] | None = None
+        self._flags = DelayedFlags()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._grad_scale: Tensor | None = None  # that a fused optimizer will divide gradients by, inside its step
+        self._repeats = False  # the closure of one step is called again: its selection stays
+        self._has_closure = False
         self.statistics = sel.MaskStatistics()
 
     # ------------------------------------------------------------------ what a subclass may override
@@ -152,68 +160,134 @@ class GradientMask:
     def register(self, optimizer: Optimizer) -> RemovableHandle:
         """Mask the gradients of an optimizer's parameters right before each of its steps.
 
-        With an optimizer per parameter (optimizer in backward), register each of them.
+        With an optimizer per parameter (optimizer in backward), register each of them. Parameters that did not
+        require gradients when the mask was made, and do later, are masked from then on.
 
         Args:
-            optimizer: any ``torch.optim.Optimizer``.
+            optimizer: any ``torch.optim.Optimizer``, also inside accelerate's or Fabric's wrapper.
 
         Returns:
             A handle; ``handle.remove()`` ends the masking.
 
         Raises:
-            TypeError: if it is no optimizer.
-            ValueError: if it holds no parameter of this mask, or only one of several for scope "global".
+            TypeError: if it is no optimizer, or one that runs no step hooks.
+            ValueError: if it has a mask already; if it holds no parameter of this mask, or one that the mask does not
+                know; for scope "global", if it lacks a masked parameter.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"register takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # such as torchao's CPUOffloadOptimizer
-            raise TypeError(
-                f"{type(optimizer).__name__} runs no step hooks, and moves gradients before they can be masked: to "
-                "save memory, use torchao.optim.AdamW8bit or AdamW4bit, or shard with fsdp_cpu_offload: True"
+        optimizer = unwrap_optimizer(optimizer)
+        check_has_hooks(optimizer)
+        if (registered := registered_mask(optimizer)) is not None:
+            which = "this mask" if registered is self else "another gradient mask"
+            raise ValueError(
+                f"{which} is registered on the {type(optimizer).__name__} already, and would act twice in each step: "
+                "register once, or end the first one with the remove() of the handle that its register returned"
             )
-        mine = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(p in self._known for p in mine):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(p in self._known for p in held):
             raise ValueError(
                 "the optimizer holds none of the mask's parameters: make the mask from the "
                 "named_parameters() of the model as the optimizer sees it, after wrapping or moving it"
             )
-        if self.scope == "global" and not self._names.keys() <= set(mine):
+        self._sort_parameters(optimizer, lambda p: p.requires_grad)
+        if self.scope == "global" and (lacking := self._names.keys() - set(held)):
+            names = sorted(self._names[p] for p in lacking)
             raise ValueError(
-                "scope 'global' needs one optimizer for all masked parameters: "
-                "use scope: tensor, or set optimizer_in_bwd: False"
+                f"scope 'global' needs one optimizer that holds all masked parameters, and this one lacks '{names[0]}' "
+                f"({len(names)} in all): give it all of them, or use scope 'tensor'"
             )
-        return optimizer.register_step_pre_hook(self._before_step)
+        self._optimizers.add(optimizer)
+        return HookHandles(
+            optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)
+        )
 
     def mask_grads_(self) -> sel.MaskStatistics:
         """Mask the gradients of all masked parameters, once, in place: for loops without a hook.
 
-        Call it once per optimizer step, after accumulation and clipping.
+        Call it once per optimizer step, after accumulation and clipping. With ``error_if_nonfinite`` it waits for the
+        device.
 
         Returns:
             What was selected; reading its values waits for the device.
+
+        Raises:
+            RuntimeError: if the mask is registered on an optimizer, whose steps would mask again.
         """
-        self._mask(list(self._names), call=0)
+        if any(registered_mask(optimizer) is self for optimizer in self._optimizers):
+            raise RuntimeError(
+                "the mask is registered on an optimizer, and masks in each of its steps: do not call mask_grads_() "
+                "as well"
+            )
+        for p in self._known:
+            if p.grad is not None:
+                self._join(p)
+        self._grad_scale, self._has_closure = None, False
+        self._mask(list(self._names), [p for p, name in self._known.items() if name in self._dense_names], call=0)
+        self._flags.raise_if_set()
         return self.statistics
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        # torch.amp.GradScaler leaves it to fused optimizers to skip a step whose fp16 gradients overflowed, and
-        # tells them through this attribute: no weight changes then, so there is nothing to mask or to count.
-        overflowed = getattr(optimizer, "found_inf", None)
-        if overflowed is not None and overflowed.item():
+        if changes_no_weight(optimizer):  # so there is nothing to mask or to count
             return None
-        mine = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._mask(mine, call=id(optimizer))
-            return None
+        self._grad_scale = getattr(optimizer, "grad_scale", None)
+
+        def mask(is_repeated: bool) -> None:
+            masked, dense = self._sort_parameters(optimizer, lambda p: p.grad is not None)
+            self._mask(masked, dense, call=id(optimizer), is_repeated=is_repeated)
 
         # A closure computes the gradients inside step(), after this hook: mask behind it instead.
-        def closure_then_mask():
-            loss = closure()
-            self._mask(mine, call=id(optimizer))
-            return loss
+        with_closure = after_closure(args, kwargs, mask)
+        self._has_closure = with_closure is not None
+        if with_closure is None:
+            mask(False)
+        return with_closure
 
-        return (args[0], closure_then_mask), {k: v for k, v in kwargs.items() if k != "closure"}
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._grad_scale = None
+        self._flags.raise_if_set()
+
+    def _sort_parameters(
+        self, optimizer: Optimizer, is_trained: Callable[[Tensor], bool]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters of an optimizer that are masked, and those that are dense.
+
+        Raises:
+            ValueError: if it trains others, which would be updated in full without a word.
+        """
+        masked, dense, unknown = [], [], []
+        for number, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p not in self._known:
+                    if is_trained(p):
+                        names = group.get("param_names")
+                        unknown.append(f"'{names[i]}'" if names else f"{i} of group {number}, shape {tuple(p.shape)}")
+                    continue
+                if is_trained(p):
+                    self._join(p)
+                if p in self._names:
+                    masked.append(p)
+                elif self._known[p] in self._dense_names:
+                    dense.append(p)
+        if unknown:
+            shown = "; ".join(unknown[:3]) + (f"; and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            raise ValueError(
+                f"the optimizer trains parameters that the gradient mask does not know (parameter {shown}): make the "
+                "mask from the named_parameters() of the whole model, after its layers were added, resized or wrapped; "
+                "what is to be updated in full goes into dense"
+            )
+        return masked, dense
+
+    def _join(self, p: Tensor) -> None:
+        """Mask a parameter from now on that did not require gradients when the mask was made, if it is now trained."""
+        name = self._known[p]
+        if p in self._names or name in self._dense_names:
+            return
+        if name in self._frozen_names:
+            raise ValueError(
+                f"'{name}' is frozen in the gradient mask and requires gradients again: remove its pattern from "
+                "frozen, or leave requires_grad off"
+            )
+        self._names[p] = name
+        self._steps[name] = 0
 
     @property
     def masked_parameters(self) -> dict[str, Tensor]:
@@ -227,18 +301,18 @@ class GradientMask:
 
     @property
     def seconds(self) -> float:
-        """Time that the host spent on masking the last step."""
+        """Time that the host spent on masking the last step; a GPU's own time is not in it."""
         return sum(self._seconds.values())
 
     def metrics(self) -> dict[str, float]:
         """The last step in numbers for a metric logger. Waits for the device.
 
         Returns:
-            ``mask/density`` (fraction of masked entries that stayed), ``mask/seconds`` (time the host spent
-            on it) and, unless the score is random, ``mask/threshold_min``, ``_median`` and ``_max`` over the
-            tensors. Empty before the first step.
+            ``mask/density`` (fraction of masked entries that stayed), ``mask/seconds`` (time that the host spent
+            on it: on a GPU, to launch its work) and, unless the score is random, ``mask/threshold_min``, ``_median``
+            and ``_max`` over the tensors. Empty before the first step.
         """
-        self._raise_for_unread_flags()
+        self._flags.raise_if_set()
         if not self.statistics.numel:
             return {}
         metrics = {"mask/density": self.statistics.density, "mask/seconds": self.seconds}
@@ -267,19 +341,32 @@ class GradientMask:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Policy, step counts and, where a selection outlives a step, its packed bits (uint8, by name)."""
-        return {"policy": self.policy(), "steps": dict(self._steps), "selections": dict(self._selections)}
+        """Policy, step counts and, where a selection outlives a step, its packed bits (uint8, by name).
+
+        Where gradients are sharded, the bits are those of this rank's entries: save one state on each rank.
+
+        Raises:
+            RuntimeError: if the last step met a gradient that is not finite, and has not said so yet.
+        """
+        self._flags.raise_if_set()
+        selections = {} if self.refresh_every == 1 else dict(self._selections)
+        by_name = self.masked_parameters
+        shards = {name: _own_ranges(by_name[name]) for name in selections}
+        return {"policy": self.policy(), "steps": dict(self._steps), "selections": selections, "shards": shards}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: if it was saved under another policy, or for other parameters; says what differs.
+            ValueError: if it was saved under another policy, for other parameters, or by a rank that held other
+                entries; says what differs. The mask is then as it was.
         """
         try:
-            saved, steps, selections = (state_dict[key] for key in ("policy", "steps", "selections"))
+            saved, steps, selections = (dict(state_dict[key]) for key in ("policy", "steps", "selections"))
         except KeyError as error:
             raise ValueError(f"this is no GradientMask state: it lacks {error}") from None
+        except (TypeError, ValueError):
+            raise ValueError("this is no GradientMask state: load what state_dict() gave") from None
         mine = self.policy()
         differing = [f"{key} is {mine[key]!r}, was {saved.get(key)!r}" for key in mine if mine[key] != saved.get(key)]
         if differing:
@@ -287,27 +374,72 @@ class GradientMask:
                 f"the gradient mask differs from the saved one: {'; '.join(differing)}. "
                 "Set it as it was, or start a new run"
             )
-        if steps.keys() != self._steps.keys():
-            odd = sorted(steps.keys() ^ self._steps.keys())[0]
+        # A state of an earlier release, or of a subclass, may hold names with what wrappers put into them
+        bare = dict(zip(steps, bare_names(steps), strict=True))
+        steps = {bare[name]: count for name, count in steps.items()}
+        later = {name: p for p, name in self._known.items() if name not in self._dense_names | self._frozen_names}
+        if not self._steps.keys() <= steps.keys() <= later.keys():
+            odd = sorted((steps.keys() - later.keys()) or (self._steps.keys() - steps.keys()))[0]
             raise ValueError(f"the gradient mask was saved for other parameters, among them '{odd}'")
-        self._steps = dict(steps)
-        by_name = {name: p for p, name in self._names.items()}
-        self._selections = {name: bits.to(by_name[name].device) for name, bits in selections.items()}
+        selections = {bare.get(name, name): bits for name, bits in selections.items()}
+        shards = {bare.get(name, name): ranges for name, ranges in (state_dict.get("shards") or {}).items()}
+        for name, bits in selections.items():
+            if name not in steps:
+                raise ValueError(f"the gradient mask's state holds a selection of '{name}', which it does not mask")
+            own = _own_ranges(later[name])
+            if shards.get(name, own) != own:
+                raise ValueError(
+                    f"the selection of '{name}' was saved by a rank that held the entries {shards[name]} of it, and "
+                    f"this one holds {own}: save and load one state on each rank, as they were sharded then"
+                )
+            check_packed(name, bits, _own_entries(later[name]).numel())
+        self._names = {p: name for name, p in later.items() if name in steps}
+        self._steps = steps
+        self._selections = {name: bits.to(later[name].device) for name, bits in selections.items()}
 
     # ------------------------------------------------------------------ the work
 
     @torch.no_grad()
-    def _mask(self, parameters: list[Tensor], call: int) -> None:
+    def _mask(self, masked: list[Tensor], dense: list[Tensor], call: int, *, is_repeated: bool = False) -> None:
+        """Mask the gradients of some parameters.
+
+        Args:
+            masked, dense: parameters; of dense ones, gradients are only looked at.
+            call: whose time this is: an optimizer's.
+            is_repeated: this is still the optimizer step of the call before, whose selection stays.
+        """
         start = time.perf_counter()
-        self._raise_for_unread_flags()
-        with_grad = [(self._names[p], p, p.grad) for p in parameters if p.grad is not None]
+        if not is_repeated:
+            self._flags.raise_if_set()
+        self._repeats = is_repeated
+        names = [self._names[p] for p in masked]
+        if len(masked) == len(self._names):
+            self.statistics = sel.MaskStatistics()  # what was given out before stays as it is
+        for name in names:
+            for numbers in (self.statistics.thresholds, self.statistics.selected, self.statistics.numel):
+                numbers.pop(name, None)
+        if self.error_if_nonfinite:
+            self._check_dense([p for p in dense if p.grad is not None])
+        with_grad = [(name, p, p.grad) for name, p in zip(names, masked, strict=True) if p.grad is not None]
         if any_sharded(grad for _, _, grad in with_grad):
             self._mask_sharded(with_grad)
         else:
             self._mask_whole(with_grad)
-        for p in parameters:
-            self._steps[self._names[p]] += 1
+        for name in names:
+            self._steps[name] += not is_repeated
         self._seconds[call] = time.perf_counter() - start
+
+    def _check_dense(self, parameters: list[Tensor]) -> None:
+        if any_sharded(p.grad for p in parameters):
+            from gmt_tune.masking import sharded
+
+            sharded.reduce_partial_sums_(parameters)
+            sharded.raise_if_nonfinite({self._known[p]: p.grad for p in parameters}, self._where())
+        else:
+            self._check_flags([self._known[p] for p in parameters], sel.nonfinite_flags([p.grad for p in parameters]))
+
+    def _where(self) -> str:
+        return f" at optimizer step {self.step + (not self._repeats)}"
 
     def _mask_whole(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:
         reuse: list[tuple[str, Tensor, Tensor]] = []
@@ -334,23 +466,8 @@ class GradientMask:
             self._record(name, grad, torch.tensor(grad.numel()))
 
     def _check_flags(self, names: list[str], flags: list[Tensor]) -> None:
-        """Raise if a flag says that a gradient is not finite: now on the CPU, at the next step on CUDA."""
-        where = f" at optimizer step {self.step + 1}"
-        if not any(flag.is_cuda for flag in flags):
-            sel.raise_for_flags(names, flags, where)
-            return
-        on_device = torch.stack([flag.to(flags[0].device) for flag in flags])
-        on_host = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
-        on_host.copy_(on_device, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(on_device.device))
-        self._unread_flags = (names, on_host, arrived, where)
-
-    def _raise_for_unread_flags(self) -> None:
-        if self._unread_flags is not None:
-            (names, on_host, arrived, where), self._unread_flags = self._unread_flags, None
-            arrived.synchronize()  # of the step before: it has long arrived
-            sel.raise_for_flags(names, list(on_host), where)
+        """Raise if a flag says that a gradient is not finite: now on the CPU, behind the step on CUDA."""
+        self._flags.add(names, flags, self._where())
 
     def _mask_sharded(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:
         """The same for gradients of which this rank holds a part; all ranks call it with the same parameters."""
@@ -366,13 +483,13 @@ class GradientMask:
             (reuse if self._keeps_selection(entry[0]) else fresh).append(entry)
         check = None
         if self.error_if_nonfinite:
-            names, where = [name for name, _, _ in ranked], f" at optimizer step {self.step + 1}"
+            names, where = [name for name, _, _ in ranked], self._where()
             check = functools.partial(sel.raise_for_flags, names, where=where)  # rides on what ranking sends
             sharded.raise_if_nonfinite({name: grad for name, _, grad in with_grad if name not in names}, where)
         if ranked:
             rankings = [self._ranking(sharded, *entry) for entry in ranked]
             thresholds, counts = sharded.measure(rankings, self.density, self.scope, check)
-            kept = sharded.apply_(rankings, thresholds, pack=self.refresh_every != 1)
+            kept = sharded.apply_(rankings, thresholds, pack=self._stores_selections())
             self._selections.update(zip((name for name, _, _ in ranked), kept, strict=False))
             for (name, _, grad), count, threshold in zip(ranked, counts, thresholds, strict=True):
                 self._record(name, grad, count, threshold)
@@ -389,7 +506,10 @@ class GradientMask:
     def _keeps_selection(self, name: str) -> bool:
         if name not in self._selections:
             return False
-        return self.refresh_every is None or self._steps[name] % self.refresh_every != 0
+        return self._repeats or self.refresh_every is None or self._steps[name] % self.refresh_every != 0
+
+    def _stores_selections(self) -> bool:
+        return self.refresh_every != 1 or self._has_closure
 
     def _select(self, entries: list[tuple[str, Tensor, Tensor]]) -> None:
         """Make a new selection for these (name, parameter, gradient) by another score, and apply it."""
@@ -406,7 +526,7 @@ class GradientMask:
                 self._apply([entry], scores, sel.measure_thresholds(scores, self.density, "tensor"))
 
     def _apply(self, entries, scores, thresholds, selected=None) -> None:
-        if self.refresh_every != 1:
+        if self._stores_selections():
             for (name, _, _), score, threshold in zip(entries, scores, thresholds, strict=True):
                 self._selections[name] = sel.pack_selected(score, threshold)
         grads = [grad for _, _, grad in entries]
@@ -419,6 +539,8 @@ class GradientMask:
         self.statistics.selected[name] = count
         self.statistics.numel[name] = grad.numel()
         if threshold is not None:
+            if self._grad_scale is not None and type(self).compute_score is GradientMask.compute_score:
+                threshold = threshold.float() / self._grad_scale.to(threshold.device)
             self.statistics.thresholds[name] = threshold
 
     def _draws(self) -> bool:
@@ -443,7 +565,8 @@ class GradientMask:
         return self._checked_score(name, parameter, grad)
 
     def _checked_score(self, name: str, parameter: Tensor, grad: Tensor) -> Tensor:
-        score = self.compute_score(name, parameter, grad)
+        unscaled = grad if self._grad_scale is None else grad / self._grad_scale.to(grad.device)
+        score = self.compute_score(name, parameter, unscaled)
         if not isinstance(score, Tensor) or score.shape != grad.shape or not score.is_floating_point():
             found = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(
@@ -454,28 +577,59 @@ class GradientMask:
 
     def _draw(self, name: str) -> int:
         """Which random selection is in force: it changes at each refresh, and needs no storing."""
-        return 0 if self.refresh_every is None else self._steps[name] // self.refresh_every
+        return 0 if self.refresh_every is None else (self._steps[name] - self._repeats) // self.refresh_every
+
+
+def registered_mask(optimizer: Optimizer) -> GradientMask | None:
+    """The mask that acts in the steps of an optimizer, if there is one."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    masks = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((mask for mask in masks if isinstance(mask, GradientMask)), None)
+
+
+def _own_entries(p: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return p.detach().to_local() if any_sharded([p]) else p  # type: ignore[attr-defined]
+
+
+def _own_ranges(p: Tensor) -> list[list[int]]:
+    """Which entries of a parameter this rank holds: for each dimension, the first index and the one behind the last.
+
+    Where they form no such block, the rank's place in the mesh stands for them.
+    """
+    if not any_sharded([p]):
+        return [[0, size] for size in p.shape]
+    from gmt_tune.masking.layout import local_ranges
+
+    try:
+        return [list(bounds) for bounds in local_ranges(p)]
+    except NotImplementedError:
+        return [list(p.device_mesh.get_coordinate())]  # type: ignore[attr-defined]
 
 
 def _check_named_parameters(named_parameters) -> dict[str, Tensor]:
     try:
         pairs = [(name, p) for name, p in named_parameters if isinstance(name, str) and isinstance(p, Tensor)]
-        count = len(pairs)
     except (TypeError, ValueError):
-        count = -1
-    if count <= 0:
+        pairs = []
+    if not pairs:
         raise TypeError("named_parameters must be pairs of name and parameter: pass model.named_parameters()")
-    parameters = {bare_name(name): p for name, p in pairs}
-    if len(parameters) < count:
-        raise ValueError("named_parameters holds the same name twice: pass those of one model")
+    for name, p in pairs:
+        if getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"'{name}' was flattened by FSDP version 1, so that its entries are no tensor with a threshold: "
+                "shard with torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+    parameters: dict[str, Tensor] = {}
+    seen = set()
+    for name, p in zip(bare_names([name for name, _ in pairs]), (p for _, p in pairs), strict=True):
+        if p in seen:  # tied, with remove_duplicate=False
+            continue
+        if name in parameters:
+            raise ValueError(f"named_parameters holds the name '{name}' twice: pass those of one model")
+        seen.add(p)
+        parameters[name] = p
     return parameters
-
-
-def bare_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing, compiling and the like put into it."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
 
 
 def _check_int(key: str, value: object) -> int:

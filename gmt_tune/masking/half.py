@@ -89,8 +89,7 @@ class HalfMask(GradientMask):
         if self.error_if_nonfinite:
             from gmt_tune.masking import sharded
 
-            where = f" at optimizer step {self.step + 1}"
-            sharded.raise_if_nonfinite({name: grad for name, _, grad in with_grad}, where)
+            sharded.raise_if_nonfinite({name: grad for name, _, grad in with_grad}, self._where())
         self._freeze(with_grad)
 
     def _freeze(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmt_tune.masking import cpu_search
 from gmt_tune.masking.bits import blocks, from_bits
 from gmt_tune.masking.checks import check_dtype, nonfinite_flags
-from gmt_tune.masking.devices import load_triton_search, triton_search_for
+from gmt_tune.masking.devices import load_triton_search, triton_search_for, try_triton
 from gmt_tune.masking.histogram import kth_bits
 from gmt_tune.masking.saliency import Saliency
 
@@ -118,8 +118,10 @@ def _measure_sets(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]
         elif all(score.device.type == "cpu" for score in one):
             on_cpu.append(i)
     for members, measure_some in ((by_kernels, _measure_by_kernels), (on_cpu, _measure_on_cpu)):
-        if members:
-            some = measure_some([sets[i] for i in members], [ks[i] for i in members])
+        if not members:
+            continue
+        some = measure_some([sets[i] for i in members], [ks[i] for i in members])
+        if some is not None:
             found.update(zip(members, some, strict=True))
     return [found[i] if i in found else _measure_by_digits(sets[i], ks[i]) for i in range(len(sets))]
 
@@ -141,8 +143,11 @@ def _measure_on_cpu(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[in
     ]
 
 
-def _measure_by_kernels(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found]:
-    thresholds, nonfinite = load_triton_search().kth_largest(sets, ks)
+def _measure_by_kernels(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found] | None:
+    measured = try_triton(load_triton_search().kth_largest, sets, ks)
+    if measured is None:
+        return None
+    thresholds, nonfinite = measured
     return [_Found(threshold, None, flags) for threshold, flags in zip(thresholds, nonfinite, strict=True)]
 
 

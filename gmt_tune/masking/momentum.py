@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking.gradient_mask import GradientMask
+from gmt_tune.masking.optimizers import HookHandles, unwrap_optimizer
 
 
 class MomentumResetMask(GradientMask):
@@ -28,8 +29,7 @@ class MomentumResetMask(GradientMask):
                 if the optimizer keeps none (SGD).
         """
         masking = super().register(optimizer)
-        resetting = optimizer.register_step_pre_hook(self._reset)
-        return _Handles(masking, resetting)  # type: ignore[return-value]
+        return HookHandles(masking, unwrap_optimizer(optimizer).register_step_pre_hook(self._reset))
 
     @torch.no_grad()
     def _reset(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -45,14 +45,3 @@ class MomentumResetMask(GradientMask):
                         f"{type(optimizer).__name__} has {type(moment).__name__}: use torch.optim.AdamW"
                     )
                 moment.mul_(parameter.grad != 0)  # what is not selected has gradient zero by now
-
-
-class _Handles:
-    """Both hooks in one handle."""
-
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()

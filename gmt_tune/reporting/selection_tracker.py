@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.dtensor import any_sharded
-from gmt_tune.masking.packing import pack_selection
+from gmt_tune.masking.optimizers import after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
+from gmt_tune.masking.packing import check_packed, pack_selection
 
 _CHUNK = 1 << 24  # entries that are looked at together: bounds what is alive besides the bits
 
@@ -44,9 +45,9 @@ class SelectionTracker:
 
     def __init__(self, mask: GradientMask, every: int = 1) -> None:
         check_every(every)
-        self._names = {p: name for name, p in mask.masked_parameters.items()}
+        self._mask = mask
         self._every = every
-        self._calls = dict.fromkeys(self._names.values(), 0)
+        self._calls = dict.fromkeys(mask.masked_parameters, 0)
         self._last: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], all ranks
@@ -57,7 +58,16 @@ class SelectionTracker:
 
         Returns:
             A handle; ``handle.remove()`` ends the watching.
+
+        Raises:
+            TypeError: if it is no optimizer, or one that runs no step hooks.
+            ValueError: if it watches this optimizer already, and would count each step twice.
         """
+        optimizer = unwrap_optimizer(optimizer)
+        check_has_hooks(optimizer)
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(getattr(hook, "__self__", None) is self for hook in hooks):
+            raise ValueError(f"this tracker watches the {type(optimizer).__name__} already: register it once")
         return optimizer.register_step_pre_hook(self._before_step)
 
     def metrics(self) -> dict[str, float]:
@@ -94,39 +104,43 @@ class SelectionTracker:
         return {"calls": dict(self._calls), "last": dict(self._last), "ever": ever}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, saved with the same model on as many ranks."""
-        by_name = {name: p for p, name in self._names.items()}
-        if state_dict["calls"].keys() != by_name.keys():
-            raise ValueError("the selection tracker was saved for other parameters: start it anew")
+        """Go on from :meth:`state_dict`, saved with the same model on as many ranks.
+
+        Raises:
+            ValueError: if it was saved for other parameters, or sharded otherwise.
+        """
+        by_name = self._mask.masked_parameters
+        if not state_dict["calls"].keys() <= by_name.keys():
+            raise ValueError("the selection tracker was saved for other parameters: start a new one")
+        for name, tensor in (*state_dict["last"].items(), *state_dict["ever"].items()):
+            p = by_name[name]
+            check_packed(name, tensor, (p.to_local() if any_sharded([p]) else p).numel())  # type: ignore[attr-defined]
         self._calls = dict(state_dict["calls"])
         for key, bits in (("last", self._last), ("ever", self._ever)):
             bits.clear()
             bits.update({name: tensor.to(by_name[name].device) for name, tensor in state_dict[key].items()})
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        overflowed = getattr(optimizer, "found_inf", None)  # see GradientMask: no step is done then
-        if overflowed is not None and overflowed.item():
-            return None
-        mine = [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._observe(mine)
+        if changes_no_weight(optimizer):
             return None
 
-        def closure_then_observe():
-            loss = closure()
-            self._observe(mine)
-            return loss
+        def observe(is_repeated: bool) -> None:
+            if not is_repeated:  # the selection is the same in all calls of one step's closure
+                names = {p: name for name, p in self._mask.masked_parameters.items()}
+                held = [p for group in optimizer.param_groups for p in group["params"]]
+                self._observe([(names[p], p) for p in held if p in names])
 
-        return (args[0], closure_then_observe), {k: v for k, v in kwargs.items() if k != "closure"}
+        with_closure = after_closure(args, kwargs, observe)
+        if with_closure is None:
+            observe(False)
+        return with_closure
 
     @torch.no_grad()
-    def _observe(self, parameters: list[Tensor]) -> None:
+    def _observe(self, parameters: list[tuple[str, Tensor]]) -> None:
         seen = []
-        for p in parameters:
-            name = self._names[p]
-            is_due = self._calls[name] % self._every == 0
-            self._calls[name] += 1
+        for name, p in parameters:
+            is_due = self._calls.get(name, 0) % self._every == 0
+            self._calls[name] = self._calls.get(name, 0) + 1
             if is_due and p.grad is not None:
                 seen.append((name, p.grad))
         grads = [grad for _, grad in seen]

@@ -320,6 +320,54 @@ def nonfinite(ranks: Unsharded) -> dict[str, list[str]]:
     return messages
 
 
+def dense_nonfinite(ranks: Unsharded) -> list[str]:
+    """What each rank is told of a NaN that one of them holds in a dense parameter."""
+    parameters = {name: nn.Parameter(ranks.weight(name, whole(name, torch.float32, -1))) for name in SHAPES}
+    mask = GradientMask(parameters.items(), 0.3, dense=["odder"])
+    for name, p in parameters.items():
+        grad = whole(name, torch.float32, 0)
+        if name == "odder":
+            grad[-1, -1] = float("nan")
+        p.grad = ranks.grad(name, grad)
+    try:
+        mask.mask_grads_()
+        message = "no error"
+    except RuntimeError as error:
+        message = str(error)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, message)
+    return everyone
+
+
+def load_states(ranks: Unsharded) -> list[dict[str, str]]:
+    """What each rank is told when it loads its own state, and that of rank 0."""
+    mask, other = (
+        GradientMask(
+            [(name, nn.Parameter(ranks.weight(name, whole(name, torch.float32, -1)))) for name in SHAPES],
+            0.3,
+            refresh_every=None,
+        )
+        for _ in range(2)
+    )
+    for name, p in mask.masked_parameters.items():
+        p.grad = ranks.grad(name, whole(name, torch.float32, 0))
+    mask.mask_grads_()
+    states = {"own": mask.state_dict()}
+    of_rank_0 = [mask.state_dict()]
+    dist.broadcast_object_list(of_rank_0, src=0)
+    states["rank 0's"] = of_rank_0[0]
+    messages = {}
+    for whose, state in states.items():
+        try:
+            other.load_state_dict(state)
+            messages[whose] = "loaded"
+        except ValueError as error:
+            messages[whose] = str(error)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, messages)
+    return everyone
+
+
 def main(output_file: str) -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -334,6 +382,8 @@ def main(output_file: str) -> None:
     dist.all_gather_object(agree, numbers)
     results["all ranks found the same"] = all(repr(other) == repr(agree[0]) for other in agree)
     results["nonfinite"] = nonfinite(layouts["rows"])
+    results["dense nonfinite"] = dense_nonfinite(layouts["rows"])
+    results["loaded"] = {layout: load_states(layouts[layout]) for layout in ("rows", "columns", "FSDP2")}
     results["collectives"] = count_collectives() if world_size == 2 else {}
     if rank == 0:
         torch.save(results, output_file)

@@ -339,5 +339,5 @@ def test_registering_on_another_models_optimizer_is_refused():
 def test_scope_global_is_refused_with_one_optimizer_per_parameter():
     model = make_model()
     mask = GradientMask(model.named_parameters(), density=0.2, scope="global")
-    with pytest.raises(ValueError, match=r"use scope: tensor, or set optimizer_in_bwd: False"):
+    with pytest.raises(ValueError, match=r"needs one optimizer that holds all masked parameters"):
         mask.register(torch.optim.SGD([model[1].weight], lr=0.1))

@@ -95,3 +95,20 @@ def test_nan_on_one_rank_is_told_on_all(results):
     for policy, messages in results["nonfinite"].items():
         for message in messages:
             assert "'odder' holds NaN or infinity at optimizer step 2" in message, (policy, messages)
+
+
+def test_nan_of_a_dense_parameter_on_one_rank_is_told_on_all(results):
+    assert results["dense nonfinite"]
+    for message in results["dense nonfinite"]:
+        assert "'odder' holds NaN or infinity at optimizer step 1" in message
+
+
+def test_each_rank_loads_its_own_selection_and_refuses_that_of_another(results):
+    assert results["loaded"].keys() == {"rows", "columns", "FSDP2"}
+    for layout, messages in results["loaded"].items():
+        for rank, message in enumerate(messages):
+            assert message["own"] == "loaded", (layout, rank)
+            if rank == 0:
+                assert message["rank 0's"] == "loaded", layout
+            else:
+                assert "was saved by a rank that held the entries" in message["rank 0's"], (layout, rank)

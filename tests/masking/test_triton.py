@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from gmt_tune import mask_grads_
+from gmt_tune.masking import applying, devices
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -39,3 +43,48 @@ def test_kernels_select_what_a_full_sort_selects():
 def test_kernels_compile_for_a_gpu_and_load_16_bytes_at_a_time(target, tmp_path):
     """What the interpreter forgives, the compiler does not."""
     run(HERE / "compile_kernels.py", *target, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+
+
+def test_a_triton_that_cannot_compile_is_given_up_with_one_warning(monkeypatch):
+    """For the CPU there is no driver: what a GPU's Triton without a C compiler does, this one does here."""
+    monkeypatch.setattr(devices, "_SERVED", ("cpu",))
+    monkeypatch.setattr(devices, "_failures", [])
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 33), torch.nn.Linear(33, 7)])
+    with pytest.warns(UserWarning, match="Triton is installed but does not work here") as caught:
+        for seed, score in enumerate(("magnitude", "saliency")):
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            grads = [p.grad.clone() for p in model.parameters()]
+            mask_grads_(model.parameters(), 0.2, score=score)
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                ranked = grad if score == "magnitude" else grad * p.detach()
+                threshold = ranked.abs().flatten().sort(descending=True).values[int(0.2 * p.numel()) - 1]
+                assert torch.equal(p.grad, grad * (ranked.abs() >= threshold))
+    assert len(caught) == 1
+
+
+def test_applying_falls_back_too_and_selects_the_same(monkeypatch):
+    """Compiling can fail at the second kernel only."""
+    from gmt_tune.masking import triton_search
+
+    monkeypatch.setattr(devices, "_failures", [])
+    monkeypatch.setattr(applying, "triton_search_for", lambda members: triton_search)
+    grads = [torch.randn(50, 9), torch.randn(30)]
+    scores = [grads[0].abs().sqrt(), grads[1]]
+    wanted = [grad * (score.abs() >= 0.7) for grad, score in zip(grads, scores, strict=True)]
+    with pytest.warns(UserWarning, match="Triton is installed but does not work here"):
+        counts = applying.apply_thresholds_(grads, [torch.tensor(0.7)] * 2, scores)
+    for grad, count, want in zip(grads, counts, wanted, strict=True):
+        assert torch.equal(grad, want) and int(count) == int((want != 0).sum()) > 0
+
+
+def test_out_of_memory_is_no_reason_to_give_triton_up(monkeypatch):
+    monkeypatch.setattr(devices, "_failures", [])
+
+    def run():
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        devices.try_triton(run)
+    assert devices._failures == []

@@ -149,6 +149,10 @@ def test_a_wrong_config_is_named_with_what_is_right(path, value, message, tmp_pa
         (dict(gradient_accumulation_steps=2, optimizer_in_bwd=True), "needs gradient_accumulation_steps: 1, got 2"),
         (dict(clip_grad_norm=1.0, optimizer_in_bwd=True), "needs clip_grad_norm: null, got 1.0"),
         (dict(on_nonfinite="skip", optimizer_in_bwd=True), "needs on_nonfinite: error"),
+        (
+            dict(gradient_mask={**MASK, "scope": "global"}, optimizer_in_bwd=True),
+            "gradient_mask.scope: global needs all gradients together, .*optimizer_in_bwd: False",
+        ),
     ],
 )
 def test_wrong_combinations_are_named(changes, message, tmp_path, tiny_config):

@@ -200,6 +200,11 @@ def _check_combinations(cfg: DictConfig) -> None:
             )
         if cfg.get("clip_grad_norm", None) is not None:
             raise UserError(f"optimizer_in_bwd: True needs clip_grad_norm: null, got {cfg.clip_grad_norm}")
+        if (cfg.get("gradient_mask", None) or {}).get("scope", None) == "global":
+            raise UserError(
+                "gradient_mask.scope: global needs all gradients together, and optimizer_in_bwd: True has one at a "
+                "time: set gradient_mask.scope: tensor, or optimizer_in_bwd: False"
+            )
         if cfg.get("on_nonfinite", "error") == "skip":
             raise UserError(
                 "optimizer_in_bwd: True needs on_nonfinite: error: it changes weights before all gradients are there, "

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from gmt_tune.errors import UserError
 from gmt_tune.masking import GradientMask
-from gmt_tune.masking.gradient_mask import bare_name
+from gmt_tune.masking.names import bare_name
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 from gmt_tune.reporting.selection_tracker import SelectionTracker
 
@@ -208,6 +208,7 @@ def _reshard(parts: list[dict], parameters: Mapping[str, Tensor]) -> dict:
         if state.get(owner) is not None:
             anew = {key: _reshard_bits(parts, owner, key, parameters) for key in keys}
             state[owner] = {**state[owner], **anew}
+            state[owner].pop("shards", None)  # of the rank that saved it
     return state
 
 

@@ -27,10 +27,10 @@ from gmt_tune.integrations.transformers.trainer_setup import (
     refuse_masked_optimizer,
     refuse_unmaskable_arguments,
     refuse_unmaskable_model,
-    unwrap_optimizer,
 )
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.gradient_mask import _names_unknown_keys
+from gmt_tune.masking.optimizers import unwrap_optimizer
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.selection_tracker import SelectionTracker, check_every
 
@@ -53,8 +53,8 @@ class GradientMaskCallback(TrainerCallback):
         dense: name patterns (``fnmatch``) of parameters that are updated in full.
         frozen: name patterns of parameters that are not updated at all.
         seed: of the random score.
-        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes. On CUDA, so as
-            not to wait for the device, it is raised at the next step, or when the step is logged.
+        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes; on CUDA, at the end
+            of the step, before anything is logged or saved.
         mask_class: GradientMask, or a subclass of it with a score of its own.
         track_selection_every: optimizer steps between two looks at overlap and coverage (``mask/overlap``,
             ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Starts anew on resuming.

@@ -52,22 +52,60 @@ def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, 
     folders.append(_own_checkpoint(args, state))
     for path in (folder / name for folder in folders for name in (_rank_file(args), FILE_NAME)):
         if path.is_file():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _read(path)
             if content["trainer_state"] == _fingerprint(state):
                 _check_shards(content, _shards(model, args))
                 mask.load_state_dict(content["mask"])
                 return
-    looked_in = " or ".join(str(folder) for folder in folders)
     if mask.refresh_every == 1 and mask.score != "random":
         # Each step selects anew from its own gradient: nothing is lost but the count of steps.
         steps = dict.fromkeys(mask.state_dict()["steps"], state.global_step)
         mask.load_state_dict({"policy": mask.policy(), "steps": steps, "selections": {}})
+        looked_in = " or ".join(dict.fromkeys(str(folder) for folder in folders))
         logger.warning(f"no {FILE_NAME} of this run in {looked_in}: masking from step {state.global_step} on")
         return
     raise FileNotFoundError(
-        f"no {FILE_NAME} of this run and of {args.world_size} processes in {looked_in}, and its selection is needed "
-        "to go on: set resume_from_checkpoint in the training arguments to the folder that you resume from"
+        f"{_why_missing(folders, args, state)}; the selection is needed to go on with refresh_every="
+        f"{mask.refresh_every} and score={mask.score!r}"
     )
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["trainer_state"], content["mask"]["selections"], content["shards"]
+    except Exception as error:  # a damaged zip archive or pickle raises whatever its bytes lead to
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is truncated or damaged ({reason}): resume from an older checkpoint") from error
+    return content
+
+
+def _why_missing(folders: list[Path], args: TrainingArguments, state: TrainerState) -> str:
+    """Why no folder holds the mask that is looked for, and what to do about it."""
+    resumed = next((folder for folder in folders if _is_resumed(folder, state)), None)
+    if resumed is None or (resumed / FILE_NAME).is_file():
+        looked_in = " or ".join(dict.fromkeys(str(folder) for folder in folders))
+        return (
+            f"no {FILE_NAME} of this run in {looked_in}: set resume_from_checkpoint in the training arguments to the "
+            "folder that you resume from"
+        )
+    if any(resumed.glob("gradient_mask_rank*.pt")):
+        return f"the mask in {resumed} was saved by another number of processes than {args.world_size}: start as many"
+    why = "a run without GradientMaskCallback wrote it, or the file was removed"
+    if not any(resumed.glob("*optimizer*")):  # optimizer.pt, optimizer_0/, ...
+        why = "it was written with save_only_model=True, which keeps neither optimizer nor mask"
+    return (
+        f"{resumed} holds no {FILE_NAME}, since {why}: begin a new run with that folder as the model, or resume from a "
+        "checkpoint that holds the file"
+    )
+
+
+def _is_resumed(folder: Path, state: TrainerState) -> bool:
+    """Whether the Trainer's state is the one that this folder holds."""
+    try:
+        return _fingerprint(TrainerState.load_from_json(str(folder / "trainer_state.json"))) == _fingerprint(state)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _check_shards(content: dict, shards: int) -> None:

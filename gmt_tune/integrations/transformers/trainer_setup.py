@@ -1,14 +1,12 @@
-"""What a Trainer may be set up with, where a gradient mask is to act: refusals, and the way to the optimizer."""
+"""What a Trainer may not be set up with, where a gradient mask is to act."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from gmt_tune.masking import GradientMask
+from gmt_tune.masking.gradient_mask import registered_mask
 
 # Optimizers that step inside the backward pass, a parameter at a time, and drop each gradient at once.
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -58,18 +56,10 @@ def refuse_masked_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: for two callbacks in one Trainer, or a callback beside a ``GradientMask.register`` by hand.
     """
-    hooks = optimizer._optimizer_step_pre_hooks.values() if hasattr(optimizer, "_optimizer_step_pre_hooks") else ()
-    if any(isinstance(getattr(hook, "__self__", None), GradientMask) for hook in hooks):
+    if registered_mask(optimizer) is not None:
         raise ValueError(
             "the optimizer already has a gradient mask, and a second one would select from what the first one left: "
             "give the Trainer one GradientMaskCallback (trainer.remove_callback(GradientMaskCallback) takes one "
             "out), and register no GradientMask by hand beside it; after a training that ended in an error, make the "
             "Trainer anew"
         )
-
-
-def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's wrapper, which itself has no step hooks."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer

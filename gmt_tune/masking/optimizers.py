@@ -1,0 +1,93 @@
+"""Optimizers as hooks meet them: inside wrappers, with closures, and with more than one hook to remove."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside wrappers that step it, such as accelerate's and Fabric's, whose own hooks do not run."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_has_hooks(optimizer: Any) -> None:
+    """Raise TypeError unless it is a ``torch.optim.Optimizer`` that runs step hooks; the message names the remedy."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"register takes a torch.optim.Optimizer, got {kind}")
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return
+    inner = next((name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
+    if inner is not None:
+        raise TypeError(f"{kind} runs no step hooks: register the optimizer inside it, register(optimizer.{inner})")
+    if kind == "CPUOffloadOptimizer":
+        raise TypeError(
+            f"{kind} runs no step hooks, and moves gradients before they can be masked: to save memory, use "
+            "torchao.optim.AdamW8bit or AdamW4bit, or shard with fsdp_cpu_offload: True"
+        )
+    raise TypeError(f"{kind} runs no step hooks, so its gradients cannot be masked: call mask_grads_() before its step")
+
+
+def changes_no_weight(optimizer: Optimizer) -> bool:
+    """Whether the step that a pre-hook was called for is none of its own. Call it from the hook itself.
+
+    - ``torch.amp.GradScaler`` leaves it to fused optimizers to skip a step whose gradients overflowed, and says so by
+      an attribute. Reading it waits for the device.
+    - Where a subclass's ``step`` calls that of its base class, PyTorch runs all hooks for both.
+    """
+    overflowed = getattr(optimizer, "found_inf", None)
+    if overflowed is not None and overflowed.item():
+        return True
+    frame = sys._getframe(2)  # of what runs the hooks, around each step
+    step, outer = frame.f_code, frame.f_back
+    while outer is not None:
+        if outer.f_code is step and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def after_closure(args: tuple, kwargs: dict, action: Callable[[bool], None]) -> tuple[tuple, dict] | None:
+    """Let an action follow each call of the closure that was given to ``step``, which computes the gradients.
+
+    Args:
+        args, kwargs: of the step, as a step pre-hook gets them.
+        action: gets whether the closure was called before in this step, as a line search does.
+
+    Returns:
+        What the pre-hook returns to replace the arguments; None where no closure was given.
+    """
+    is_keyword = callable(kwargs.get("closure"))
+    if not is_keyword and not (len(args) > 1 and callable(args[1])):
+        return None
+    closure = kwargs["closure"] if is_keyword else args[1]
+    calls = 0
+
+    def closure_then_action():
+        nonlocal calls
+        loss = closure()
+        action(calls > 0)
+        calls += 1
+        return loss
+
+    if is_keyword:
+        return args, {**kwargs, "closure": closure_then_action}
+    return (args[0], closure_then_action, *args[2:]), kwargs
+
+
+class HookHandles(RemovableHandle):
+    """Several hooks in one handle."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
