@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -66,11 +67,11 @@ def apply_thresholds_(
             torch.ops.aten.hardshrink.out(grad, _largest_dropped(thresholds[i], grad.dtype), out=grad)
             if counts[i] is None:
                 counts[i] = torch.count_nonzero(grad.view(INT_DTYPE[grad.dtype]))
-    if by_kernels:
+    if by_kernels and triton_search is not None:
         some = ([values[i] for i in by_kernels] for values in (grads, thresholds, scores))
         for i, count in zip(by_kernels, triton_search.apply_thresholds_(*some), strict=True):
             counts[i] = count
-    return counts
+    return cast(list[Tensor], counts)  # each is there by now
 
 
 def _largest_dropped(threshold: Tensor, dtype: torch.dtype) -> float:

@@ -142,7 +142,9 @@ def _measure_on_cpu(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[in
 
 
 def _measure_by_kernels(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found]:
-    thresholds, nonfinite = load_triton_search().kth_largest(sets, ks)
+    triton_search = load_triton_search()
+    assert triton_search is not None  # such sets are only made where it is there
+    thresholds, nonfinite = triton_search.kth_largest(sets, ks)
     return [_Found(threshold, None, flags) for threshold, flags in zip(thresholds, nonfinite, strict=True)]
 
 
