@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def apply_thresholds_(
             torch.ops.aten.hardshrink.out(grad, _largest_dropped(thresholds[i], grad.dtype), out=grad)
             if counts[i] is None:
                 counts[i] = torch.count_nonzero(grad.view(INT_DTYPE[grad.dtype]))
-    return counts
+    return cast(list[Tensor], counts)  # each is there by now
 
 
 def _largest_dropped(threshold: Tensor, dtype: torch.dtype) -> float:

@@ -142,7 +142,7 @@ class PassingKeys:
 
     def count(self, keys: Sequence[int]) -> list[int]:
         totals = [0] * len(keys)
-        gathered = []
+        gathered: list[Tensor | None] = []
         for tensor in self._entries.blocks(BLOCK):
             self._block.load([tensor])
             self.largest = max(self.largest, self._block.largest())
@@ -153,8 +153,9 @@ class PassingKeys:
                 gathered.append(self._block.candidates(tensor, keys[0]))
             else:
                 gathered.append(None)
-        if not any(part is None for part in gathered):
-            self._gathered = keys[0], gathered
+        parts = [part for part in gathered if part is not None]
+        if len(parts) == len(gathered):
+            self._gathered = keys[0], parts
         return totals
 
     def candidates(self, key: int) -> Tensor:
@@ -187,11 +188,12 @@ def kth_largest(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) 
     for (dtype, _, k), members in alike.items():
         for some in _batches(members):
             ranks.update(zip(some, _rank_directly([entries[i] for i in some], k, dtype), strict=True))
-    block = KeyBlock() if large else None
-    for some in _batches(large):
-        guesses = guess_keys([entries[i] for i in some], [ks[i] for i in some])
-        for i, guess in zip(some, guesses, strict=True):
-            ranks[i] = _rank(entries[i], ks[i], guess, block)
+    if large:
+        block = KeyBlock()
+        for some in _batches(large):
+            guesses = guess_keys([entries[i] for i in some], [ks[i] for i in some])
+            for i, guess in zip(some, guesses, strict=True):
+                ranks[i] = _rank(entries[i], ks[i], guess, block)
     return [_with_one_nan(ranks[i], entries[i]) for i in range(len(sets))]
 
 

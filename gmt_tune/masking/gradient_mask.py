@@ -474,7 +474,7 @@ class GradientMask:
         from gmt_tune.masking import sharded
 
         sharded.reduce_partial_sums_(p for _, p, _ in with_grad)
-        with_grad = [(name, p, p.grad) for name, p, _ in with_grad]
+        with_grad = [(name, p, p.grad) for name, p, _ in with_grad if p.grad is not None]
         reuse: list[tuple[str, Tensor, Tensor]] = []
         drawn: list[tuple[str, Tensor, Tensor]] = []
         ranked: list[tuple[str, Tensor, Tensor]] = []

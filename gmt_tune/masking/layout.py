@@ -73,8 +73,9 @@ def sharding_dims(tensor: DTensor) -> list[int]:
 
 def _groups(mesh: DeviceMesh, dims: list[int]) -> tuple[dist.ProcessGroup, ...]:
     """One group where there is one: a dimension's own, or that of all ranks. Else a group for each dimension."""
-    if len(dims) > 1 and math.prod(mesh.size(dim) for dim in dims) == dist.get_world_size():
-        return (dist.group.WORLD,)
+    world = dist.group.WORLD
+    if world is not None and len(dims) > 1 and math.prod(mesh.size(dim) for dim in dims) == world.size():
+        return (world,)
     return tuple(mesh.get_group(dim) for dim in dims)
 
 

@@ -144,7 +144,9 @@ def _measure_on_cpu(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[in
 
 
 def _measure_by_kernels(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[_Found] | None:
-    measured = try_triton(load_triton_search().kth_largest, sets, ks)
+    triton_search = load_triton_search()
+    assert triton_search is not None  # such sets are only made where it is there
+    measured = try_triton(triton_search.kth_largest, sets, ks)
     if measured is None:
         return None
     thresholds, nonfinite = measured

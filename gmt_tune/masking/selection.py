@@ -151,14 +151,14 @@ def mask_grads_(
     density, scope, score = check_density(density), check_scope(scope), check_score(score)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     named = {str(i): p for i, p in enumerate(parameters) if p.grad is not None}
-    for p in named.values():
-        check_dtype(p.grad)
-    grads = [p.grad for p in named.values()]
+    grads = [p.grad for p in named.values() if p.grad is not None]
+    for grad in grads:
+        check_dtype(grad)
     if any_sharded(grads):
         from gmt_tune.masking import sharded
 
         return sharded.mask_grads_(named, density, scope, score, error_if_nonfinite, seed, step)
-    statistics = MaskStatistics(numel={name: p.grad.numel() for name, p in named.items()})
+    statistics = MaskStatistics(numel={name: grad.numel() for name, grad in zip(named, grads, strict=True)})
     labels = [f"parameter {name}" for name in named]
     ranks_gradients = score == "magnitude" and density < 1.0
     if error_if_nonfinite and not ranks_gradients:
@@ -173,10 +173,10 @@ def mask_grads_(
         statistics.thresholds = dict(zip(named, measured.thresholds, strict=True))
         statistics.selected = dict(zip(named, counts, strict=True))
     elif score == "random":
-        for name, p in named.items():
-            statistics.selected[name] = apply_random_(p.grad, density, random_key(seed, step, name))
+        for name, grad in zip(named, grads, strict=True):
+            statistics.selected[name] = apply_random_(grad, density, random_key(seed, step, name))
     else:
-        scores = [Saliency(p.grad, p) for p in named.values()]
+        scores = [Saliency(grad, p) for grad, p in zip(grads, named.values(), strict=True)]
         thresholds = measure_thresholds(scores, density, scope)
         counts = apply_thresholds_(grads, thresholds, scores)
         statistics.thresholds = dict(zip(named, thresholds, strict=True))

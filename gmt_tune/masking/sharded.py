@@ -102,7 +102,7 @@ def reduce_partial_sums_(parameters: Iterable[Tensor]) -> None:
     first use. The result is distributed as the parameter is.
     """
     for p in parameters:
-        if has_partial_sums(p.grad):
+        if p.grad is not None and has_partial_sums(p.grad):
             p.grad = with_placements_of(p.grad, p)
 
 
@@ -150,10 +150,10 @@ def measure(
     search = _Search(ranked, parts, numels, dtypes)
     families = _families(parts, numels, dtypes, density, scope)
     for depth in range(max((len(family.levels) for family in families), default=0)):
-        flags = depth == 0 and if_nonfinite is not None
-        counts = search.count(families, depth, flags)
-        if flags:
-            if_nonfinite(search.nonfinite(counts))
+        check = if_nonfinite if depth == 0 else None
+        counts = search.count(families, depth, check is not None)
+        if check is not None:
+            check(search.nonfinite(counts))
         for family in families:
             if depth < len(family.levels):
                 family.descend([counts[i] for i in family.members], depth)
@@ -234,7 +234,7 @@ def mask_grads_(
         named: parameters with a gradient, by the name that statistics give them; the others as checked there.
     """
     reduce_partial_sums_(named.values())
-    grads = {name: p.grad for name, p in named.items()}
+    grads = {name: p.grad for name, p in named.items() if p.grad is not None}
     statistics = sel.MaskStatistics(numel={name: grad.numel() for name, grad in grads.items()})
     titles = [f"parameter {name}" for name in named]
     check = functools.partial(sel.raise_for_flags, titles) if error_if_nonfinite else None
@@ -248,7 +248,10 @@ def mask_grads_(
         statistics.selected = dict(zip(grads, sum_counts(list(grads.values()), counts), strict=True))
     else:
         by_gradient = score == "magnitude"
-        ranked = [ranked_by_gradient(p.grad) if by_gradient else ranked_by_saliency(p.grad, p) for p in named.values()]
+        ranked = [
+            ranked_by_gradient(grad) if by_gradient else ranked_by_saliency(grad, p)
+            for grad, p in zip(grads.values(), named.values(), strict=True)
+        ]
         thresholds, counts = measure(ranked, density, scope, check)
         apply_(ranked, thresholds)
         statistics.thresholds = dict(zip(grads, thresholds, strict=True))
