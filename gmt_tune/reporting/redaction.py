@@ -23,12 +23,13 @@ _SECRET_LAST_WORDS = {"pat", "pass", "auth", "headers", "token", "tokens", "auth
 _SECRET_WHOLE_KEYS = {"storage_options", "http_headers", "client_kwargs"}
 
 # Words before "token" or "tokens" that mean a piece of text, or a number of them.
-_TEXT_TOKENS = {
-    "bos", "eos", "pad", "unk", "mask", "sep", "cls", "eot", "eom", "eoh", "bot", "boi", "eoi", "fim", "prefix",
-    "suffix", "middle", "start", "end", "begin", "stop", "special", "added", "additional", "extra", "new", "newline",
-    "image", "video", "audio", "vision", "im", "system", "assistant", "think", "tool", "max", "min", "num", "n", "total", "per",
-    "ignore", "prompt", "response", "completion", "instruction", "padding", "unknown", "first", "last", "next",
-}  # fmt: skip
+_TEXT_TOKENS = set(
+    """
+    bos eos pad unk mask sep cls eot eom eoh bot boi eoi fim prefix suffix middle start end begin stop special
+    added additional extra new newline image video audio vision im system assistant think tool max min num n total
+    per ignore prompt response completion instruction padding unknown first last next
+    """.split()
+)
 
 # Words before "key" that make it one of a lock rather than of a table.
 _KEYS_OF_LOCKS = {

@@ -30,8 +30,8 @@ from gmt_tune.integrations.torchtune.checkpoint_writer import (
     wait_for_others,
 )
 from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
-from gmt_tune.integrations.torchtune.model_folder import model_files, write_model
-from gmt_tune.integrations.torchtune.public_config import public_config
+from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
+from gmt_tune.integrations.torchtune.public_config import environment_checks, public_config
 from gmt_tune.integrations.torchtune.run_inputs import inputs_in
 from gmt_tune.reporting.redaction import without_secrets
 
@@ -69,7 +69,7 @@ class RunCheckpoints:
         self.keep_last_n = cfg.get("keep_last_n_checkpoints", None)
         self._rank, self._world_size = rank, world_size
         self._cfg = cfg
-        self._public_config = public_config(cfg)
+        self._public_config, self._environment = public_config(cfg), environment_checks(cfg)
         self._last_saved: Path | None = None
         self.resumed: folders.Checkpoint | None = None
         self.seconds = 0.0  # spent in save()
@@ -158,14 +158,18 @@ class RunCheckpoints:
                 log.info(f"Moved the checkpoints of an earlier run to {moved}.")
             return None
         if checkpoint is None:
-            damaged = self._set_damaged_aside(None)
-            none = "None of the checkpoints" if damaged else "No checkpoint"
-            log.info(f"{none} in {self.output_dir} {'is whole' if damaged else 'yet'}: starting from the beginning.")
+            if self._set_damaged_aside(None):
+                log.warning(f"None of the checkpoints in {self.output_dir} is whole: starting from the beginning.")
+            else:
+                log.info(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
             return None
         progress = checkpoint.progress
-        # Earlier releases saved what is now left out of the file: passwords, and values from the environment
+        # Earlier versions saved what is now left out of the file: passwords, and values from the environment
         now = json.loads(json.dumps([self._public_config, without_secrets(config)]))
         differing = _differences(without_secrets(progress["config"]), *now)
+        for key, was in progress.get("environment", {}).items():
+            if self._environment.get(key, was) != was and not _may_differ(key):
+                differing.append(f"{key} comes from the environment and is not what it was")
         if progress["world_size"] != self._world_size and progress["rows_of_a_step"] == self._rows_of_a_step:
             # What makes the same steps on another number of ranks
             differing = [d for d in differing if not d.startswith(("batch_size ", "gradient_accumulation_steps "))]
@@ -187,15 +191,18 @@ class RunCheckpoints:
         return checkpoint
 
     def _check_inputs(self, is_resumed: bool) -> None:
-        """Raise UserError if this run would move or delete a file that its config names."""
-        for section in ("checkpointer", "ref_checkpointer"):
+        """Raise UserError if this run would move or delete a file that its config names, or cannot read its model."""
+        sections = ["ref_checkpointer"] if is_resumed else ["checkpointer", "ref_checkpointer"]
+        for section in sections:
             given = self._cfg.get(section, None)
-            model = Path(given.checkpoint_dir).resolve() if given is not None else None
-            if model is not None and not is_resumed and self.output_dir.resolve().is_relative_to(model):
+            if given is None:
+                continue
+            if Path(given.output_dir).resolve().is_relative_to(Path(given.checkpoint_dir).resolve()):
                 raise UserError(
-                    f"output_dir {self.output_dir} is in {section}.checkpoint_dir {given.checkpoint_dir}: choose an "
-                    "output_dir outside of the model's folder"
+                    f"{section}.output_dir {given.output_dir} is in {section}.checkpoint_dir {given.checkpoint_dir}: "
+                    "choose an output_dir outside of the model's folder"
                 )
+            check_config_json(given)
         own = {c.path.name for c in folders.list_checkpoints(self.output_dir)} if is_resumed else set()
         for name, key in self._inputs.items():
             if folders.is_the_runs(name) and name not in own:
@@ -354,6 +361,7 @@ class RunCheckpoints:
             "skipped_steps": recipe._skipped_steps,
             "world_size": self._world_size,
             "config": self._public_config,
+            "environment": self._environment,
         }
 
     @property
@@ -404,7 +412,7 @@ def _differences(saved: dict, now: dict, resolved: dict, prefix: str = "") -> li
     """
     found = []
     for key in {**saved, **now}:
-        if f"{prefix}{key}" in _MAY_DIFFER:
+        if _may_differ(f"{prefix}{key}"):
             continue
         a, b, c = saved.get(key), now.get(key), resolved.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -412,6 +420,10 @@ def _differences(saved: dict, now: dict, resolved: dict, prefix: str = "") -> li
         elif a not in (b, c):
             found.append(f"{prefix}{key} is {b!r}, was {a!r}")
     return found
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in _MAY_DIFFER)
 
 
 def load_checkpointer(cfg_checkpointer: DictConfig):

@@ -6,9 +6,35 @@ import json
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torchtune import training
 
+from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import checkpoint_folder as folders
+
+# What torchtune's loader for Hugging Face folders reads of config.json, for the model types that it knows by name.
+_OF_ALL = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+_MORE = {"QWEN2": ("tie_word_embeddings",), "LLAMA3_VISION": (), "CLIP_TEXT": (), "T5_ENCODER": ()}
+
+
+def check_config_json(checkpointer: DictConfig) -> None:
+    """Raise UserError if the config.json of a Hugging Face folder lacks what the loader needs.
+
+    Args:
+        checkpointer: section of a config.
+    """
+    if not str(checkpointer.get("_component_", "")).endswith("FullModelHFCheckpointer"):
+        return
+    file = Path(checkpointer.checkpoint_dir) / "config.json"
+    kind = str(checkpointer.get("model_type", ""))
+    keys = _MORE.get(kind, _OF_ALL) + (_OF_ALL if kind == "QWEN2" else ())
+    there = folders.read_json_object(file) or {}
+    missing = [key for key in keys if there.get(key) is None]
+    if missing:
+        raise UserError(
+            f"{file} does not say {', '.join(missing)}: checkpoint_dir must be the Hugging Face folder of a model of "
+            f"model_type {kind}; download it again, or choose the model_type that fits"
+        )
 
 
 def write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> None:

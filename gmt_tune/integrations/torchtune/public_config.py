@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,14 @@ def public_config(cfg: DictConfig) -> dict:
     with _environment_by_name():
         named = _container(cfg)
     return without_secrets(_numbers_of(resolved, named))
+
+
+def environment_checks(cfg: DictConfig) -> dict[str, str]:
+    """Twelve bits of a checksum of each value that :func:`public_config` leaves to the environment, by its key.
+
+    They are enough to see that a value is another one, and too few to find out which.
+    """
+    return dict(_checks(public_config(cfg), OmegaConf.to_container(cfg, resolve=True)))
 
 
 def config_to_log(cfg: DictConfig) -> DictConfig:
@@ -99,6 +108,17 @@ def _numbers_of(resolved, named):
     if isinstance(resolved, list) and isinstance(named, list) and len(resolved) == len(named):
         return [_numbers_of(*pair) for pair in zip(resolved, named, strict=True)]
     return named if isinstance(resolved, (str, dict, list)) else resolved
+
+
+def _checks(public, resolved, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(public, dict) and isinstance(resolved, dict):
+        for name in public:
+            yield from _checks(public[name], resolved.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(public, list) and isinstance(resolved, list):
+        for i, pair in enumerate(zip(public, resolved, strict=True)):
+            yield from _checks(*pair, f"{key}[{i}]")
+    elif isinstance(public, str) and "${oc.env:" in public:
+        yield key, hashlib.sha256(repr(resolved).encode()).hexdigest()[:3]
 
 
 def _escaped(value):
