@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +19,16 @@ def inputs_in(config, output_dir: Path, prefix: str = "", folder: str | None = N
         folder: that paths may be relative to, besides the current one.
     """
     if isinstance(config, dict):
-        folder = next(
-            (v for k in ("source", "checkpoint_dir", "data_dir") if isinstance(v := config.get(k), str)), None
-        )
+        bases = [config.get(key) for key in ("source", "checkpoint_dir", "data_dir")]
+        folder = next((base for base in bases if isinstance(base, str)), folder)
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in config.items()]
     elif isinstance(config, list):
         parts = [(f"{prefix}[{i}]", value) for i, value in enumerate(config)]
     else:
         names = _names_on_the_way(config, folder, output_dir) if isinstance(config, str) else ()
         return {name: f"{prefix} ({config})" for name in names}
+    # The first key wins
+    parts.reverse()
     return {name: key for part in parts for name, key in inputs_in(part[1], output_dir, part[0], folder).items()}
 
 
@@ -34,8 +36,19 @@ def _names_on_the_way(text: str, folder: str | None, output_dir: Path) -> Iterat
     """Names in ``output_dir`` that a path, or a pattern of paths, leads into."""
     text = os.path.expanduser(text.removeprefix("file://"))
     for written in (text, os.path.join(folder, text)) if folder else (text,):
+        if not _is_there(written):
+            continue
         for path in {Path(os.path.abspath(written)), Path(os.path.realpath(written))}:
             for part in (path, *path.parents):
                 with contextlib.suppress(OSError, ValueError):  # such as a text that is no path
                     if os.path.samefile(part.parent, output_dir) and part != part.parent:
                         yield part.name
+
+
+def _is_there(path: str) -> bool:
+    """Whether a file or folder has this path, or matches it."""
+    with contextlib.suppress(OSError, ValueError):  # such as a text that is no path
+        return (
+            os.path.lexists(path) or glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None
+        )
+    return False

@@ -101,9 +101,7 @@ def restore(
     if saved_world_size == world_size:
         state = _read(folder, rank)
     else:
-        # Mapped into memory: only the entries that this rank needs are read
-        parts = [_read(folder, r, mmap=True) for r in range(saved_world_size)]
-        state = _reshard(parts, parameters)
+        state = _reshard(_read_all(folder, saved_world_size), parameters)
     owners = {p: (optimizer, g) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
     for name, saved in state["optimizer"].items():
         p = parameters[name]
@@ -139,6 +137,11 @@ def _read(folder: Path, rank: int, *, mmap: bool = False) -> dict:
     for key in ("optimizer", "local_numel"):
         state[key] = {bare_name(name): value for name, value in state[key].items()}
     return state
+
+
+def _read_all(folder: Path, saved_world_size: int) -> list[dict]:
+    """The parts of all ranks, mapped into memory: of their tensors, only what is used will be read."""
+    return [_read(folder, rank, mmap=True) for rank in range(saved_world_size)]
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
