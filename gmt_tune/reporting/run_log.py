@@ -91,7 +91,8 @@ class RunLog:
         """
         for name in (RUN_LOG_FILE, MASK_DETAIL_FILE):
             path = self._folder / name
-            kept = [line for line in read_lines(path) if line.get("step", math.inf) <= step] if step > 0 else []
+            lines = self._guarded(lambda path, _: read_lines(path), path, None) if step > 0 else None
+            kept = [line for line in lines or () if _step_of(line) <= step]
             if name == MASK_DETAIL_FILE:
                 self._last_detail = kept[-1]["step"] if kept else None
             self._guarded(_write_whole, path, [self._header_of(name), *kept])
@@ -106,13 +107,14 @@ class RunLog:
         header = {"format": FORMAT, "version": FORMAT_VERSION, "file": name, "time": round(time.time(), 3)}
         return {**header, "config": self._config} if name == RUN_LOG_FILE else header
 
-    def _guarded(self, write: Callable, path: Path, content) -> None:
+    def _guarded(self, write: Callable, path: Path, content):
         try:
-            write(path, content)
+            return write(path, content)
         except OSError as error:
             if not self._is_broken:
                 log.warning("The run log %s cannot be written (%s): the run goes on without it.", path, error)
             self._is_broken = True
+            return None
 
 
 def mask_detail(mask) -> dict[str, dict[str, float]]:
@@ -148,6 +150,11 @@ def read_lines(path: Path) -> list[dict]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def _step_of(line: dict) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def _to_numbers(tensors: Mapping[str, Any]) -> dict[str, float]:

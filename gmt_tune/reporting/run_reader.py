@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gmt_tune.errors import UserError
+from gmt_tune.reporting.redaction import without_secrets
 from gmt_tune.reporting.run_log import FORMAT, FORMAT_VERSION, MASK_DETAIL_FILE, RUN_LOG_FILE, read_lines
 from gmt_tune.reporting.text_log import find_text_logs, read_saved_config, read_text_logs
 from gmt_tune.reporting.trainer_log import read_trainer_log
@@ -87,7 +88,7 @@ def read_run(run_dir: str | Path) -> Run:
             f"({FORMAT_VERSION}): upgrade gmt-tune"
         )
     if isinstance(header.get("config"), dict):
-        run.config = header["config"]
+        run.config = without_secrets(header["config"])  # of a log from before what it holds was looked at
     steps = _in_order(lines)
     if not steps:
         logs = find_text_logs(path)

@@ -120,7 +120,8 @@ def set_damaged_aside(output_dir: Path, newer_than: Checkpoint | None) -> list[P
     for checkpoint in list_checkpoints(output_dir):
         if newer_than is not None and checkpoint.path == newer_than.path:
             break
-        aside.append(set_aside(checkpoint.path, "damaged"))
+        with contextlib.suppress(OSError):  # of a failing disk
+            aside.append(set_aside(checkpoint.path, "damaged"))
     return aside
 
 
@@ -241,7 +242,7 @@ _FILES_OF_A_RUN = (MARK_OF_BEST, "run_log.jsonl", "mask_detail.jsonl")
 def best(output_dir: Path) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss, the earliest of several; None without validation."""
     checkpoints = list_checkpoints(output_dir)
-    # Manifests of earlier releases do not hold the loss: for those, the mark does
+    # Manifests of earlier versions do not hold the loss: for those, the mark does
     marked = read_json_object(output_dir / MARK_OF_BEST) or {}
     for checkpoint in checkpoints:
         if checkpoint.path.name == marked.get("folder"):
@@ -292,8 +293,10 @@ def check_space(output_dir: Path, needed: int) -> None:
 def _read_manifest(folder: Path) -> dict | None:
     """What a manifest holds; None where it is missing or not as it was written."""
     manifest = read_json_object(folder / MANIFEST) or {}
-    checksum = manifest.pop("checksum", None)
-    if checksum is None or checksum != _checksum(manifest):
+    try:
+        if manifest.pop("checksum", None) != _checksum(manifest):
+            return None
+    except RecursionError:
         return None
     progress, files = manifest.get("progress"), manifest.get("files")
     if not isinstance(progress, dict) or not isinstance(files, dict):

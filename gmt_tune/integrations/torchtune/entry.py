@@ -87,7 +87,7 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         status = 1
     except Exception as error:
         # No fault that we know: after a day of training nobody wants to repeat it in order to see the traceback
-        _show(f"{_one_line(error)}{_keep_traceback(cfg)}")
+        _show(f"{without_secrets_of(cfg, _one_line(error))}{_keep_traceback(cfg)}")
         status = 1
     process_group.leave(has_failed=status == 1)
     return status

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from gmt_tune.reporting.redaction import hidden_values, scrub, without_secrets
@@ -44,7 +43,7 @@ def config_to_log(cfg: DictConfig) -> DictConfig:
 def without_secrets_of(cfg: DictConfig, text: str) -> str:
     """A text, such as a traceback, without the values that :func:`public_config` leaves out."""
     values: set[str] = set()
-    with contextlib.suppress(OmegaConfBaseException):
+    with contextlib.suppress(Exception):  # a config that cannot be resolved must not hide the error at hand
         values.update(hidden_values(OmegaConf.to_container(cfg, resolve=True)))
         with _environment_by_name(values):
             _container(cfg)

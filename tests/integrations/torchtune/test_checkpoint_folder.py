@@ -37,6 +37,9 @@ MANIFESTS = {
     "a list": lambda folder: (folder / folders.MANIFEST).write_text("[1, 2]"),
     "nested without end": lambda folder: (folder / folders.MANIFEST).write_text("[" * 100_000),
     "nested objects": lambda folder: (folder / folders.MANIFEST).write_text('{"a":' * 100_000),
+    "nested as deep as can be read": lambda folder: (folder / folders.MANIFEST).write_text(
+        '{"checksum": 0, "progress": ' + "[" * 900 + "]" * 900 + "}"
+    ),
     "not text": lambda folder: (folder / folders.MANIFEST).write_bytes(b"\xff\xfe\x00"),
     "a pipe": lambda folder: ((folder / folders.MANIFEST).unlink(), os.mkfifo(folder / folders.MANIFEST)),
     "a folder": lambda folder: ((folder / folders.MANIFEST).unlink(), (folder / folders.MANIFEST).mkdir()),
