@@ -139,13 +139,12 @@ def read_lines(path: Path) -> list[dict]:
     What is no file reads as empty. NaN and infinity are the strings that ``float`` takes.
     """
     lines: list[dict] = []
-    if not path.is_file():  # reading from a pipe would wait for who writes to it
+    if not path.is_file():
         return lines
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for raw in text.splitlines():
+    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(raw)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # the latter for deep nesting
             continue
         if isinstance(line, dict):
             lines.append(line)

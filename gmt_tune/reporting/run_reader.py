@@ -88,13 +88,14 @@ def read_run(run_dir: str | Path) -> Run:
             f"({FORMAT_VERSION}): upgrade gmt-tune"
         )
     if isinstance(header.get("config"), dict):
-        run.config = without_secrets(header["config"])  # of a log from before what it holds was looked at
+        run.config = header["config"]
     steps = _in_order(lines)
     if not steps:
         logs = find_text_logs(path)
         steps = read_text_logs(logs)
         run.config = run.config or read_saved_config(path, logs)
     steps = steps or _in_order(read_trainer_log(path))
+    run.config = without_secrets(run.config)  # of other programs, which write them into their logs
     if not steps:
         raise UserError(
             f"{path} holds no logged step in {RUN_LOG_FILE}, torchtune's log*.txt or a Trainer's trainer_state.json: "

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gmt_tune.reporting.redaction import without_secrets
-
 _LINE = re.compile(r"^Step (\d+) \| (.*)$")
 _CONFIG_FILE = "torchtune_config.yaml"
 
@@ -46,7 +44,7 @@ def read_saved_config(run_dir: Path, logs: list[Path]) -> dict:
                 config = OmegaConf.to_container(OmegaConf.load(folder / _CONFIG_FILE))
             except Exception:  # a config that was torn or edited by hand costs the summary, not the report
                 return {}
-            return without_secrets(config) if isinstance(config, dict) else {}
+            return config if isinstance(config, dict) else {}
     return {}
 
 

@@ -155,3 +155,9 @@ def test_a_log_of_a_newer_version_asks_for_an_upgrade(tmp_path):
     (tmp_path / RUN_LOG_FILE).write_text(json.dumps(header) + '\n{"step": 1, "loss": 1}\n')
     with pytest.raises(UserError, match="format version 99.*upgrade gmt-tune"):
         read_run(tmp_path)
+
+
+def test_secrets_that_another_program_has_logged_do_not_reach_a_report(tmp_path):
+    (tmp_path / "log_1.txt").write_text("Step 1 | loss:3.0 \n")
+    (tmp_path / "torchtune_config.yaml").write_text("dataset: {source: 'https://me:s3cret@host', hf_token: s3cret}\n")
+    assert read_run(tmp_path).config == {"dataset": {"source": "https://***@host", "hf_token": "***"}}
