@@ -50,6 +50,8 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
+_FROM_ENVIRONMENT = "comes from the environment and is not what it was"
+
 # Network file systems may show a new folder to other nodes a little later.
 SECONDS_UNTIL_SHARED = 5.0
 
@@ -169,7 +171,7 @@ class RunCheckpoints:
         differing = _differences(without_secrets(progress["config"]), *now)
         for key, was in progress.get("environment", {}).items():
             if self._environment.get(key, was) != was and not _may_differ(key):
-                differing.append(f"{key} comes from the environment and is not what it was")
+                differing.append(f"{key} {_FROM_ENVIRONMENT}")
         if progress["world_size"] != self._world_size and progress["rows_of_a_step"] == self._rows_of_a_step:
             # What makes the same steps on another number of ranks
             differing = [d for d in differing if not d.startswith(("batch_size ", "gradient_accumulation_steps "))]
@@ -418,7 +420,8 @@ def _differences(saved: dict, now: dict, resolved: dict, prefix: str = "") -> li
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, c if isinstance(c, dict) else b, f"{prefix}{key}.")
         elif a not in (b, c):
-            found.append(f"{prefix}{key} is {b!r}, was {a!r}")
+            is_secret = isinstance(b, str) and "${oc.env:" in b  # and a is it, where an earlier version saved it
+            found.append(f"{prefix}{key} " + (_FROM_ENVIRONMENT if is_secret else f"is {b!r}, was {a!r}"))
     return found
 
 
