@@ -140,5 +140,6 @@ def lock_folder(folder: Path, report: Callable[[str], None]) -> FileLock | None:
 
 def _first_line(file: Path) -> str:
     with contextlib.suppress(OSError, IndexError):
-        return file.read_text(errors="replace").splitlines()[0][:200]
+        if file.is_file():
+            return file.read_text(errors="replace").splitlines()[0][:200]
     return "its process is not known"

@@ -78,6 +78,7 @@ def _name_dtype(config_json: Path, dtype: torch.dtype | None) -> None:
         if isinstance(part, dict):
             part.update({key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in part})
     if json.dumps(config) != before:
+        config_json.unlink()  # a copy of a file that may be read-only
         config_json.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

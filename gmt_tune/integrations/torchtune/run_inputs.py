@@ -36,19 +36,18 @@ def _names_on_the_way(text: str, folder: str | None, output_dir: Path) -> Iterat
     """Names in ``output_dir`` that a path, or a pattern of paths, leads into."""
     text = os.path.expanduser(text.removeprefix("file://"))
     for written in (text, os.path.join(folder, text)) if folder else (text,):
-        if not _is_there(written):
-            continue
-        for path in {Path(os.path.abspath(written)), Path(os.path.realpath(written))}:
-            for part in (path, *path.parents):
-                with contextlib.suppress(OSError, ValueError):  # such as a text that is no path
+        for path in {p for there in _matches(written) for p in (os.path.abspath(there), os.path.realpath(there))}:
+            for part in (Path(path), *Path(path).parents):
+                with contextlib.suppress(OSError):
                     if os.path.samefile(part.parent, output_dir) and part != part.parent:
                         yield part.name
 
 
-def _is_there(path: str) -> bool:
-    """Whether a file or folder has this path, or matches it."""
+def _matches(path: str) -> list[str]:
+    """What there is of this path, or by this pattern."""
     with contextlib.suppress(OSError, ValueError):  # such as a text that is no path
-        return (
-            os.path.lexists(path) or glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None
-        )
-    return False
+        if os.path.lexists(path):
+            return [path]
+        if glob.has_magic(path):
+            return glob.glob(path, recursive=True)
+    return []
