@@ -18,6 +18,7 @@ from gmt_tune.integrations.torchtune.preference import (
     check_preference_config,
     check_preference_row,
 )
+from gmt_tune.integrations.torchtune.public_config import config_to_log
 
 
 class PairLogProbs(NamedTuple):
@@ -206,7 +207,7 @@ class GMTFullDPORecipe(MaskedRecipe):
 def dpo(cfg: DictConfig) -> None:
     """One run of the recipe."""
     check_preference_config(cfg)
-    config.log_config(recipe_name="GMTFullDPORecipe", cfg=cfg)
+    config.log_config(recipe_name="GMTFullDPORecipe", cfg=config_to_log(cfg))
     recipe = GMTFullDPORecipe(cfg=cfg)
     recipe.setup(cfg=cfg)
     recipe.train()

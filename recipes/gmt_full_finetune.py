@@ -10,6 +10,7 @@ from torchtune import config, training, utils
 from gmt_tune.integrations.torchtune.chunks import fill_chunks
 from gmt_tune.integrations.torchtune.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
+from gmt_tune.integrations.torchtune.public_config import config_to_log
 from gmt_tune.integrations.torchtune.validation import Validation
 
 
@@ -148,7 +149,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 
 def finetune(cfg: DictConfig) -> None:
     """One run of the recipe."""
-    config.log_config(recipe_name="GMTFullFinetuneRecipe", cfg=cfg)
+    config.log_config(recipe_name="GMTFullFinetuneRecipe", cfg=config_to_log(cfg))
     recipe = GMTFullFinetuneRecipe(cfg=cfg)
     recipe.setup(cfg=cfg)
     recipe.train()

@@ -16,6 +16,9 @@ from pathlib import Path
 # Variable of the environment that asks for a broken gradient: "rank step parameter value".
 BREAK = "TEST_BREAK_GRADIENT"
 
+# Variable that asks a rank to die while it writes its part of a checkpoint: "rank name".
+DIE_IN_SAVE = "TEST_DIE_IN_SAVE"
+
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     [
@@ -47,6 +50,8 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
     torch.compiler.set_stance("force_eager")  # torchao's updates compile for 20 s a shape, in every process
     if BREAK in environment:
         _break_gradient(*environment[BREAK].split())
+    if DIE_IN_SAVE in environment:
+        _die_in_save(*environment[DIE_IN_SAVE].split())
     path = str(recipe_path("gmt_full_finetune"))
     sys.argv = [path, *arguments]
     try:
@@ -70,6 +75,20 @@ def _break_gradient(rank: str, step: str, name: str, value: str) -> None:
         return reduce(self, *args)
 
     MaskedRecipe._reduce = breaking
+
+
+def _die_in_save(rank: str, name: str) -> None:
+    """Let one rank be killed when it is about to write its part of one checkpoint."""
+    from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+
+    write = RunCheckpoints._write
+
+    def dying(self, folder, its_name, *args):
+        if self._rank == int(rank) and its_name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, folder, its_name, *args)
+
+    RunCheckpoints._write = dying
 
 
 class ForkedRun:

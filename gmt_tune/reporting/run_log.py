@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gmt_tune.reporting.redaction import without_secrets
+
 RUN_LOG_FILE = "run_log.jsonl"
 MASK_DETAIL_FILE = "mask_detail.jsonl"
 FORMAT = "gmt-tune run log"
@@ -24,8 +26,6 @@ FORMAT_VERSION = 1
 
 # After the first steps, detail is written when the step has grown by one part in this many.
 _DETAIL_RATE = 32
-
-_SECRET_ENDINGS = ("api_key", "password", "secret", "access_token", "hf_token", "auth_token")
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RunLog:
 
     def __init__(self, output_dir: str | os.PathLike, config: Mapping | None = None) -> None:
         self._folder = Path(output_dir)
-        self._config = _without_secrets(config or {})
+        self._config = without_secrets(config or {})
         self._last_detail: int | None = None
         self._is_broken = False
 
@@ -91,7 +91,8 @@ class RunLog:
         """
         for name in (RUN_LOG_FILE, MASK_DETAIL_FILE):
             path = self._folder / name
-            kept = [line for line in read_lines(path) if line.get("step", math.inf) <= step] if step > 0 else []
+            lines = self._guarded(lambda path, _: read_lines(path), path, None) if step > 0 else None
+            kept = [line for line in lines or () if _step_of(line) <= step]
             if name == MASK_DETAIL_FILE:
                 self._last_detail = kept[-1]["step"] if kept else None
             self._guarded(_write_whole, path, [self._header_of(name), *kept])
@@ -106,13 +107,14 @@ class RunLog:
         header = {"format": FORMAT, "version": FORMAT_VERSION, "file": name, "time": round(time.time(), 3)}
         return {**header, "config": self._config} if name == RUN_LOG_FILE else header
 
-    def _guarded(self, write: Callable, path: Path, content) -> None:
+    def _guarded(self, write: Callable, path: Path, content):
         try:
-            write(path, content)
+            return write(path, content)
         except OSError as error:
             if not self._is_broken:
                 log.warning("The run log %s cannot be written (%s): the run goes on without it.", path, error)
             self._is_broken = True
+            return None
 
 
 def mask_detail(mask) -> dict[str, dict[str, float]]:
@@ -134,21 +136,24 @@ def mask_detail(mask) -> dict[str, dict[str, float]]:
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a file, one per line; lines that are none (such as a torn last one) are left out.
 
-    A missing file reads as empty. NaN and infinity are the strings that ``float`` takes.
+    What is no file reads as empty. NaN and infinity are the strings that ``float`` takes.
     """
     lines: list[dict] = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.is_file():
         return lines
-    for raw in text.splitlines():
+    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for deep nesting
             continue
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def _step_of(line: dict) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def _to_numbers(tensors: Mapping[str, Any]) -> dict[str, float]:
@@ -173,24 +178,13 @@ def _json_number(value, digits: int | None = None) -> float | int | str:
     return float(f"{value:.{digits}g}") if digits else value
 
 
-def _without_secrets(config):
-    if isinstance(config, Mapping):
-        return {
-            str(key): "***" if value and str(key).lower().endswith(_SECRET_ENDINGS) else _without_secrets(value)
-            for key, value in config.items()
-        }
-    if isinstance(config, (list, tuple)):
-        return [_without_secrets(value) for value in config]
-    return config
-
-
 def _dumps(line: dict) -> bytes:
     return (json.dumps(line, separators=(",", ":"), default=str) + "\n").encode()
 
 
 def _append_line(path: Path, line: dict) -> None:
     """One write to a file opened for appending: a line is there whole, or torn only at the file's end."""
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)  # as umask says
     try:
         size = os.fstat(file).st_size
         torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # the last writer was killed in mid-line

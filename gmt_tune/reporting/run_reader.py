@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gmt_tune.errors import UserError
+from gmt_tune.reporting.redaction import without_secrets
 from gmt_tune.reporting.run_log import FORMAT, FORMAT_VERSION, MASK_DETAIL_FILE, RUN_LOG_FILE, read_lines
 from gmt_tune.reporting.text_log import find_text_logs, read_saved_config, read_text_logs
 from gmt_tune.reporting.trainer_log import read_trainer_log
@@ -94,6 +95,7 @@ def read_run(run_dir: str | Path) -> Run:
         steps = read_text_logs(logs)
         run.config = run.config or read_saved_config(path, logs)
     steps = steps or _in_order(read_trainer_log(path))
+    run.config = without_secrets(run.config)  # of other programs, which write them into their logs
     if not steps:
         raise UserError(
             f"{path} holds no logged step in {RUN_LOG_FILE}, torchtune's log*.txt or a Trainer's trainer_state.json: "

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked_run import BREAK, ForkedRun
+from forked_run import BREAK, DIE_IN_SAVE, ForkedRun
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import signals
@@ -141,6 +141,44 @@ def test_told_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes, 
     more = ForkedRun(write_config(tmp_path, config), "resume_from_checkpoint=True", processes=processes)
     assert more.wait(240) == [0] * processes
     assert len(logged_metrics(tmp_path / "out")) == config["epochs"] * steps
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_when_a_rank_dies_in_a_save_the_run_ends_and_the_checkpoint_before_it_resumes(
+    is_async, tmp_path, tiny_config, final_weights
+):
+    changes = dict(gradient_mask=MASK, save_every_n_steps=1, batch_size=2, enable_async_checkpointing=is_async)
+    file = write_config(tmp_path / "killed", tiny_config(tmp_path / "killed" / "out", **changes))
+    run = ForkedRun(file, processes=2, environment={DIE_IN_SAVE: "1 step_3"})
+    assert run.wait(90) == [1, -signal.SIGKILL]
+    output_dir, said = tmp_path / "killed" / "out", run.log.read_text()
+    assert saved_steps(output_dir) == 2
+    if not is_async:  # while training goes on, it may be the next collective that meets with nobody
+        assert f"the checkpoint {output_dir / 'step_3'} is not whole: rank 1 ended while it was being written" in said
+        assert f"the last whole checkpoint: {output_dir / 'step_2'}" in said
+    straight = write_config(tmp_path / "straight", tiny_config(tmp_path / "straight" / "out", **changes))
+    assert ForkedRun(straight, processes=2).wait(90) == [0, 0]
+    assert ForkedRun(file, "resume_from_checkpoint=True", processes=2).wait(90) == [0, 0]
+    resumed, wanted = final_weights(output_dir), final_weights(tmp_path / "straight" / "out")
+    assert len(wanted) > 10
+    assert all(torch.equal(resumed[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_second_run_in_the_folder_of_one_that_is_running_is_refused(resumes, tmp_path, tiny_config):
+    config = tiny_config(tmp_path / "out", gradient_mask=MASK, max_steps_per_epoch=None, epochs=50)
+    config.update(save_every_n_steps=3, keep_last_n_checkpoints=2)
+    first = ForkedRun(write_config(tmp_path / "first", config))
+    wait_until(lambda: saved_steps(tmp_path / "out") >= 3, first)
+    second_file = write_config(tmp_path / "second", {**config, "resume_from_checkpoint": resumes})
+    second = ForkedRun(second_file)
+    assert second.wait(60) == [1]
+    assert f"another run is writing here (process {first.processes[0].pid} on " in second.log.read_text()
+    assert first.is_running()
+    assert not any((tmp_path / "out").glob("previous_*"))
+    first.kill()
+    overrides = "epochs=1", "max_steps_per_epoch=2", "resume_from_checkpoint=False"
+    assert ForkedRun(second_file, *overrides).wait(60) == [0]  # no lock outlives a kill
 
 
 @pytest.mark.parametrize("is_under_torchrun", [False, True])

@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     caplog.set_level("INFO")
     # Were the damaged one to count as the newest, the one saved after it would be deleted
     run_recipe(tiny_config(run, resume_from_checkpoint=True, keep_last_n_checkpoints=2, **changes))
-    assert (run / "damaged_step_3").is_dir() == ("manifest" not in damage)
+    assert (run / ("earlier_step_3" if "manifest" in damage else "damaged_step_3")).is_dir()
     named = f"{run / 'step_3'} is passed over" if "manifest" in damage else f"{run / 'step_3'} is damaged"
     assert named in caplog.text
     assert f"Going on from {run / 'step_2'}" in caplog.text
@@ -357,3 +357,174 @@ def test_a_new_run_moves_the_checkpoints_of_an_earlier_one_aside(tmp_path, tiny_
     run_recipe(tiny_config(tmp_path, max_steps_per_epoch=2))
     assert {p.name for p in (tmp_path / "previous_1").iterdir()} >= {"epoch_0", "step_2"}
     assert not (tmp_path / "step_2").exists() and (tmp_path / "epoch_0").exists()
+
+
+def test_where_no_checkpoint_is_whole_a_run_begins_again_and_keeps_what_it_saves(
+    tmp_path, tiny_config, run_recipe, final_weights, caplog
+):
+    changes = dict(gradient_mask=MASK, save_every_n_steps=1, keep_last_n_checkpoints=1)
+    run_recipe(tiny_config(tmp_path / "straight", **changes))
+    later = dict(save_every_n_steps=8, max_steps_per_epoch=9, keep_last_n_checkpoints=None)
+    run_recipe(tiny_config(tmp_path / "out", **{**changes, **later}))
+    shutil.rmtree(tmp_path / "out" / "epoch_0")
+    weights = next((tmp_path / "out" / "step_8").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    caplog.set_level("INFO")
+    run_recipe(tiny_config(tmp_path / "out", resume_from_checkpoint=True, **changes))
+    assert f"None of the checkpoints in {tmp_path / 'out'} is whole: starting from the beginning" in caplog.text
+    assert {p.name for p in (tmp_path / "out").glob("*_[0-9]")} == {"epoch_0", "damaged_step_8"}
+    resumed, wanted = final_weights(tmp_path / "out"), final_weights(tmp_path / "straight")
+    assert len(wanted) > 10
+    assert all(torch.equal(resumed[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_folder_of_the_users_with_a_checkpoints_name_is_kept(resumes, tmp_path, tiny_config, run_recipe):
+    """torchtune's own recipes write output_dir/epoch_0."""
+    (tmp_path / "epoch_0").mkdir()
+    (tmp_path / "epoch_0" / "precious.safetensors").write_text("mine")
+    run_recipe(tiny_config(tmp_path, resume_from_checkpoint=resumes, max_steps_per_epoch=2))
+    kept = tmp_path / ("earlier_epoch_0" if resumes else "previous_1/epoch_0") / "precious.safetensors"
+    assert kept.read_text() == "mine"
+    assert not (tmp_path / "epoch_0" / "precious.safetensors").exists()
+    assert json.loads((tmp_path / "epoch_0" / "training_progress.json").read_text())["progress"]["is_final"]
+
+
+def test_what_a_kill_after_the_last_save_left_undone_is_done_when_the_run_is_resumed(
+    tmp_path, tiny_config, run_recipe, monkeypatch
+):
+    """Between the rename and what follows it: no mark of the best, and checkpoints that nobody discards."""
+    config = tiny_config(tmp_path, save_every_n_steps=1, max_steps_per_epoch=5, keep_last_n_checkpoints=1)
+    config["dataset_val"] = dict(config["dataset"])
+    config.update(run_val_every_n_steps=1, optimizer={"_component_": "torch.optim.SGD", "lr": 0.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "mark_best", lambda *args: None)
+        patch.setattr(checkpoint_folder, "keep_newest", lambda *args: None)
+        run_recipe(config)
+    assert {p.name for p in tmp_path.glob("*_[0-9]")} == {"step_1", "step_2", "step_3", "step_4", "epoch_0"}
+    recipe = run_recipe({**config, "resume_from_checkpoint": True})
+    assert recipe.global_step == 5
+    assert {p.name for p in tmp_path.glob("*_[0-9]")} == {"step_1", "epoch_0"}
+    assert json.loads((tmp_path / "best_checkpoint.json").read_text())["folder"] == "step_1"
+
+
+def with_input_in(config: dict, folder, key: str) -> None:
+    """Let a config read its model, tokenizer or data from a folder."""
+    if key == "checkpointer.checkpoint_dir":
+        config["checkpointer"]["checkpoint_dir"] = str(folder)
+    elif key == "tokenizer.path":
+        config["tokenizer"]["path"] = str(folder / "tokenizer.json")
+    elif key == "dataset.data_files":
+        config["dataset"]["data_files"] = [str(folder / "train.jsonl")]
+    else:
+        config["dataset_val"] = {**config["dataset"], "data_files": str(folder / "*.jsonl")}
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize(
+    "key", ["checkpointer.checkpoint_dir", "tokenizer.path", "dataset.data_files", "dataset_val.data_files"]
+)
+def test_a_run_that_would_move_its_own_input_away_is_refused_and_moves_nothing(
+    key, resumes, tmp_path, tiny_world, tiny_config, run_recipe
+):
+    shutil.copytree(tiny_world / "model", tmp_path / "out" / "epoch_0")
+    shutil.copy(tiny_world / "train.jsonl", tmp_path / "out" / "epoch_0")
+    (tmp_path / "out" / "step_3").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    config = tiny_config(tmp_path / "out", resume_from_checkpoint=resumes)
+    with_input_in(config, tmp_path / "out" / "epoch_0", key)
+    with pytest.raises(UserError, match=rf"{key}.* is in .*epoch_0, which this run would move aside or write over"):
+        run_recipe(config)
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != ".gmt_tune.lock"] == before
+
+
+def test_an_input_in_a_folder_that_the_run_leaves_alone_is_no_reason_to_refuse(
+    tmp_path, tiny_world, tiny_config, run_recipe
+):
+    for name in ("base", "epoch_best"):
+        shutil.copytree(tiny_world / "model", tmp_path / name)
+    (tmp_path / "step_1").symlink_to(tmp_path / "base")  # to move a link does not move what it points to
+    config = tiny_config(tmp_path, max_steps_per_epoch=1)
+    with_input_in(config, tmp_path / "base", "checkpointer.checkpoint_dir")
+    with_input_in(config, tmp_path / "epoch_best", "tokenizer.path")
+    run_recipe(config)
+    assert (tmp_path / "base" / "config.json").exists() and (tmp_path / "previous_1" / "step_1").is_symlink()
+
+
+def test_a_checkpoint_that_the_config_reads_from_is_not_discarded(tmp_path, tiny_config, run_recipe):
+    changes = dict(save_every_n_steps=1, keep_last_n_checkpoints=1, max_steps_per_epoch=4)
+    run_recipe(tiny_config(tmp_path, **{**changes, "keep_last_n_checkpoints": None}))
+    interrupted_at(tmp_path, 2)
+    config = tiny_config(tmp_path, resume_from_checkpoint=True, **changes)
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "step_1")
+    config["checkpointer"]["checkpoint_files"] = ["model-00001-of-00001.safetensors"]
+    run_recipe(config)
+    assert {p.name for p in tmp_path.glob("*_[0-9]")} == {"step_1", "epoch_0"}
+
+
+def test_an_output_dir_in_the_models_folder_is_refused_before_anything_is_moved(
+    tmp_path, tiny_world, tiny_config, run_recipe
+):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    (tmp_path / "model" / "epoch_0").mkdir()
+    config = tiny_config(tmp_path / "model")
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
+    with pytest.raises(UserError, match=r"checkpointer\.output_dir .* is in checkpointer\.checkpoint_dir"):
+        run_recipe(config)
+    assert (tmp_path / "model" / "epoch_0").is_dir()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"num_attention_heads": null, "hidden_size": 64}'], ids=str)
+def test_a_config_json_without_what_the_loader_needs_is_one_sentence(
+    content, tmp_path, tiny_world, tiny_config, run_recipe
+):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(content)
+    config = tiny_config(tmp_path / "out")
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
+    with pytest.raises(UserError, match=r"config\.json does not say num_attention_heads, num_key_value_heads"):
+        run_recipe(config)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_config_json_says_the_dtype_that_was_saved(dtype, tmp_path, tiny_world, tiny_config, run_recipe):
+    from transformers import AutoModelForCausalLM
+
+    name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    given = json.loads(file.read_text())
+    given.pop("torch_dtype", None)
+    file.write_text(json.dumps({**given, "dtype": "float16", "text_config": {"torch_dtype": "float16"}}))
+    config = tiny_config(tmp_path / "out", dtype=dtype, max_steps_per_epoch=1)
+    config["checkpointer"]["checkpoint_dir"] = str(tmp_path / "model")
+    run_recipe(config)
+    saved = json.loads((tmp_path / "out" / "epoch_0" / "config.json").read_text())
+    assert saved == {**given, "dtype": name, "text_config": {"torch_dtype": name}}
+    weights = load_all(tmp_path / "out" / "epoch_0")
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{name}"}
+    del saved["text_config"]
+    (tmp_path / "out" / "epoch_0" / "config.json").write_text(json.dumps(saved))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0")  # in the dtype that the config says
+    assert torch.equal(model.state_dict()["model.norm.weight"], weights["model.norm.weight"])
+    assert str(model.dtype) == f"torch.{name}"
+
+
+def test_no_file_of_a_run_holds_a_secret_and_it_still_goes_on(tmp_path, tiny_config, monkeypatch):
+    config = tiny_config(tmp_path / "out", max_steps_per_epoch=3, save_every_n_steps=1, write_report=True)
+    config["metric_logger"].update(api_key="plain-s3cret", project="${oc.env:TEST_SECRET}")
+    config["dataset"]["name"] = "${oc.env:TEST_SECRET}"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for overrides in ((), ("resume_from_checkpoint=True",)):
+        run = ForkedRun(tmp_path / "config.yaml", *overrides, environment={"TEST_SECRET": "from-the-environment"})
+        assert run.wait(120) == [0], run.log.read_text()[-3000:]
+        shutil.rmtree(tmp_path / "out" / "epoch_0")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()] + [run.log]
+    assert {"training_progress.json", "run_log.jsonl", "torchtune_config.yaml"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        assert b"plain-s3cret" not in content and b"from-the-environment" not in content, file
+    assert "Going on from" in run.log.read_text()
+    run = ForkedRun(tmp_path / "config.yaml", *overrides, environment={"TEST_SECRET": "another-value"})
+    assert run.wait(120) == [1]
+    assert "dataset.name comes from the environment and is not what it was" in run.log.read_text()

@@ -3,10 +3,13 @@
 import json
 import logging
 import math
+import os
+import stat
 
 import pytest
 
 from gmt_tune.errors import UserError
+from gmt_tune.reporting import run_log
 from gmt_tune.reporting.run_log import MASK_DETAIL_FILE, RUN_LOG_FILE, RunLog
 from gmt_tune.reporting.run_reader import read_run, read_runs
 
@@ -80,6 +83,31 @@ def test_secrets_of_a_config_are_not_written(tmp_path):
     assert "s3cret" not in (tmp_path / RUN_LOG_FILE).read_text()
 
 
+def test_a_log_that_is_no_log_costs_no_run(tmp_path):
+    """Lines that are none of ours, and a pipe, from which nobody would ever read anything."""
+    path = tmp_path / RUN_LOG_FILE
+    path.write_text('{"step": "two"}\n{"step": 1, "loss": 3.0}\n' + "[" * 100_000 + '\n{"step": null}\n')
+    os.mkfifo(tmp_path / MASK_DETAIL_FILE)
+    log = RunLog(tmp_path)
+    log.truncate_after(1)
+    log.log(2, {"loss": 2.0})
+    assert read_run(tmp_path).series["loss"].steps == [1, 2]
+    assert (tmp_path / MASK_DETAIL_FILE).is_file()
+
+
+def test_modes_of_the_logs_follow_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        log = RunLog(tmp_path)
+        log.truncate_after(0)
+        log.log(1, {"loss": 2.0})
+        (tmp_path / RUN_LOG_FILE).unlink()
+        run_log._append_line(tmp_path / RUN_LOG_FILE, {"step": 1})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o664}
+
+
 def test_a_folder_that_cannot_be_written_is_warned_about_once_and_the_run_goes_on(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     log = RunLog(tmp_path / "file" / "folder")
@@ -127,3 +155,9 @@ def test_a_log_of_a_newer_version_asks_for_an_upgrade(tmp_path):
     (tmp_path / RUN_LOG_FILE).write_text(json.dumps(header) + '\n{"step": 1, "loss": 1}\n')
     with pytest.raises(UserError, match="format version 99.*upgrade gmt-tune"):
         read_run(tmp_path)
+
+
+def test_secrets_that_another_program_has_logged_do_not_reach_a_report(tmp_path):
+    (tmp_path / "log_1.txt").write_text("Step 1 | loss:3.0 \n")
+    (tmp_path / "torchtune_config.yaml").write_text("dataset: {source: 'https://me:s3cret@host', hf_token: s3cret}\n")
+    assert read_run(tmp_path).config == {"dataset": {"source": "https://***@host", "hf_token": "***"}}

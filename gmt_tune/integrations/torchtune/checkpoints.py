@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -22,6 +21,19 @@ from torchtune import config, training, utils
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import checkpoint_folder as folders
 from gmt_tune.integrations.torchtune import process_group, training_state
+from gmt_tune.integrations.torchtune.checkpoint_writer import (
+    Mark,
+    Writer,
+    attempt,
+    has_failed_part,
+    make_marks,
+    wait_for_others,
+)
+from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
+from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
+from gmt_tune.integrations.torchtune.public_config import environment_checks, public_config
+from gmt_tune.integrations.torchtune.run_inputs import inputs_in
+from gmt_tune.reporting.redaction import without_secrets
 
 log = utils.get_logger("INFO")
 
@@ -38,23 +50,10 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
+_FROM_ENVIRONMENT = "comes from the environment and is not what it was"
+
 # Network file systems may show a new folder to other nodes a little later.
 SECONDS_UNTIL_SHARED = 5.0
-
-# Names, before the rank, of the empty files by which a rank tells rank 0 how far it is with its part.
-_WRITING, _FAILED = ".writing-by-rank", ".failed-by-rank"
-
-
-class _Writer(threading.Thread):
-    """Writes one rank's part of a checkpoint; ``error`` says what went wrong, if anything."""
-
-    def __init__(self, write) -> None:
-        super().__init__(name="checkpoint-writer")
-        self._write = write
-        self.error: str | None = None
-
-    def run(self) -> None:
-        self.error = RunCheckpoints._try(self._write)[1]
 
 
 class RunCheckpoints:
@@ -72,11 +71,14 @@ class RunCheckpoints:
         self.keep_last_n = cfg.get("keep_last_n_checkpoints", None)
         self._rank, self._world_size = rank, world_size
         self._cfg = cfg
+        self._public_config, self._environment = public_config(cfg), environment_checks(cfg)
         self._last_saved: Path | None = None
         self.resumed: folders.Checkpoint | None = None
         self.seconds = 0.0  # spent in save()
+        self._inputs: dict[str, str] = {}
+        self._locks: list[FileLock] = []
         self._is_async = bool(cfg.get("enable_async_checkpointing", False))
-        self._pending: tuple[_Writer, Path, str] | None = None
+        self._pending: tuple[Writer, Path, str] | None = None
 
     def find(self, dataset_rows: int, rows_of_a_step: int) -> DictConfig:
         """Look for the checkpoint to go on from, on rank 0 for all.
@@ -95,7 +97,7 @@ class RunCheckpoints:
         self._check_shared()
         found = [None, None]
         if self._rank == 0:
-            found = self._try(self._find_on_rank_zero)
+            found = attempt(self._find_on_rank_zero)
         with process_group.waiting_longer():
             dist.broadcast_object_list(found, src=0)
         self._raise_together(found[1])
@@ -113,7 +115,7 @@ class RunCheckpoints:
         name = [uuid.uuid4().hex, None]
         if self._rank == 0:
             folder = folders.incomplete_path(self.output_dir, name[0])
-            name[1] = self._try(lambda: folders.make_incomplete(folder))[1]
+            name[1] = attempt(self._lock)[1] or attempt(lambda: folders.make_incomplete(folder))[1]
         dist.broadcast_object_list(name, src=0)
         self._raise_together(name[1])
         probe = folders.incomplete_path(self.output_dir, name[0])
@@ -130,19 +132,46 @@ class RunCheckpoints:
                 "does not see what rank 0 writes; choose an output_dir on a file system that all nodes share"
             )
 
+    def _lock(self) -> None:
+        """Keep other runs out of this run's folders, until :meth:`close` or the end of this process."""
+        for folder in dict.fromkeys((self.output_dir, Path(self._cfg.output_dir))):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder, log.warning)
+            if lock is not None:
+                self._locks.append(lock)
+
+    def close(self) -> None:
+        """Let other runs write to this run's folders."""
+        for lock in self._locks:
+            lock.release()
+        self._locks.clear()
+
     def _find_on_rank_zero(self) -> folders.Checkpoint | None:
+        checkpoint = None
+        if self._cfg.resume_from_checkpoint:
+            checkpoint = folders.newest_whole(self.output_dir, log.warning)
+        config = OmegaConf.to_container(self._cfg, resolve=True)
+        self._inputs = inputs_in(config, self.output_dir)
+        self._check_inputs(checkpoint is not None)
         folders.remove_incomplete(self.output_dir)
         if not self._cfg.resume_from_checkpoint:
-            aside = folders.move_aside(self.output_dir)
-            if aside is not None:
-                log.info(f"Moved the checkpoints of an earlier run to {aside}.")
+            moved = folders.move_aside(self.output_dir)
+            if moved is not None:
+                log.info(f"Moved the checkpoints of an earlier run to {moved}.")
             return None
-        checkpoint = folders.newest_whole(self.output_dir, log.warning)
         if checkpoint is None:
-            log.info(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
+            if self._set_damaged_aside(None):
+                log.warning(f"None of the checkpoints in {self.output_dir} is whole: starting from the beginning.")
+            else:
+                log.info(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
             return None
         progress = checkpoint.progress
-        differing = _differences(progress["config"], json.loads(json.dumps(self._progress_config())))
+        # Earlier versions saved what is now left out of the file: passwords, and values from the environment
+        now = json.loads(json.dumps([self._public_config, without_secrets(config)]))
+        differing = _differences(without_secrets(progress["config"]), *now)
+        for key, was in progress.get("environment", {}).items():
+            if self._environment.get(key, was) != was and not _may_differ(key):
+                differing.append(f"{key} {_FROM_ENVIRONMENT}")
         if progress["world_size"] != self._world_size and progress["rows_of_a_step"] == self._rows_of_a_step:
             # What makes the same steps on another number of ranks
             differing = [d for d in differing if not d.startswith(("batch_size ", "gradient_accumulation_steps "))]
@@ -158,10 +187,37 @@ class RunCheckpoints:
                 f"the config differs from the run that saved {checkpoint.path}: {'; '.join(differing)}. Set it as "
                 "it was, or start a new run with resume_from_checkpoint: False or another output_dir"
             )
-        for path in folders.set_damaged_aside(self.output_dir, newer_than=checkpoint):
-            log.warning(f"Kept what is left of a damaged checkpoint as {path}: delete it if it is of no use.")
+        self._set_damaged_aside(checkpoint)
+        self._put_in_order(checkpoint.path.name)  # what a run that was killed right after a save has not done
         log.info(f"Going on from {checkpoint.path} (step {checkpoint.step}).")
         return checkpoint
+
+    def _check_inputs(self, is_resumed: bool) -> None:
+        """Raise UserError if this run would move or delete a file that its config names, or cannot read its model."""
+        sections = ["ref_checkpointer"] if is_resumed else ["checkpointer", "ref_checkpointer"]
+        for section in sections:
+            given = self._cfg.get(section, None)
+            if given is None:
+                continue
+            if Path(given.output_dir).resolve().is_relative_to(Path(given.checkpoint_dir).resolve()):
+                raise UserError(
+                    f"{section}.output_dir {given.output_dir} is in {section}.checkpoint_dir {given.checkpoint_dir}: "
+                    "choose an output_dir outside of the model's folder"
+                )
+            check_config_json(given)
+        own = {c.path.name for c in folders.list_checkpoints(self.output_dir)} if is_resumed else set()
+        for name, key in self._inputs.items():
+            if folders.is_the_runs(name) and name not in own:
+                raise UserError(
+                    f"{key} is in {self.output_dir / name}, which this run would move aside or write over: choose "
+                    "another output_dir"
+                )
+
+    def _set_damaged_aside(self, newer_than: folders.Checkpoint | None) -> list[Path]:
+        aside = folders.set_damaged_aside(self.output_dir, newer_than)
+        for path in aside:
+            log.warning(f"Kept what is left of a damaged checkpoint as {path}: delete it if it is of no use.")
+        return aside
 
     def check_space(self, model, optimizers: list, epochs: int, steps_per_epoch: int) -> None:
         """Raise on all ranks if the checkpoints to come would not fit on the disk, by an estimate.
@@ -177,7 +233,7 @@ class RunCheckpoints:
         if self._rank == 0 and not (self.resumed and self.resumed.progress["is_final"]):
             there = sum(size for c in folders.list_checkpoints(self.output_dir) for size, _ in c.files.values())
             needed = folders.space_needed(weights, int(state), saves, self.keep_last_n, there)
-            result = self._try(lambda: folders.check_space(self.output_dir, needed))
+            result = attempt(lambda: folders.check_space(self.output_dir, needed))
         dist.broadcast_object_list(result, src=0)
         self._raise_together(result[1])
 
@@ -205,9 +261,10 @@ class RunCheckpoints:
         folder = folders.incomplete_path(self.output_dir, name)
         error = None
         if self._rank == 0:
-            error = self._try(lambda: self._prepare(folder))[1]
+            error = attempt(lambda: self._prepare(folder))[1]
         self._agree(error, folder, name)
-
+        # Before the weights are gathered, for which all ranks meet: from then on rank 0 sees who lives
+        mark = Mark(folder, self._rank)
         weights = training.gather_cpu_state_dict(recipe._model, self._rank == 0, device=recipe._device)
         state = None
         if not is_final:
@@ -216,8 +273,8 @@ class RunCheckpoints:
         if self._is_async and recipe._device.type == "cpu":  # these still are the tensors that training changes
             weights = {key: weight.clone() for key, weight in weights.items()}
         checkpointer = recipe._checkpoint_client._get_checkpointer()
-        progress = self._progress(recipe, is_final)
-        writer = _Writer(lambda: self._write(folder, name, checkpointer, weights, state, progress, val_loss))
+        progress = self._progress(recipe, is_final, val_loss)
+        writer = Writer(lambda: self._write(folder, name, checkpointer, weights, state, progress, mark))
         self._pending = (writer, folder, name)
         writer.start()
         if not self._is_async:
@@ -233,39 +290,48 @@ class RunCheckpoints:
         if self._pending is None:
             return
         (writer, folder, name), self._pending = self._pending, None
-        writer.join()
+        writer.wait()
+        if writer.has_lost_rank:  # whom a collective would wait for
+            raise UserError(
+                f"the checkpoint {self.output_dir / name} is not whole: {writer.error}. Go on with "
+                f"resume_from_checkpoint: True; the last whole checkpoint: {self._last_saved or 'none yet'}"
+            )
         with process_group.waiting_longer():
             self._agree(writer.error, folder, name)
         self._last_saved = self.output_dir / name
         if self._rank == 0:
             log.info(f"Saved {self._last_saved}.")
 
-    def _write(self, folder: Path, name: str, checkpointer, weights, state, progress: dict, val_loss) -> None:
+    def _write(self, folder: Path, name: str, checkpointer, weights, state, progress: dict, mark: Mark) -> None:
         """This rank's files; on rank 0 also the model's, and, once all ranks have written, the final name."""
-        if self._rank > 0:
-            mark = folder / f"{_WRITING}{self._rank}"
-            try:
+        try:
+            with mark:
                 if state is not None:
                     torch.save(state, folder / training_state.state_file(self._rank))
-            except BaseException:
-                mark.rename(folder / f"{_FAILED}{self._rank}")  # which needs no room on a full disk
-                raise
-            mark.unlink()
+            if self._rank > 0:
+                return
+            write_model(checkpointer, weights, folder, self._newest_model_folder())
+        finally:
+            if self._rank == 0:
+                wait_for_others(folder)  # also after an error, for which all ranks are about to meet
+        if has_failed_part(folder):
             return
-        if state is not None:
-            torch.save(state, folder / training_state.state_file(0))
-        _write_model(checkpointer, weights, folder, self._newest_model_folder())
-        # Files rather than a collective tell that the others are done: training may be using the collectives.
-        while any(folder.glob(f"{_WRITING}*")):
-            time.sleep(0.01)
-        if any(folder.glob(f"{_FAILED}*")):
-            raise OSError("another rank could not write its part")
-        progress["model_files"] = _model_files(folder)
-        folders.complete(folder, name, progress)
+        progress["model_files"] = model_files(folder)
+        _, earlier = folders.complete(folder, name, progress)
+        if earlier is not None:
+            log.warning(f"Kept what had the name {name} before as {earlier}: delete it if it is of no use.")
+        self._put_in_order(name)
+
+    def _put_in_order(self, newest: str) -> None:
+        """Discard what ``keep_last_n_checkpoints`` does not keep, and name the best; the newest always stays."""
         try:
-            self._after_save(name, val_loss)
+            if self.keep_last_n:
+                best = folders.best(self.output_dir)
+                keep = {newest, *self._inputs, *((best.path.name,) if best is not None else ())}
+                folders.keep_newest(self.output_dir, self.keep_last_n, keep)
+            folders.mark_best(self.output_dir)
         except OSError as error:  # such as a file that somebody reads, on NFS; the new checkpoint is whole
-            log.warning(f"After {name} was saved, older checkpoints could not be put in order: {error}")
+            log.warning(f"After {newest} was saved, older checkpoints could not be put in order: {error}")
 
     def _newest_model_folder(self) -> Path:
         """Where config, tokenizer and generation files are copied from.
@@ -278,10 +344,9 @@ class RunCheckpoints:
 
     def _prepare(self, folder: Path) -> None:
         folders.make_incomplete(folder)
-        for rank in range(1, self._world_size):
-            (folder / f"{_WRITING}{rank}").touch()
+        make_marks(folder, self._world_size)
 
-    def _progress(self, recipe, is_final: bool) -> dict:
+    def _progress(self, recipe, is_final: bool, val_loss: float | None) -> dict:
         return {
             "global_step": recipe.global_step,
             "epoch": recipe._epoch,
@@ -293,37 +358,18 @@ class RunCheckpoints:
             "steps_per_epoch": recipe._steps_per_epoch,
             "total_epochs": recipe.total_epochs,
             "is_final": is_final,
+            "val_loss": val_loss,
             "seed": recipe.seed,
             "skipped_steps": recipe._skipped_steps,
             "world_size": self._world_size,
-            "config": self._progress_config(),
+            "config": self._public_config,
+            "environment": self._environment,
         }
-
-    def _progress_config(self) -> dict:
-        return OmegaConf.to_container(self._cfg, resolve=True)
-
-    def _after_save(self, name: str, val_loss: float | None) -> None:
-        best_name, best_loss = folders.best(self.output_dir)
-        if val_loss is not None and val_loss < best_loss:
-            folders.mark_best(self.output_dir, name, val_loss)
-            best_name = name
-        if self.keep_last_n:
-            folders.keep_newest(self.output_dir, self.keep_last_n, keep=best_name)
 
     @property
     def last_saved(self) -> Path | None:
         """The newest checkpoint that this run wrote or went on from."""
         return self._last_saved
-
-    @staticmethod
-    def _try(action) -> list:
-        """[result, None], or [None, error message]: what can be sent to the other ranks."""
-        try:
-            return [action(), None]
-        except UserError as error:
-            return [None, str(error)]
-        except Exception as error:  # torch and safetensors raise RuntimeErrors of their own for a full disk
-            return [None, f"{type(error).__name__}: {error}"]
 
     @staticmethod
     def _raise_together(message: str | None) -> None:
@@ -357,48 +403,30 @@ def _state_bytes_per_entry(optimizer, p) -> float:
     return (2 if "adam" in kind else 1) * p.element_size()
 
 
-def _write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> None:
-    """Let torchtune's checkpointer write a model folder at ``folder`` instead of ``output_dir/epoch_N``.
+def _differences(saved: dict, now: dict, resolved: dict, prefix: str = "") -> list[str]:
+    """Every key whose value changes the training and is not what it was.
 
     Args:
-        checkpointer: the config's.
-        weights: of the model, by torchtune's names.
-        folder: exists; gets the files.
-        files_from: model folder whose files other than weights are copied.
+        saved: config of the run that saved a checkpoint.
+        now: this run's, as it is saved.
+        resolved: the same, with values from the environment.
+        prefix: of the keys.
     """
-    given = checkpointer._output_dir, checkpointer._checkpoint_dir
-    checkpointer._output_dir, checkpointer._checkpoint_dir = folder, files_from
-    try:
-        checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0, intermediate_checkpoint=False)
-    finally:
-        checkpointer._output_dir, checkpointer._checkpoint_dir = given
-    for path in sorted((folder / "epoch_0").iterdir()):
-        # Our own files of the checkpoint that this run went on from are copied with the model's: not wanted
-        if path.name == folders.MANIFEST or path.name.startswith("training_state_rank"):
-            path.unlink()
-        else:
-            path.rename(folder / path.name)
-    (folder / "epoch_0").rmdir()
-
-
-def _model_files(folder: Path) -> list[str]:
-    suffixes = (".safetensors", ".bin", ".pt", ".pth")
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
-    return [name for name in names if not name.startswith("training_state_rank")]
-
-
-def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    """Every key whose value changes the training and is not what it was."""
     found = []
     for key in {**saved, **now}:
-        if f"{prefix}{key}" in _MAY_DIFFER:
+        if _may_differ(f"{prefix}{key}"):
             continue
-        a, b = saved.get(key), now.get(key)
+        a, b, c = saved.get(key), now.get(key), resolved.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {b!r}, was {a!r}")
+            found += _differences(a, b, c if isinstance(c, dict) else b, f"{prefix}{key}.")
+        elif a not in (b, c):
+            is_secret = isinstance(b, str) and "${oc.env:" in b  # and a is it, where an earlier version saved it
+            found.append(f"{prefix}{key} " + (_FROM_ENVIRONMENT if is_secret else f"is {b!r}, was {a!r}"))
     return found
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in _MAY_DIFFER)
 
 
 def load_checkpointer(cfg_checkpointer: DictConfig):

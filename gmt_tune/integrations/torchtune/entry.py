@@ -17,6 +17,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.assets import register_resolver
 from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
+from gmt_tune.integrations.torchtune.public_config import without_secrets_of
 
 # Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
@@ -86,7 +87,7 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         status = 1
     except Exception as error:
         # No fault that we know: after a day of training nobody wants to repeat it in order to see the traceback
-        _show(f"{_one_line(error)}{_keep_traceback(cfg)}")
+        _show(f"{without_secrets_of(cfg, _one_line(error))}{_keep_traceback(cfg)}")
         status = 1
     process_group.leave(has_failed=status == 1)
     return status
@@ -108,7 +109,7 @@ def _keep_traceback(cfg: DictConfig) -> str:
     """Write the traceback of the error at hand to a file in ``output_dir``, and say so."""
     file = Path(str(cfg.get("output_dir", "."))) / f"error_of_rank{os.environ.get('RANK', '0')}.txt"
     try:
-        file.write_text(traceback.format_exc())
+        file.write_text(without_secrets_of(cfg, traceback.format_exc()))
     except OSError:
         return ""
     return f" (its traceback is in {file})"

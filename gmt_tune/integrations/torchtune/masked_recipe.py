@@ -32,6 +32,7 @@ from gmt_tune.integrations.torchtune.mask import (
 )
 from gmt_tune.integrations.torchtune.optimizers import keep_tensor_lr
 from gmt_tune.integrations.torchtune.progress import Progress
+from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.signals import StopSignal
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.report_at_end import report_at_end
@@ -136,8 +137,22 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             self._resume(self._checkpoints.resumed)
         self._checkpoints.check_space(self._model, self._optimizers, self.total_epochs, self._steps_per_epoch)
         if self._is_rank_zero:
-            self._run_log = RunLog(self._output_dir, OmegaConf.to_container(cfg, resolve=True))
+            self._run_log = RunLog(self._output_dir, public_config(cfg))
             self._run_log.truncate_after(self.global_step)
+
+    @property
+    def _metric_logger(self):
+        """The config's metric logger; torchtune's set-up makes it and gives it the config."""
+        return self._public_config_logger
+
+    @_metric_logger.setter
+    def _metric_logger(self, logger) -> None:
+        self._public_config_logger = PublicConfigLogger(logger)
+
+    def cleanup(self) -> None:
+        """Close the metric logger and the process group, as torchtune does; let other runs write to the folder."""
+        super().cleanup()
+        self._checkpoints.close()
 
     def _build_dataset(self, cfg: DictConfig, key: str):
         dataset, packed = data.build_dataset(cfg[key], self._tokenizer, key)

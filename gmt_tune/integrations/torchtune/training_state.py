@@ -101,8 +101,7 @@ def restore(
     if saved_world_size == world_size:
         state = _read(folder, rank)
     else:
-        parts = [_read(folder, r) for r in range(saved_world_size)]
-        state = _reshard(parts, parameters)
+        state = _reshard(_read_all(folder, saved_world_size), parameters)
     owners = {p: (optimizer, g) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
     for name, saved in state["optimizer"].items():
         p = parameters[name]
@@ -133,11 +132,16 @@ def restore(
     return state["rng"]
 
 
-def _read(folder: Path, rank: int) -> dict:
-    state = torch.load(folder / state_file(rank), map_location="cpu", weights_only=True, mmap=False)
+def _read(folder: Path, rank: int, *, mmap: bool = False) -> dict:
+    state = torch.load(folder / state_file(rank), map_location="cpu", weights_only=True, mmap=mmap)
     for key in ("optimizer", "local_numel"):
         state[key] = {bare_name(name): value for name, value in state[key].items()}
     return state
+
+
+def _read_all(folder: Path, saved_world_size: int) -> list[dict]:
+    """The parts of all ranks, mapped into memory: of their tensors, only what is used will be read."""
+    return [_read(folder, rank, mmap=True) for rank in range(saved_world_size)]
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -201,8 +205,9 @@ def _reshard(parts: list[dict], parameters: Mapping[str, Tensor]) -> dict:
             if not isinstance(value, tuple) or value[0].dim() == 0:
                 optimizer[name][key] = value  # step counts are the same on all ranks
                 continue
-            whole = _whole([part["optimizer"][name][key][0] for part in parts], value[1])
-            optimizer[name][key] = (whole[start:stop].contiguous(), isinstance(parameters[name], DTensor), value[2])
+            saved = [part["optimizer"][name][key][0] for part in parts]
+            own = _own_rows(saved if value[1] else saved[:1], start, stop)
+            optimizer[name][key] = (own, isinstance(parameters[name], DTensor), value[2])
     state = {**parts[0], "optimizer": optimizer, "rng": None}
     for owner, keys in (("mask", ("selections",)), ("tracker", ("last", "ever"))):
         if state.get(owner) is not None:
@@ -219,15 +224,39 @@ def _reshard_bits(parts: list[dict], owner: str, key: str, parameters: Mapping[s
         p = parameters[name]
         start, stop = _local_rows(name, p)
         row = p.numel() // p.shape[0] if p.dim() else 1
-        bits = [unpack_selection(part[owner][key][name], part["local_numel"][name]) for part in parts]
-        whole = torch.cat(bits) if sum(b.numel() for b in bits) == p.numel() else bits[0]
-        own[name] = pack_selection(whole[start * row : stop * row])
+        saved = [(part[owner][key][name], part["local_numel"][name]) for part in parts]
+        if sum(numel for _, numel in saved) != p.numel():  # not sharded: every rank has saved them all
+            saved = saved[:1]
+        own[name] = pack_selection(_own_bits(saved, start * row, stop * row))
     return own
 
 
-def _whole(locals_: list[Tensor], is_sharded: bool) -> Tensor:
-    whole = [t.dequantize() if hasattr(t, "dequantize") and type(t) is not Tensor else t for t in locals_]
-    return torch.cat(whole) if is_sharded else whole[0]
+def _own_rows(parts: list[Tensor], start: int, stop: int) -> Tensor:
+    """Rows of the tensor that ``parts`` make one below the other, in memory of its own; quantized ones as floats."""
+    rows = []
+    for i, first, last in _overlaps([part.shape[0] for part in parts], start, stop):
+        is_quantized = hasattr(parts[i], "dequantize") and type(parts[i]) is not Tensor
+        rows.append((parts[i].dequantize() if is_quantized else parts[i])[first:last])
+    return torch.cat(rows) if rows else torch.empty(0, *parts[0].shape[1:], dtype=parts[0].dtype)
+
+
+def _own_bits(parts: list[tuple[Tensor, int]], start: int, stop: int) -> Tensor:
+    """Entries of the bits that parts (packed, number of entries) make one after the other: a bool tensor, flat."""
+    bits = [torch.empty(0, dtype=torch.bool)]
+    for i, first, last in _overlaps([numel for _, numel in parts], start, stop):
+        byte = first // 8
+        bits.append(unpack_selection(parts[i][0][byte : -(-last // 8)], last - 8 * byte)[first - 8 * byte :])
+    return torch.cat(bits)
+
+
+def _overlaps(lengths: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Of parts laid end to end, those that reach into a range: (index, first and last + 1 within the part)."""
+    offset = 0
+    for i, length in enumerate(lengths):
+        first, last = max(start - offset, 0), min(stop - offset, length)
+        if first < last:
+            yield i, first, last
+        offset += length
 
 
 def _local_rows(name: str, p: Tensor) -> tuple[int, int]:

@@ -1,0 +1,144 @@
+"""Writes a rank's part of a checkpoint in a thread, and lets rank 0 see how far the other ranks are, and who lives.
+
+Each rank but 0 has a mark in the folder that is being written: an empty file, which it locks, and removes when it is
+done. Files rather than a collective show that, since training may be using the collectives.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.file_lock import FileLock, is_locked
+
+# While rank 0 waits for the others in a save, it looks once a second who still lives and writes.
+_LOOK_EVERY_S = 1.0
+_LOOKS_UNTIL_LOST = 5  # in a row that found nobody behind a mark; a network file system may show it a little longer
+_LOOKS_UNTIL_STALLED = 1800  # in a row in which nothing was written
+
+# How long a process that ends with an error waits for its part of a checkpoint that is being written.
+_SECONDS_AT_EXIT = 300.0
+
+# Names, before the rank, of the empty files by which a rank tells rank 0 how far it is with its part.
+_WRITING, _FAILED = ".writing-by-rank", ".failed-by-rank"
+
+
+class LostRank(Exception):
+    """A rank will not write its part of a checkpoint, nor come to the next collective."""
+
+
+def attempt(action: Callable) -> list:
+    """[result, None], or [None, error message]: what can be sent to the other ranks.
+
+    Raises:
+        LostRank: which the other ranks cannot be told.
+    """
+    try:
+        return [action(), None]
+    except UserError as error:
+        return [None, str(error)]
+    except LostRank:
+        raise
+    except Exception as error:  # torch and safetensors raise RuntimeErrors of their own for a full disk
+        return [None, f"{type(error).__name__}: {error}"]
+
+
+class Writer(threading.Thread):
+    """Writes one rank's part of a checkpoint.
+
+    Attributes:
+        error: what went wrong, or None.
+        has_lost_rank: whether that is a :class:`LostRank`.
+    """
+
+    def __init__(self, write) -> None:
+        super().__init__(name="checkpoint-writer", daemon=True)
+        self._write = write
+        self.error: str | None = None
+        self.has_lost_rank = False
+
+    def start(self) -> None:
+        """Begin; a process that ends meanwhile waits for it, but not for ever."""
+        atexit.register(self.join, _SECONDS_AT_EXIT)
+        super().start()
+
+    def run(self) -> None:
+        try:
+            self.error = attempt(self._write)[1]
+        except LostRank as lost:
+            self.error, self.has_lost_rank = str(lost), True
+
+    def wait(self) -> None:
+        """Wait until it is done."""
+        self.join()
+        atexit.unregister(self.join)
+
+
+def make_marks(folder: Path, world_size: int) -> None:
+    """On rank 0: make the marks of the other ranks."""
+    for rank in range(1, world_size):
+        (folder / f"{_WRITING}{rank}").touch()
+
+
+class Mark:
+    """A rank's mark, locked from now on: a context in which it writes its part. Rank 0 has none.
+
+    Args:
+        folder: that is being written.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file = folder / f"{_WRITING}{rank}"
+        self._failed = folder / f"{_FAILED}{rank}"
+        self._is_there = rank > 0
+        self._lock: FileLock | None = None
+        if self._is_there:
+            with contextlib.suppress(OSError):  # without locks, rank 0 sees only what has been written
+                self._lock = FileLock(self._file)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not self._is_there:
+            return
+        if kind is None:
+            self._file.unlink()
+        else:
+            self._file.rename(self._failed)  # which needs no room on a full disk
+        if self._lock is not None:
+            self._lock.release()
+
+
+def wait_for_others(folder: Path) -> None:
+    """On rank 0: wait until no other rank is writing its part of a checkpoint.
+
+    Raises:
+        LostRank: if a rank has ended without a word, or nothing has been written for half an hour.
+    """
+    looks_lost: dict[Path, int] = {}
+    looks_stalled, written, next_look = 0, -1, time.monotonic()
+    while marks := sorted(folder.glob(f"{_WRITING}*")):
+        if time.monotonic() >= next_look:
+            looks_lost = {mark: looks_lost.get(mark, 0) + 1 for mark in marks if is_locked(mark) is False}
+            lost = [mark.name.removeprefix(_WRITING) for mark, looks in looks_lost.items() if looks > _LOOKS_UNTIL_LOST]
+            if lost:
+                raise LostRank(f"rank {', '.join(lost)} ended while it was being written")
+            before, written = written, sum(file.stat().st_size for file in folder.glob("training_state_rank*"))
+            looks_stalled = looks_stalled + 1 if written == before else 0
+            if looks_stalled > _LOOKS_UNTIL_STALLED:
+                waiting = ", ".join(mark.name.removeprefix(_WRITING) for mark in marks)
+                raise LostRank(f"rank {waiting} has written nothing for {_LOOKS_UNTIL_STALLED * _LOOK_EVERY_S:.0f} s")
+            next_look = time.monotonic() + _LOOK_EVERY_S
+        time.sleep(0.01)
+
+
+def has_failed_part(folder: Path) -> bool:
+    """Whether another rank could not write its part; it says why."""
+    return any(folder.glob(f"{_FAILED}*"))

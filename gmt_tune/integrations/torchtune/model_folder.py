@@ -1,0 +1,88 @@
+"""The model's part of a checkpoint: what torchtune's checkpointer writes, at a place and with a dtype of our choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune import checkpoint_folder as folders
+
+# What torchtune's loader for Hugging Face folders reads of config.json, for the model types that it knows by name.
+_OF_ALL = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+_MORE = {"QWEN2": ("tie_word_embeddings",), "LLAMA3_VISION": (), "CLIP_TEXT": (), "T5_ENCODER": ()}
+
+
+def check_config_json(checkpointer: DictConfig) -> None:
+    """Raise UserError if the config.json of a Hugging Face folder lacks what the loader needs.
+
+    Args:
+        checkpointer: section of a config.
+    """
+    if not str(checkpointer.get("_component_", "")).endswith("FullModelHFCheckpointer"):
+        return
+    file = Path(checkpointer.checkpoint_dir) / "config.json"
+    kind = str(checkpointer.get("model_type", ""))
+    keys = _MORE.get(kind, _OF_ALL) + (_OF_ALL if kind == "QWEN2" else ())
+    there = folders.read_json_object(file) or {}
+    missing = [key for key in keys if there.get(key) is None]
+    if missing:
+        raise UserError(
+            f"{file} does not say {', '.join(missing)}: checkpoint_dir must be the Hugging Face folder of a model of "
+            f"model_type {kind}; download it again, or choose the model_type that fits"
+        )
+
+
+def write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> None:
+    """Let torchtune's checkpointer write a model folder at ``folder`` instead of ``output_dir/epoch_N``.
+
+    Args:
+        checkpointer: the config's.
+        weights: of the model, by torchtune's names.
+        folder: exists; gets the files.
+        files_from: model folder whose files other than weights are copied.
+    """
+    # Of weights in several dtypes, transformers names that of the first parameter too
+    dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), None)
+    given = checkpointer._output_dir, checkpointer._checkpoint_dir
+    checkpointer._output_dir, checkpointer._checkpoint_dir = folder, files_from
+    try:
+        checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0, intermediate_checkpoint=False)
+    finally:
+        checkpointer._output_dir, checkpointer._checkpoint_dir = given
+    for path in sorted((folder / "epoch_0").iterdir()):
+        # Our own files of the checkpoint that this run went on from are copied with the model's: not wanted
+        if path.name == folders.MANIFEST or path.name.startswith("training_state_rank"):
+            path.unlink()
+        else:
+            path.rename(folder / path.name)
+    (folder / "epoch_0").rmdir()
+    _name_dtype(folder / "config.json", dtype)
+
+
+def _name_dtype(config_json: Path, dtype: torch.dtype | None) -> None:
+    """Let a Hugging Face config.json say what its weights were saved in: by default, they are loaded in that."""
+    config = folders.read_json_object(config_json)
+    if config is None or dtype is None:
+        return
+    before = json.dumps(config)
+    if not config.keys() & {"dtype", "torch_dtype"}:
+        config["torch_dtype"] = None  # which every release of transformers reads
+    # Models of text and images have a config for each
+    nested = [part for key, part in config.items() if key.endswith("_config") and key != "quantization_config"]
+    for part in (config, *nested):
+        if isinstance(part, dict):
+            part.update({key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in part})
+    if json.dumps(config) != before:
+        config_json.unlink()  # a copy of a file that may be read-only
+        config_json.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_files(folder: Path) -> list[str]:
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    return [name for name in names if not name.startswith("training_state_rank")]

@@ -1,0 +1,124 @@
+"""One rule for what no file of a run may hold: passwords, tokens and keys. Standard library only.
+
+A value is hidden for its key's name (``api_key``, ``hf_token``, all below ``storage_options``), or for what it looks
+like (the password in a URL, a token of a well-known service). Values that come from environment variables are the
+business of whoever resolves them: ``public_config`` of the torchtune integration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+HIDDEN = "***"
+
+_SHORTEST_SECRET = 6  # characters; shorter ones would be found in any text
+
+# Words of a key that make all that is below it secret, wherever they stand in it.
+_SECRET_WORDS = {
+    "password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "apikey",
+    "authorization", "bearer", "cookie", "cookies", "webhook", "netrc",
+}  # fmt: skip
+_SECRET_LAST_WORDS = {"pat", "pass", "auth", "headers", "token", "tokens", "authtoken", "accesstoken", "hftoken"}
+_SECRET_WHOLE_KEYS = {"storage_options", "http_headers", "client_kwargs"}
+
+# Words before "token" or "tokens" that mean a piece of text, or a number of them.
+_TEXT_TOKENS = set(
+    """
+    bos eos pad unk mask sep cls eot eom eoh bot boi eoi fim prefix suffix middle start end begin stop special
+    added additional extra new newline image video audio vision im system assistant think tool max min num n total
+    per ignore prompt response completion instruction padding unknown first last next
+    """.split()
+)
+
+# Words before "key" that make it one of a lock rather than of a table.
+_KEYS_OF_LOCKS = {
+    "api", "access", "secret", "private", "account", "encryption", "ssh", "license", "signing", "shared",
+    "subscription", "auth", "service", "admin", "deploy", "client", "hf", "wandb", "comet", "openai", "anthropic",
+}  # fmt: skip
+
+_LOOKS_SECRET = re.compile(
+    r"""(?P<before>://)[^/\s@]+(?=@)                                # user and password of a URL
+    | (?P<parameter>[?&](?:[\w-]*(?:token|key|secret|password|sig|signature|credential))=)[^&\s'"]+
+    | (?P<assignment>\b(?:\w*(?:AccountKey|AccessKey|Password|Pwd|SharedAccessSignature)=))[^;&\s'"]+
+    | (?P<bearer>\b[Bb]earer\s+)[\w.~+/=-]{8,}
+    | \b(?:hf_|api_org_)[A-Za-z0-9]{16,}
+    | \bsk-[A-Za-z0-9_-]{16,}
+    | \b(?:gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|pypi-)[A-Za-z0-9_-]{16,}
+    | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b
+    | \beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+                          # a JSON web token
+    """,
+    re.VERBOSE,
+)
+
+
+def without_secrets(config):
+    """A copy of plain dicts and lists in which passwords, tokens and keys read ``***``, wherever they stand."""
+    return _without(config, hidden_values(config))
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a key's name says that its value is a secret."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", key)
+    words = [word.lower() for word in words]
+    if not words:
+        return False
+    before = words[-2] if len(words) > 1 else None
+    if words[-1] in ("token", "tokens"):
+        return before not in _TEXT_TOKENS and (before is not None or words[-1] == "token")
+    if words[-1] in ("key", "keys"):
+        return before in _KEYS_OF_LOCKS
+    return key.lower() in _SECRET_WHOLE_KEYS or words[-1] in _SECRET_LAST_WORDS or not _SECRET_WORDS.isdisjoint(words)
+
+
+def scrub(text: str, values: Iterable[str] = ()) -> str:
+    """A text in which ``values``, and what looks like a password or a token, read ``***``."""
+
+    def hide(match: re.Match) -> str:
+        return next((group for group in match.groups() if group), "") + HIDDEN
+
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, HIDDEN)
+    return _LOOKS_SECRET.sub(hide, text)
+
+
+def hidden_values(config) -> list[str]:
+    """The texts that :func:`without_secrets` hides for their key's name."""
+    if isinstance(config, Mapping):
+        return [
+            text
+            for key, value in config.items()
+            for text in (_texts(value) if is_secret_key(str(key)) else hidden_values(value))
+        ]
+    if isinstance(config, (list, tuple)):
+        return [text for value in config for text in hidden_values(value)]
+    return []
+
+
+def _without(config, values: list[str]):
+    if isinstance(config, Mapping):
+        return {
+            str(key): _hidden(value) if is_secret_key(str(key)) else _without(value, values)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return [_without(value, values) for value in config]
+    return scrub(config, values) if isinstance(config, str) else config
+
+
+def _hidden(value):
+    """``***`` for each value below; None, True, False and what is empty say no secret."""
+    if isinstance(value, Mapping):
+        return {str(key): _hidden(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hidden(part) for part in value]
+    return value if value is None or isinstance(value, bool) or value == "" else HIDDEN
+
+
+def _texts(value) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for part in value.values() for text in _texts(part)]
+    if isinstance(value, (list, tuple)):
+        return [text for part in value for text in _texts(part)]
+    return [] if value is None or isinstance(value, bool) else [str(value)]

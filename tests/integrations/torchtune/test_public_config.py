@@ -1,0 +1,88 @@
+"""A config as it is written: without secrets, without what the environment holds, and still good for comparing."""
+
+import pytest
+from omegaconf import OmegaConf
+from torchtune.training.metric_logging import DiskLogger
+
+from gmt_tune.integrations.torchtune.checkpoints import _differences
+from gmt_tune.integrations.torchtune.public_config import (
+    PublicConfigLogger,
+    config_to_log,
+    environment_checks,
+    public_config,
+    without_secrets_of,
+)
+
+
+@pytest.fixture
+def cfg(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_TOKEN", "from-the-environment")
+    monkeypatch.setenv("TEST_LR", "0.5")
+    monkeypatch.delenv("TEST_UNSET", raising=False)
+    return OmegaConf.create(
+        {
+            "output_dir": str(tmp_path / "out"),
+            "first": "${oc.env:TEST_TOKEN}",
+            "second": "x-${first}",  # through another key
+            "rows": [{"name": "${second}"}],
+            "lr": "${oc.decode:${oc.env:TEST_LR}}",
+            "unset": "${oc.env:TEST_UNSET,7}",
+            "logs": "${output_dir}/logs",
+            "metric_logger": {"api_key": "plain-secret", "project": "p"},
+        }
+    )
+
+
+def test_text_from_the_environment_stays_as_it_was_written(cfg, tmp_path):
+    assert public_config(cfg) == {
+        "output_dir": str(tmp_path / "out"),
+        "first": "${oc.env:TEST_TOKEN}",
+        "second": "x-${oc.env:TEST_TOKEN}",
+        "rows": [{"name": "x-${oc.env:TEST_TOKEN}"}],
+        "lr": 0.5,
+        "unset": "7",
+        "logs": str(tmp_path / "out" / "logs"),
+        "metric_logger": {"api_key": "***", "project": "p"},
+    }
+    assert OmegaConf.to_container(cfg, resolve=True)["first"] == "from-the-environment"  # as before
+
+
+def test_a_metric_logger_is_given_no_secret(cfg, tmp_path):
+    """torchtune's save the config in output_dir, and resolve it for what they upload."""
+    logger = PublicConfigLogger(DiskLogger(str(tmp_path / "logs"), "log.txt"))
+    logger.log_config(cfg)
+    logger.log_dict({"loss": 1.0}, step=1)
+    logger.close()
+    saved = (tmp_path / "out" / "torchtune_config.yaml").read_text()
+    assert "TEST_TOKEN" in saved and "***" in saved
+    resolved = OmegaConf.to_container(config_to_log(cfg), resolve=True)
+    for text in (saved, repr(resolved)):
+        assert "from-the-environment" not in text and "plain-secret" not in text
+    assert resolved["first"] == "${oc.env:TEST_TOKEN}" and resolved["output_dir"] == str(tmp_path / "out")
+    assert "loss:1.0" in (tmp_path / "logs" / "log.txt").read_text()
+
+
+def test_a_traceback_loses_the_secrets_of_its_config(cfg):
+    text = without_secrets_of(cfg, "401 for from-the-environment with plain-secret at https://a:b@host")
+    assert text == "401 for *** with *** at https://***@host"
+
+
+def test_a_changed_value_from_the_environment_is_seen_without_being_written(cfg, monkeypatch):
+    before = environment_checks(cfg)
+    assert before.keys() == {"first", "second", "rows[0].name"}
+    assert all(len(check) == 3 for check in before.values())  # 12 bits say next to nothing of a secret
+    assert environment_checks(cfg) == before
+    monkeypatch.setenv("TEST_TOKEN", "another")
+    after = environment_checks(cfg)
+    assert all(before[key] != after[key] for key in before)
+
+
+def test_a_config_of_an_earlier_version_that_was_saved_with_its_values_is_the_same_config(cfg):
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    public = public_config(cfg)
+    saved = {**resolved, "metric_logger": {"api_key": "***", "project": "p"}}
+    assert _differences(saved, public, resolved) == []
+    assert _differences(public, public, resolved) == []
+    assert _differences({**saved, "first": "other"}, public, resolved) == [
+        "first comes from the environment and is not what it was"
+    ]
