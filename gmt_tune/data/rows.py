@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torchtune.data import (
     ShareGPTToMessages,
     validate_messages,
 )
-from torchtune.datasets import PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
+from torchtune.datasets import ConcatDataset, PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
 from torchtune.datasets._stack_exchange_paired import StackExchangePairedToMessages
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank
@@ -159,6 +159,22 @@ def rows_of_packs(packed: PackedDataset, packs: Iterable[int]) -> list[int]:
             rows.update(range(begun - int(positions[0] != 0), begun + begin_here))
         begun += begin_here
     return sorted(rows)
+
+
+def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
+    """How messages call positions in a data set: rows, or for packed ones, packs and the rows in them."""
+    parts: list = dataset._datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    if not all(isinstance(part, PackedDataset) for part in parts):
+        return f"rows {list(positions)} of the data set"
+    ranges, first_pack, first_row = [], 0, 0
+    for part in parts:
+        for position in positions:
+            if 0 <= position - first_pack < len(part):
+                rows = rows_of_packs(part, [position - first_pack])
+                first, last = first_row + rows[0], first_row + rows[-1]
+                ranges.append(f"{first}-{last}" if last > first else f"{first}")
+        first_pack, first_row = first_pack + len(part), first_row + len(part.ds)
+    return f"packs {list(positions)} of the data set (rows {', '.join(ranges)})"
 
 
 def fault_of_files(files: object, kind: object) -> str | None:

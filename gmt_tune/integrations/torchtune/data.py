@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -128,7 +129,15 @@ def check_enough_rows(n_rows: int, batch_size: int, world_size: int, accumulatio
         )
 
 
-def rows_of_batches(dataloader: StatefulDataLoader, first: int, stop: int) -> list[int]:
-    """Positions in the data set of this rank's micro-batches ``first .. stop - 1`` of the sampler's epoch."""
-    order = list(super(StatefulDistributedSampler, dataloader.sampler).__iter__())
-    return order[first * dataloader.batch_size : stop * dataloader.batch_size]
+def rows_of_batches(dataloader: StatefulDataLoader, batches: Iterable[tuple[int, int]]) -> list[int]:
+    """Positions in the data set of some of this rank's micro-batches, each an epoch and a number in it from 0 on."""
+    sampler, size = dataloader.sampler, dataloader.batch_size
+    epoch, order = sampler.epoch, {}
+    rows: list[int] = []
+    for of_epoch, number in batches:
+        if of_epoch not in order:
+            sampler.set_epoch(of_epoch)
+            order[of_epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
+        rows += order[of_epoch][number * size : (number + 1) * size]
+    sampler.set_epoch(epoch)
+    return rows
