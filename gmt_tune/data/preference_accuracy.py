@@ -15,7 +15,7 @@ from torchtune.rlhf import get_batch_log_probs
 
 from gmt_tune.data.exact_match import evaluating
 from gmt_tune.data.quickstart import quickstart_preference_dataset
-from gmt_tune.data.rows import CheckedRows, fault_of_files
+from gmt_tune.data.rows import CheckedRows, cause_in_words, fault_of_files
 from gmt_tune.data.village import Split
 from gmt_tune.errors import UserError
 
@@ -64,7 +64,7 @@ class PreferenceAccuracy:
             try:
                 pairs = preference_dataset(tokenizer, source="json", data_files=data_files, split=part)
             except Exception as error:
-                fault = fault_of_files(data_files, "json") or f"{name} cannot be loaded: {error.__cause__ or error}"
+                fault = fault_of_files(data_files, "json") or f"{name} cannot be loaded: {cause_in_words(error)}"
                 raise UserError(f"evaluation: {fault}") from error
             dataset = CheckedRows(pairs, name)
             dataset.check(None)

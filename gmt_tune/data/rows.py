@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets  # type: ignore[import-untyped]
 from torch.utils.data import Dataset
 from torchtune.data import (
     AlpacaToMessages,
@@ -67,7 +68,8 @@ class CheckedRows(Dataset):
         # As it was loaded, where torchtune's own code prepares one row of it at a time
         own = (SFTDataset, PreferenceDataset, TextCompletionDataset)
         is_torchtunes = any(type(dataset).__getitem__ is kind.__getitem__ for kind in own)
-        self._raw: Any = getattr(dataset, "_data", None) if is_torchtunes else None
+        raw: Any = getattr(dataset, "_data", None)
+        self._raw = raw if is_torchtunes and isinstance(raw, datasets.Dataset) else None
         self._transform = getattr(dataset, "_message_transform", None)
         self._columns = _columns_of(dataset)
 
@@ -135,9 +137,14 @@ class CheckedRows(Dataset):
         """What torchtune says of the row's messages, where finding out neither reads images nor runs others' code."""
         if type(self._transform) not in {**_TEXTS, **_CONVERSATIONS} or "image" in self._names():
             return None
-        messages = self._transform(sample)
-        if "messages" in messages:
-            validate_messages(messages["messages"])
+        conversations = self._transform(sample)
+        if "messages" in conversations:
+            validate_messages(conversations["messages"])
+        for name, messages in conversations.items():
+            for number, message in enumerate(messages):
+                texts = [part["content"] for part in message.content if part["type"] == "text"]
+                if not all(isinstance(text, str) for text in texts):
+                    return f"a text of message {number} of {name} is null or no text"
         return None
 
 
@@ -197,6 +204,13 @@ def fault_of_files(files: object, kind: object) -> str | None:
             if fault is not None:
                 return fault
     return None
+
+
+def cause_in_words(error: BaseException) -> str:
+    """Why a data set could not be loaded: ``datasets`` often says that there was an error, and which in its cause."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return cause_in_words(error.__cause__)
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _fault_of_file(path: Path, kind: str) -> str | None:

@@ -56,6 +56,11 @@ WRONG = [
     # of which torchtune makes a copy of the question
     ("chat", {"messages": [QUESTION, {"role": "assistant", "content": None}]}, "content of message 1 of messages is n"),
     ("chat", {"messages": [QUESTION, {"role": "assistant", "content": 5}]}, "content of message 1 of messages is 5"),
+    (
+        "chat",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, ANSWER]},
+        "a text of message 0 of messages is null",
+    ),
     ("chat", {"messages": [{"content": "q"}, ANSWER]}, "role of message 0 of messages is null"),
     ("chat", {"messages": [QUESTION, QUESTION, ANSWER]}, "Two consecutive user messages at index 1"),
     ("chat", {"messages": [QUESTION, ANSWER, {"role": "tool", "content": "t"}, ANSWER]}, "Assistant message before ex"),

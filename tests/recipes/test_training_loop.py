@@ -115,6 +115,22 @@ def test_rows_that_are_named_for_a_nan_are_those_that_were_in_the_step(
         run_recipe(config)
 
 
+def test_a_run_goes_on_exactly_where_an_epoch_has_left_a_micro_batch_over(
+    tmp_path, tiny_config, run_recipe, logged_metrics, final_weights
+):
+    """The left-over one is trained on again behind the epoch's checkpoint, which does not hold its gradient."""
+    changes = dict(epochs=2, gradient_accumulation_steps=3, max_steps_per_epoch=None, gradient_mask=MASK)
+    run_recipe(tiny_config(tmp_path / "straight", **changes))
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "epoch_1")
+    (tmp_path / "resumed" / "logs" / "log.txt").unlink()
+    run_recipe(tiny_config(tmp_path / "resumed", resume_from_checkpoint=True, **changes))
+    straight, resumed = ([step["loss"] for step in logged_metrics(tmp_path / name)] for name in ("straight", "resumed"))
+    assert len(straight) == 10 and resumed == straight[5:]
+    wanted, found = (final_weights(tmp_path / name, 1) for name in ("straight", "resumed"))
+    assert wanted and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 def make_recipe(gmt_recipe, **attributes):
     """A recipe that is not set up, of which single methods are called."""
     recipe = object.__new__(gmt_recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from functools import partial
 
@@ -13,7 +14,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
-from gmt_tune.data.rows import CheckedRows, check_packed, fault_of_files
+from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed, fault_of_files
 from gmt_tune.errors import UserError, UserErrorOfOneRank
 
 
@@ -72,18 +73,16 @@ def _build_part(part: DictConfig, tokenizer, key: str):
     name = key if origin is None else f"{key} ({origin})"
     try:
         dataset = config.instantiate(part, tokenizer)
+        len(dataset)
     except UserError:
         raise
     except Exception as error:
-        if part.get("packed", False):
+        if "_pack" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
             _name_bad_row(part, tokenizer, name)
         fault = fault_of_files(files, part.get("source", None))
         if fault is not None:
             raise UserError(f"{key}: {fault}") from error
-        # `datasets` says that an error occurred, and what it was in the error's cause
-        cause = error.__cause__ or error
-        message = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(f"{key} cannot be loaded: {message[:400]}") from error
+        raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
     if isinstance(dataset, PackedDataset):
         check_packed(dataset, name)
         return dataset

@@ -256,10 +256,13 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             # The checkpoint holds the rate of the next step, which still is that of the schedule before
             next_rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch + 1)
             change = f": it is {self._lr():.4g} at step {self.global_step + 1} and {next_rate:.4g} at the one after"
+        remedy = (
+            ". To keep the old course, set epochs as it was" if self.total_epochs != progress["total_epochs"] else ""
+        )
         utils.log_rank_zero(
             log,
             f"lr_scheduler spreads the learning rate over {now} steps (epochs is {self.total_epochs}), and did over "
-            f"{before} (epochs was {progress['total_epochs']}){change}. To keep the old course, set epochs as it was.",
+            f"{before} (epochs was {progress['total_epochs']}){change}{remedy}.",
         )
 
     def _lr(self) -> float:
