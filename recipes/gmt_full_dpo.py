@@ -52,6 +52,9 @@ class GMTFullDPORecipe(MaskedRecipe):
           is masked right before its own step. Without the section, or with ``density: 1.0``, losses and weights
           equal torchtune's recipe bit for bit.
 
+        - Gradient accumulation. Micro-batches that an epoch's end leaves over are part of the next epoch's first step,
+          as in ``gmt_full_finetune``; loss and gradient are means over what is there.
+
         - Optimizers, one device or many, checkpoints and resuming, numbers that go wrong, evaluation: as in
           ``gmt_full_finetune``.
 
@@ -104,7 +107,7 @@ class GMTFullDPORecipe(MaskedRecipe):
         for epoch in range(self.epochs_run, self.total_epochs):
             progress, batches = self._begin_epoch(epoch, first_batch)
             for idx, batch in enumerate(batches, start=first_batch):
-                self._record_memory_history(idx)
+                self._record_memory_history()
                 num_tokens += torch.tensor(batch[0].numel(), device=self._device)
 
                 # Every micro-batch has as many pairs: the mean over the step is the mean of their means.
@@ -115,7 +118,7 @@ class GMTFullDPORecipe(MaskedRecipe):
 
                 if self._optimizer_in_bwd:  # optimizers step during backward
                     num_tokens, running, must_stop = self._reduce(num_tokens, running)
-                    self._check_finite(None, running[0], idx)
+                    self._check_finite(None, running[0])
                 loss.backward()
 
                 if (idx + 1) % self._gradient_accumulation_steps == 0:
@@ -123,7 +126,12 @@ class GMTFullDPORecipe(MaskedRecipe):
                     if not self._optimizer_in_bwd:
                         # FSDP2 has averaged the gradient over the ranks.
                         num_tokens, running, must_stop = self._reduce(num_tokens, running)
-                        if self._check_finite(self._model, running[0], idx):
+                        if len(self._micro_batches) > self._gradient_accumulation_steps:
+                            # With those that the epoch before has left over: divide by what is there
+                            scale = self._gradient_accumulation_steps / len(self._micro_batches)
+                            running = running * scale
+                            training.scale_grads(self._model, torch.tensor(scale))
+                        if self._check_finite(self._model, running[0]):
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
                             # on the gradient as it is now.
@@ -142,7 +150,6 @@ class GMTFullDPORecipe(MaskedRecipe):
                     self._finish_step(progress, must_stop)
                     running, num_tokens = 0, 0
                     t0 = time.perf_counter()
-                    self._stop_memory_history(idx)
                     self._profiler.step()
 
                 if self._steps_of(idx + 1) == self.max_steps_per_epoch:
@@ -208,10 +215,7 @@ def dpo(cfg: DictConfig) -> None:
     """One run of the recipe."""
     check_preference_config(cfg)
     config.log_config(recipe_name="GMTFullDPORecipe", cfg=config_to_log(cfg))
-    recipe = GMTFullDPORecipe(cfg=cfg)
-    recipe.setup(cfg=cfg)
-    recipe.train()
-    recipe.cleanup()
+    GMTFullDPORecipe(cfg=cfg).run(cfg)
 
 
 @parse

@@ -11,7 +11,7 @@ from gmt_tune.integrations.torchtune.chunks import fill_chunks
 from gmt_tune.integrations.torchtune.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.public_config import config_to_log
-from gmt_tune.integrations.torchtune.validation import Validation
+from gmt_tune.integrations.torchtune.validation import Validation, tokens_in_loss
 
 
 class GMTFullFinetuneRecipe(MaskedRecipe):
@@ -28,6 +28,9 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
           ranks, normalisation by the token count, and clipping (whose norm is that of the whole gradient).
           With optimizer in backward, each parameter is masked right before its own step. Without the section,
           or with ``density: 1.0``, losses and weights equal torchtune's recipe bit for bit.
+
+        - Gradient accumulation (``gradient_accumulation_steps``). Micro-batches that an epoch's end leaves over are
+          part of the next epoch's first step. One without a token in the loss adds nothing to its step.
 
         - Optimizers. ``torch.optim.AdamW``, torchao's ``AdamW8bit``, ``AdamW4bit``, ``AdamWFp8`` (also with
           ``bf16_stochastic_round: True``) or any other ``torch.optim.Optimizer``. Momentum and weight decay
@@ -67,12 +70,12 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         for epoch in range(self.epochs_run, self.total_epochs):
             progress, batches = self._begin_epoch(epoch, first_batch)
             for idx, batch in enumerate(batches, start=first_batch):
-                self._record_memory_history(idx)
+                self._record_memory_history()
                 utils.batch_to_device(batch, self._device)
 
                 # The loss is a mean over tokens: weigh it by their number, so that micro-batches of
                 # different lengths add up to the mean over all tokens of the step.
-                batch_tokens = (batch["labels"] != self._loss_fn.ignore_index).sum()
+                batch_tokens = tokens_in_loss(batch["labels"], self._loss_fn.ignore_index)
                 num_tokens += batch_tokens
                 loss = self._loss(batch) * batch_tokens
                 running_loss += loss.detach()
@@ -81,7 +84,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                     # Optimizers step during backward, so the loss must be normalised before it. The world
                     # size undoes the division by it in FSDP2's gradient reduction.
                     num_tokens, running_loss, must_stop = self._reduce(num_tokens, running_loss)
-                    self._check_finite(None, running_loss, idx)
+                    self._check_finite(None, running_loss)
                     loss = loss * (self.world_size / num_tokens)
                 loss.backward()
 
@@ -89,7 +92,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                     grad_norm = None
                     if not self._optimizer_in_bwd:
                         num_tokens, running_loss, must_stop = self._reduce(num_tokens, running_loss)
-                        if self._check_finite(self._model, running_loss, idx):
+                        if self._check_finite(self._model, running_loss):
                             training.scale_grads(self._model, self.world_size / num_tokens)
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
@@ -107,7 +110,6 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                     self._finish_step(progress, must_stop)
                     running_loss, num_tokens = 0, 0
                     t0 = time.perf_counter()
-                    self._stop_memory_history(idx)
                     self._profiler.step()
 
                 if self._steps_of(idx + 1) == self.max_steps_per_epoch:
@@ -129,6 +131,9 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         # The model's output at a position predicts the next token: shift the labels, not the logits.
         ignored_B1 = torch.full_like(labels_BS[:, :1], self._loss_fn.ignore_index)
         labels_BS = torch.hstack((labels_BS[..., 1:], ignored_B1))
+        # The mean over no token is NaN, in the gradient too: take any labels where there are none, as the loss is then
+        # weighed by 0.
+        labels_BS = torch.where((labels_BS != self._loss_fn.ignore_index).any(), labels_BS, 0)
         if isinstance(logits, list):  # chunked losses take the chunks as they are
             return self._loss_fn(logits, labels_BS)
         return self._loss_fn(logits.reshape(-1, logits.size(-1)), labels_BS.reshape(-1))
@@ -150,10 +155,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 def finetune(cfg: DictConfig) -> None:
     """One run of the recipe."""
     config.log_config(recipe_name="GMTFullFinetuneRecipe", cfg=config_to_log(cfg))
-    recipe = GMTFullFinetuneRecipe(cfg=cfg)
-    recipe.setup(cfg=cfg)
-    recipe.train()
-    recipe.cleanup()
+    GMTFullFinetuneRecipe(cfg=cfg).run(cfg)
 
 
 @parse

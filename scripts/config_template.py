@@ -164,7 +164,7 @@ keep_last_n_checkpoints: null  # Delete older ones. null keeps all
 enable_async_checkpointing: False  # True writes them while training goes on, from a copy in the host's memory
 
 # Training
-epochs: {c.epochs}
+epochs: {c.epochs}  # The learning rate's schedule spreads over all: to go on with more makes it jump
 max_steps_per_epoch: null  # A number ends each epoch early
 batch_size: {c.batch_size}  # {samples} in one forward pass of one device. Activations grow with it
 gradient_accumulation_steps: {c.accumulation}  # {accumulation}

@@ -66,7 +66,8 @@ MEANINGS = {
     "checkpointer.recipe_checkpoint": "Always null: `resume_from_checkpoint` finds the training state by itself",
     "checkpointer.output_dir": "Where the run's checkpoints go: `${output_dir}`",
     "checkpointer.model_type": "How the weights' names map to torchtune's, by family",
-    "epochs": "Times that the data is gone through",
+    "epochs": "Times that the data is gone through. The learning rate's schedule spreads over all: to go on with more "
+    "makes it jump",
     "optimizer": "Any `torch.optim.Optimizer`; 8-bit, 4-bit and fp8 ones are in `torchao.optim`",
     "optimizer_in_bwd": "True steps each tensor in backward: less memory. Needs gradient_accumulation_steps 1",
     "optimizer.lr": "Learning rate at its highest",

@@ -222,20 +222,35 @@ def _compile(extract: str | None) -> re.Pattern | None:
 def _read_questions(file: Path, prompt_column: str, answer_column: str, size: int | None) -> list[Question]:
     if not file.is_file():
         raise UserError(f"evaluation.data_files {file} does not exist: name a JSON Lines file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"evaluation.data_files {file} is not UTF-8 ({error}): convert the file") from None
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            questions.append(Question(str(row[prompt_column]), str(row[answer_column])))
         except ValueError as error:
             raise UserError(f"evaluation.data_files {file} is no JSON Lines file: line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"evaluation.data_files {file} has in line {number} no object with columns: delete the line"
+            )
+        try:
+            asked = {column: row[column] for column in (prompt_column, answer_column)}
         except KeyError as error:
             raise UserError(
                 f"evaluation.data_files {file} has no {error} in line {number}: set evaluation.prompt_column and "
                 f"answer_column to two of {', '.join(row)}"
             ) from None
+        for column, value in asked.items():
+            if value is None:
+                raise UserError(
+                    f"evaluation.data_files {file} has in line {number} the {column} null: fill it in or delete it"
+                )
+        questions.append(Question(*map(str, asked.values())))
     if not questions:
         raise UserError(f"evaluation.data_files {file} has no rows")
     return questions[:size]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchtune.data import padded_collate_dpo
 from torchtune.datasets import preference_dataset
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
@@ -15,6 +15,7 @@ from torchtune.rlhf import get_batch_log_probs
 
 from gmt_tune.data.exact_match import evaluating
 from gmt_tune.data.quickstart import quickstart_preference_dataset
+from gmt_tune.data.rows import CheckedRows, cause_in_words, fault_of_files
 from gmt_tune.data.village import Split
 from gmt_tune.errors import UserError
 
@@ -52,13 +53,21 @@ class PreferenceAccuracy:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"evaluation.batch_size must be a whole number from 1 on, got {batch_size}")
+        dataset: Dataset
         if data_files is None:
             dataset = quickstart_preference_dataset(tokenizer, split=split, size=size)
         elif not Path(data_files).is_file():
             raise UserError(f"evaluation.data_files {data_files} does not exist: name a JSON Lines file")
         else:
             part = "train" if size is None else f"train[:{size}]"
-            dataset = preference_dataset(tokenizer, source="json", data_files=data_files, split=part)
+            name = f"evaluation.data_files {data_files}"
+            try:
+                pairs = preference_dataset(tokenizer, source="json", data_files=data_files, split=part)
+            except Exception as error:
+                fault = fault_of_files(data_files, "json") or f"{name} cannot be loaded: {cause_in_words(error)}"
+                raise UserError(f"evaluation: {fault}") from error
+            dataset = CheckedRows(pairs, name)
+            dataset.check(None)
         collate = partial(padded_collate_dpo, padding_idx=tokenizer.pad_id)
         # Its own generator: a loader draws a number at each start, which must not be one of the training's.
         self._batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())

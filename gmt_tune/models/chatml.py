@@ -192,6 +192,9 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     # Such files may carry settings of the run that saved them; lengths are torchtune's business here.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # A post-processor adds special tokens, which are written out here, or trims white space off the offsets that the
+    # loss mask is read from (GPT-2, RoBERTa and StarCoder do): that white space would not be learnt.
+    tokenizer.post_processor = None
     return tokenizer
 
 

@@ -152,6 +152,9 @@ def test_model_modes_gradients_and_random_state_stay_as_they_were(tokenizer, wor
         ({"data_files": "rows.jsonl"}, "has no 'prompt' in line 1: .* two of question, answer"),
         ({"data_files": "broken.jsonl"}, "is no JSON Lines file: line 2"),
         ({"data_files": "empty.jsonl"}, "has no rows"),
+        ({"data_files": "null.jsonl"}, "has in line 2 the answer null: fill it in or delete it"),
+        ({"data_files": "number.jsonl"}, "has in line 1 no object with columns"),
+        ({"data_files": "latin.jsonl"}, "is not UTF-8"),
     ],
 )
 def test_wrong_keys_are_refused_by_name(tokenizer, tmp_path, monkeypatch, keys, message):
@@ -159,6 +162,9 @@ def test_wrong_keys_are_refused_by_name(tokenizer, tmp_path, monkeypatch, keys, 
     Path("rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     Path("broken.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt"\n')
     Path("empty.jsonl").write_text("\n")
+    Path("null.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": null}\n')
+    Path("number.jsonl").write_text("5\n")
+    Path("latin.jsonl").write_bytes('{"prompt": "é", "answer": "b"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         ExactMatch(tokenizer, **keys)
 

@@ -164,6 +164,34 @@ def test_lengths_saved_in_the_file_do_not_apply(path, tmp_path):
     assert saved == ChatMLTokenizer(path).tokenize_messages(messages)
 
 
+POST_PROCESSORS = {
+    "GPT-2": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "RoBERTa": {
+        "type": "RobertaProcessing",
+        "sep": [IM_END, 2],
+        "cls": [IM_START, 1],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    },
+}
+POST_PROCESSORS["a sequence, as Llama 3 has"] = {"type": "Sequence", "processors": [POST_PROCESSORS["GPT-2"]]}
+
+
+@pytest.mark.parametrize("answer", ["def f():\n    return 1\n\n    x = 2", "  indented", "a  b\n\n", " \t", "é  🙂 "])
+@pytest.mark.parametrize("model", POST_PROCESSORS)
+def test_white_space_of_an_answer_is_in_the_loss_whatever_trims_offsets(model, answer, path, tmp_path):
+    saved = json.loads(tiny_tokenizer().to_str())
+    saved["post_processor"] = POST_PROCESSORS[model]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = ChatMLTokenizer(str(tmp_path / "tokenizer.json"))
+    messages = conversation(("user", " q "), ("assistant", answer))
+    tokens, mask = tokenizer.tokenize_messages(messages)
+    kept = [token for token, masked in zip(tokens, mask, strict=True) if not masked]
+    # A line break of the header may share a token with the answer's beginning
+    assert tokenizer.decode(kept, skip_special_tokens=False).removeprefix("\n") == answer + IM_END
+    assert (tokens, mask) == ChatMLTokenizer(path).tokenize_messages(messages)
+
+
 def test_workers_can_have_it(path):
     messages = conversation(("user", "a"), ("assistant", "b"))
     tokenizer = ChatMLTokenizer(path, max_seq_len=9)

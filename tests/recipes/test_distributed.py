@@ -56,6 +56,9 @@ RUNS = {
     "mask on two": ([0, 1], dict(gradient_mask=MASK)),
     "knobs on two": ([0, 1], dict(gradient_mask=MASK, **KNOBS)),
     "offload on two": ([0, 1], dict(gradient_mask=MASK, fsdp_cpu_offload=True)),
+    "empty base on one": ([0], dict(base=True, empty=True)),
+    "empty on two": ([0, 1], dict(empty=True, custom_sharded_layers=["output"])),
+    "empty in backward on two": ([2, 3], dict(empty=True, optimizer_in_bwd=True)),
     "tied on one": ([2], dict(gradient_mask=MASK, tied=True)),
     "tied on two": ([0, 1], dict(gradient_mask=MASK, tied=True)),
     "tensor parallel on two": ([0, 1], dict(gradient_mask=MASK, **GRID)),
@@ -85,14 +88,18 @@ def tiny_llama3(tmp_path_factory, tiny_world):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_llama3, tiny_config):
+def runs(tmp_path_factory, tiny_world, tiny_llama3, tiny_config):
     """Output folder by the run's name; all of them trained under one torchrun."""
     root = tmp_path_factory.mktemp("runs")
+    rows = [json.loads(line) for line in (tiny_world / "train.jsonl").read_text().splitlines()[: STEPS * BATCH]]
+    for i in (5, 7, 8, 10):  # of two ranks, one has nothing to learn in the second step and the other in the third
+        rows[i]["question"] = "word " * 300  # which fills max_seq_len
+    (root / "empty.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs = []
     for name, (ranks, changes) in RUNS.items():
         changes = {"optimizer": ADAMW, "lr_scheduler": None, "max_steps_per_epoch": STEPS, **changes}
         job = {"ranks": ranks}
-        tied = changes.pop("tied", False)
+        tied, empty = changes.pop("tied", False), changes.pop("empty", False)
         if changes.pop("base", False):
             job["base"] = True
         if "resumed" in name:
@@ -103,6 +110,9 @@ def runs(tmp_path_factory, tiny_llama3, tiny_config):
         if name.endswith("resumed on one"):
             data_parallel = 2  # as it was: on fewer processes, a step has fewer rows
         config = tiny_config(root / name, batch_size=BATCH // data_parallel, **changes)
+        if empty:
+            config["shuffle"] = False
+            config["dataset"]["data_files"] = str(root / "empty.jsonl")
         if not tied:
             config["model"].update(_component_="torchtune.models.llama3.llama3", intermediate_dim=92)
             config["model"].pop("scale_factor")
@@ -136,6 +146,17 @@ def test_without_a_mask_two_processes_equal_torchtunes_two_bit_for_bit(losses, w
     assert len(wanted) == STEPS == len(set(wanted))
     assert losses("no mask on two") == wanted
     assert_equal(weights("no mask on two"), weights("base on two"))
+
+
+@pytest.mark.parametrize("name", ["empty on two", "empty in backward on two"])
+def test_a_rank_without_a_token_in_the_loss_adds_nothing_to_the_step(name, losses, weights):
+    """The yardstick is torchtune's recipe on one process, with the rows of all ranks in one batch."""
+    assert losses(name) == pytest.approx(losses("empty base on one"), rel=1e-5)
+    found, wanted = weights(name), weights("empty base on one")
+    assert found.keys() == wanted.keys() and len(wanted) > 5
+    for key, weight in wanted.items():
+        # Adam moves an entry whose gradient is all but zero by its rate one way or the other: few may
+        assert ((found[key] - weight).abs() > 1e-5).float().mean() < 0.01, key
 
 
 PAIRS = [

@@ -191,6 +191,34 @@ def test_validation_equals_what_transformers_computes(
     assert logged["val_loss"] < 0.9 * math.log(2)
 
 
+def test_micro_batches_left_over_at_an_epochs_end_are_divided_by_what_is_there(
+    tmp_path, dpo_config, pairs_file, dpo_recipe, train_by, logged_metrics
+):
+    """At learning rate 0 every loss is ln 2, and a gradient is the mean over its step's pairs alone."""
+    frozen = dict(
+        optimizer={"_component_": "torch.optim.SGD", "lr": 0.0}, lr_scheduler=None, max_steps_per_epoch=None,
+        shuffle=False, clip_grad_norm=1e9, dataset_val=None, loss={**DPO, "label_smoothing": 0.0},
+    )  # fmt: skip
+
+    def steps_on(name: str, lines: list[str], **changes) -> list[dict]:
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        config = dpo_config(tmp_path / name, **frozen, **changes)
+        config["dataset"] = {**config["dataset"], "data_files": str(tmp_path / f"{name}.jsonl")}
+        train_by(dpo_recipe, config)
+        return logged_metrics(tmp_path / name)
+
+    with open(pairs_file(10, 2)) as file:
+        lines = file.readlines()
+    steps = steps_on("two_epochs", lines, batch_size=2, gradient_accumulation_steps=2, epochs=2)
+    assert len(steps) == 4  # five micro-batches an epoch
+    assert [step["loss"] for step in steps] == pytest.approx([math.log(2)] * 4, rel=1e-6)
+    # The last two pairs and the first four
+    (wanted,) = steps_on("one_step", [*lines[8:], *lines[:4]], batch_size=6)
+    assert wanted["grad_norm"] != pytest.approx(steps[0]["grad_norm"], rel=1e-3)  # what shows that this can fail
+    for key in ("grad_norm", "log_probs/chosen", "log_probs/rejected", "preference_accuracy"):
+        assert steps[2][key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6), key
+
+
 def _log_prob(model, row, side) -> torch.Tensor:
     tokens, labels = torch.tensor([row[f"{side}_input_ids"]]), torch.tensor([row[f"{side}_labels"]])
     with torch.no_grad():

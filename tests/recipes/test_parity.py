@@ -20,6 +20,8 @@ VARIANTS = {
     ),
     "optimizer in backward": dict(optimizer=ADAMW, optimizer_in_bwd=True),
     "bf16, two epochs": dict(dtype="bf16", epochs=2, max_steps_per_epoch=2),
+    # 16 micro-batches an epoch: the last is applied with the next epoch's first step
+    "two epochs with a micro-batch left over": dict(epochs=2, gradient_accumulation_steps=3, max_steps_per_epoch=None),
     "packed data, unchunked loss": dict(
         loss={"_component_": "torch.nn.CrossEntropyLoss"}, batch_size=1, dataset_packed=True
     ),

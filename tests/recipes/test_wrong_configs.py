@@ -185,7 +185,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path, tiny_config)
     "change, message",
     [
         ({"column_map": {"input": "prompt", "output": "answer"}}, r"dataset.*(column|prompt)"),
-        ({"data_files": "{tmp}/broken.jsonl"}, r"dataset cannot be loaded"),
+        ({"data_files": "{tmp}/broken.jsonl"}, r"dataset: .*broken\.jsonl is no valid JSON"),
         ({"data_files": "{tmp}/short.jsonl"}, r"dataset has 2 rows, but one optimizer step takes 4"),
     ],
     ids=["columns", "broken file", "too few rows"],

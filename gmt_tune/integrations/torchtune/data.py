@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterable
 from functools import partial
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
-from torchtune.datasets import ConcatDataset
+from torchtune.datasets import ConcatDataset, PackedDataset
 
-from gmt_tune.errors import UserError
+from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed, fault_of_files
+from gmt_tune.errors import UserError, UserErrorOfOneRank
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
@@ -29,7 +32,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
 
 
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
-    """Make the data set of a config's section and read its first row.
+    """Make the data set of a config's section, check its rows, and read the first one.
 
     Args:
         cfg_dataset: one section, or a list of sections that are put together.
@@ -40,25 +43,64 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
         (data set, whether it is packed).
 
     Raises:
-        UserError: if it cannot be loaded, has no rows, or its rows lack a column.
+        UserError: if it cannot be loaded, has no rows, or one of them is wrong; it names the file or the row.
     """
-    parts = cfg_dataset if isinstance(cfg_dataset, ListConfig) else [cfg_dataset]
+    if isinstance(cfg_dataset, ListConfig):
+        built = [_build_part(part, tokenizer, f"{key}[{i}]") for i, part in enumerate(cfg_dataset)]
+        try:
+            dataset = ConcatDataset(datasets=built)
+        except ValueError as error:  # packed and others
+            raise UserError(f"{key}: {error}") from error
+        packed = dataset.packed
+    else:
+        dataset = _build_part(cfg_dataset, tokenizer, key)
+        packed = cfg_dataset.get("packed", False)
+    if len(dataset) == 0:
+        raise UserError(f"{key} has no rows: check its source and its filters")
     try:
-        built = [config.instantiate(part, tokenizer) for part in parts]
-        dataset = ConcatDataset(datasets=built) if isinstance(cfg_dataset, ListConfig) else built[0]
-        if len(dataset) == 0:
-            raise UserError(f"{key} has no rows: check its source and its filters")
         dataset[0]
+    except UserErrorOfOneRank as error:  # here it is of all
+        raise UserError(str(error)) from error
+    return dataset, packed
+
+
+def _build_part(part: DictConfig, tokenizer, key: str):
+    """The data set of one section: packed, or with rows that say what is wrong with them."""
+    files = part.get("data_files", None)
+    if isinstance(files, ListConfig):
+        files = OmegaConf.to_container(files)
+    origin = files if isinstance(files, str) else part.get("source", None)
+    name = key if origin is None else f"{key} ({origin})"
+    try:
+        dataset = config.instantiate(part, tokenizer)
+        len(dataset)
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"{key}: its rows have no column {error}: set column_map to those that there are") from None
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{key} cannot be loaded: {message[:400]}") from error
-    if isinstance(cfg_dataset, ListConfig):
-        return dataset, getattr(dataset, "packed", False)
-    return dataset, cfg_dataset.get("packed", False)
+        if "_pack" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+            _name_bad_row(part, tokenizer, name)
+        fault = fault_of_files(files, part.get("source", None))
+        if fault is not None:
+            raise UserError(f"{key}: {fault}") from error
+        raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
+    if isinstance(dataset, PackedDataset):
+        check_packed(dataset, name)
+        return dataset
+    rows = CheckedRows(dataset, name)
+    rows.check()
+    return rows
+
+
+def _name_bad_row(part: DictConfig, tokenizer, name: str) -> None:
+    """Packing reads all rows and says nothing of the one that it fails at: raise UserError if one of them fails."""
+    try:
+        dataset = config.instantiate(OmegaConf.merge(part, {"packed": False}), tokenizer)
+    except Exception:
+        return  # it is not the rows
+    rows = CheckedRows(dataset, name)
+    rows.check(None)
+    for index in range(len(rows)):
+        rows[index]
 
 
 def build_collate(collate_fn: str, packed: bool, pad_id: int, ignore_index: int):
@@ -86,7 +128,15 @@ def check_enough_rows(n_rows: int, batch_size: int, world_size: int, accumulatio
         )
 
 
-def rows_of_batches(dataloader: StatefulDataLoader, first: int, stop: int) -> list[int]:
-    """Positions in the data set of this rank's micro-batches ``first .. stop - 1`` of the sampler's epoch."""
-    order = list(super(StatefulDistributedSampler, dataloader.sampler).__iter__())
-    return order[first * dataloader.batch_size : stop * dataloader.batch_size]
+def rows_of_batches(dataloader: StatefulDataLoader, batches: Iterable[tuple[int, int]]) -> list[int]:
+    """Positions in the data set of some of this rank's micro-batches, each an epoch and a number in it from 0 on."""
+    sampler, size = dataloader.sampler, dataloader.batch_size
+    epoch, order = sampler.epoch, {}
+    rows: list[int] = []
+    for of_epoch, number in batches:
+        if of_epoch not in order:
+            sampler.set_epoch(of_epoch)
+            order[of_epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
+        rows += order[of_epoch][number * size : (number + 1) * size]
+    sampler.set_epoch(epoch)
+    return rows

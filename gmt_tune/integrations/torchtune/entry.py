@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.assets import register_resolver
 from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
@@ -76,7 +76,7 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
             print(stop, flush=True)
         status = 128 + stop.signal_number
     except UserError as error:
-        if is_first_of_node:
+        if is_first_of_node or isinstance(error, UserErrorOfOneRank):
             _show(str(error))
         status = 1
     except torch.OutOfMemoryError as error:

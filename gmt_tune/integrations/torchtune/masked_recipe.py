@@ -19,6 +19,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
 from torchtune.training.lr_schedulers import get_lr
 
+from gmt_tune.data.rows import positions_in_words
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import data, process_group, training_state
 from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
@@ -49,9 +50,9 @@ log = utils.get_logger("INFO")
 class MaskedRecipe(FullFinetuneRecipeDistributed):
     """Full training with a gradient mask, on one device or many, set up as torchtune's own recipe is.
 
-    A recipe gives ``train``, ``_setup_validation`` and ``_validate``. Its loop calls :meth:`_begin_training`, for
-    each epoch :meth:`_begin_epoch`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
-    :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
+    A recipe gives ``train``, ``_setup_validation`` and ``_validate``, and is started with :meth:`run`. Its loop calls
+    :meth:`_begin_training`, for each epoch :meth:`_begin_epoch`, for each optimizer step :meth:`_reduce`,
+    :meth:`_check_finite`, :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
 
     Args:
         cfg (DictConfig): OmegaConf object parsed from yaml file
@@ -77,6 +78,45 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._validation_seconds = 0.0
         self._is_saved_as_final = False
         self._resumed_rng: dict | None = None
+        # (epoch, number in it) of those whose gradients the next optimizer step will apply
+        self._micro_batches: list[tuple[int, int]] = []
+        self._is_profiling = self._is_recording_memory = self._has_logger_failed = False
+        self._first_step = 0  # of this process, which goes on behind a checkpoint's
+
+    def run(self, cfg: DictConfig) -> None:
+        """Set up and train. However that ends, what was opened is closed; the process group stays."""
+        has_failed = True
+        try:
+            self.setup(cfg)
+            self.train()
+            has_failed = False
+        except StopRun:
+            has_failed = False
+            raise
+        finally:
+            self._close(has_failed)
+
+    def cleanup(self) -> None:
+        """Close what was opened, and leave the process group, as torchtune's recipes do at their end."""
+        self._close()
+        torch.distributed.destroy_process_group()
+
+    def _close(self, has_failed: bool = False) -> None:
+        """Close profiler and metric logger; it raises nothing, which would hide why the run has ended.
+
+        Args:
+            has_failed: this rank ends by an error, and others may not come to where they would wait for it.
+        """
+        if has_failed and self.world_size > 1 and self._is_profiling:
+            self._profiler.on_trace_ready = None  # torchtune's waits for all ranks
+        close = [self._stop_profiler]
+        if self._is_rank_zero and hasattr(self, "_metric_logger"):
+            close.append(self._metric_logger.close)
+        for each in close:
+            try:
+                each()
+            except Exception as error:
+                log.warning(f"At the end of the run, {each.__qualname__} failed: {error}")
 
     def train(self) -> None:
         """The training loop."""
@@ -217,6 +257,31 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._batches_done = steps * self._gradient_accumulation_steps
         self._further_steps = progress["steps_in_epoch"] - steps
         self._skipped_steps = progress["skipped_steps"]
+        self._report_new_schedule(progress)
+
+    def _report_new_schedule(self, progress: Mapping) -> None:
+        """Say so where the learning rate's schedule is another than that of the run that saved the checkpoint."""
+        before = progress["total_epochs"] * progress["steps_per_epoch"]
+        now = self.total_epochs * self._steps_per_epoch
+        scheduler = self._lr_scheduler
+        if scheduler is None or before == now:
+            return
+        change = ""
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            # The checkpoint holds the rate of the next step, which still is that of the schedule before
+            next_rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch + 1)
+            change = f": it is {self._lr():.4g} at step {self.global_step + 1} and {next_rate:.4g} at the one after"
+        remedy = (
+            ". To keep the old course, set epochs as it was" if self.total_epochs != progress["total_epochs"] else ""
+        )
+        utils.log_rank_zero(
+            log,
+            f"lr_scheduler spreads the learning rate over {now} steps (epochs is {self.total_epochs}), and did over "
+            f"{before} (epochs was {progress['total_epochs']}){change}{remedy}.",
+        )
+
+    def _lr(self) -> float:
+        return get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer)
 
     @property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -237,6 +302,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self._profiler.start()
+        self._is_profiling, self._first_step = True, self.global_step
         self._training_start = time.perf_counter()
         return True
 
@@ -266,14 +332,24 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         if self._resumed_rng is not None:
             training_state.set_rng_state(self._resumed_rng, self._device)
             self._resumed_rng = None
-        return progress, iterator
+        return progress, self._noted(iterator, epoch, first_batch)
+
+    def _noted(self, batches: Iterator, epoch: int, first_batch: int) -> Iterator:
+        """The batches as they are, noted as part of the next step.
+
+        An epoch's last ones may be too few for a step. As in torchtune's recipes, their gradients stay and are
+        applied by the next epoch's first step.
+        """
+        for number, batch in enumerate(batches, start=first_batch):
+            self._micro_batches.append((epoch, number))
+            yield batch
 
     def _end_training(self) -> None:
         """Say how long it took and where the model is; evaluate it."""
         if not self._is_saved_as_final:  # resumed on more ranks, a step of which the rest of the data does not fill
             self._checkpoints.save(self, f"epoch_{self._epoch}", is_final=True)
             self._checkpoints.finish()
-        self._profiler.stop()
+        self._stop_profiler()
         self._stop.uninstall()
         seconds = time.perf_counter() - self._training_start
         saving, validating = self._checkpoints.seconds, self._validation_seconds
@@ -294,21 +370,39 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
         torch.distributed.all_reduce(counts)
         torch.distributed.all_reduce(running)
+        self._tokens_of_step = counts[0]
         return counts[0], running, counts[1]
 
-    def _check_finite(self, model: nn.Module | None, loss: Tensor, idx: int) -> bool:
-        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree."""
+    def _check_finite(self, model: nn.Module | None, loss: Tensor) -> bool:
+        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree.
+
+        Args:
+            model: with its gradients; None where there are none yet.
+            loss: of the step, summed or a mean; what :meth:`_reduce` gave.
+        """
+        loss = loss / self._tokens_of_step  # the mean over no token is NaN
         if model is not None:
             bad = nonfinite_gradients(model, loss)
         else:
             bad = None if torch.isfinite(loss).item() else []
         if bad is None:
             return True
-        where = self._where_not_finite(bad, idx, self.global_step + 1)
+        is_empty = not bad and self._tokens_of_step.item() == 0
+        rows = self._rows_of_step(all_ranks=is_empty)
+        if is_empty:
+            where = f"no token of step {self.global_step + 1} is in the loss, {rows}"
+        else:
+            where = f"{_what_is_not_finite(bad, self.global_step + 1)}, {rows}"
         if self._on_nonfinite == "skip":
             self._skipped_steps += 1
             utils.log_rank_zero(log, f"Left out a step: {where}.")
             return False
+        if is_empty:
+            length = getattr(self._tokenizer, "max_seq_len", None)
+            raise UserError(
+                f"{where}: no answer is left of these rows with tokenizer.max_seq_len {length}: raise it, or delete "
+                f"these rows; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
+            )
         skip = "" if self._optimizer_in_bwd else ", or set on_nonfinite: skip"
         self._end_for_nonfinite(f"{where}; no weight was changed by it", skip)
 
@@ -316,21 +410,22 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         """Optimizer in backward: raise if the step that was just done met a gradient that is not finite."""
         bad = self._stepped.nonfinite() if self._stepped is not None else None
         if bad is not None:
-            where = self._where_not_finite(bad, self._batches_done - 1, self.global_step)
+            where = f"{_what_is_not_finite(bad, self.global_step)}, {self._rows_of_step()}"
             self._end_for_nonfinite(f"{where}; weights have changed by it in backward, and are not saved")
 
-    def _where_not_finite(self, bad: list[str], idx: int, step: int) -> str:
-        """Parameter, step and rows of the data set, in words; all ranks call it."""
-        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-        what = f"the gradient of '{bad[0]}'{more}" if bad else "the loss"
-        first = idx + 1 - self._gradient_accumulation_steps
-        mine = data.rows_of_batches(self._dataloader, first, idx + 1)
+    def _rows_of_step(self, all_ranks: bool = False) -> str:
+        """The rows of the step at hand, in words; all ranks call it.
+
+        Args:
+            all_ranks: also those of ranks whose loss is finite where that of others is not.
+        """
+        own = data.rows_of_batches(self._dataloader, self._micro_batches)
         of_all: list = [None] * self.world_size
-        torch.distributed.all_gather_object(of_all, (mine, bool(self._is_finite_here)))
+        torch.distributed.all_gather_object(of_all, (own, bool(self._is_finite_here)))
         # Reduction has mixed the gradients of all ranks: only a loss tells whose rows they were
-        suspects = [rows for rows, is_finite in of_all if not is_finite] or [rows for rows, _ in of_all]
-        rows = sorted({row for rows in suspects for row in rows})
-        return f"{what} holds NaN or infinity at step {step}, rows {rows} of the data set"
+        suspects = [rows for rows, is_finite in of_all if not is_finite and not all_ranks]
+        rows = sorted({row for rows in suspects or [rows for rows, _ in of_all] for row in rows})
+        return positions_in_words(self._dataset, rows)
 
     def _end_for_nonfinite(self, what: str, remedy: str = "") -> NoReturn:
         self._checkpoints.finish()
@@ -360,19 +455,22 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         Args:
             progress: of the epoch.
             loss: of the step.
-            num_tokens: of the step, over all ranks.
+            num_tokens: of the step, summed over all ranks.
             seconds: that the step took.
             grad_norm: before clipping, of all ranks; None where it was not measured.
             more: further numbers to log, by name.
         """
-        tokens_per_second = num_tokens / seconds
-        mask_share = self._mask.seconds / seconds if self._mask is not None else None
+        # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
+        tokens_per_second = num_tokens / self.tensor_parallel_dim / seconds
+        # An accelerator still works on the mask when the host has gone on: its time is no share of the step's
+        measures_mask = self._mask is not None and self._device.type == "cpu"
+        mask_share = self._mask.seconds / seconds if measures_mask else None
         progress.update(self.global_step, loss, tokens_per_second, mask_share)
         if not self._is_rank_zero or self.global_step % self._log_every_n_steps != 0:
             return
         metrics = {
             "loss": loss,
-            "lr": get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer),
+            "lr": self._lr(),
             "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
             **(more or {}),
         }
@@ -392,6 +490,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     def _finish_step(self, progress: Progress, must_stop: Tensor) -> None:
         """Validate and save where it is due; leave if the run was told to stop."""
         self._check_stepped()
+        self._micro_batches.clear()
         ends_epoch = self._ends_epoch()
         ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
         val_loss = None
@@ -425,9 +524,15 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             by_group: the mask's numbers by module and layer, for the metric logger alone: the report has them by
                 parameter.
         """
-        if self._is_rank_zero:
+        if not self._is_rank_zero:
+            return
+        try:
             self._metric_logger.log_dict({**metrics, **(by_group or {})}, step=self.global_step)
-            self._run_log.log(self.global_step, metrics)
+        except OSError as error:  # such as a full disk, which somebody may make room on before the next checkpoint
+            if not self._has_logger_failed:
+                log.warning(f"metric_logger cannot write ({error}): training goes on, and numbers may be missing.")
+            self._has_logger_failed = True
+        self._run_log.log(self.global_step, metrics)
 
     def _run_evaluation(self, when: str) -> None:
         if self._evaluate is None:
@@ -438,16 +543,26 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
                 print(f"{name} {when}: {value:.4g}", flush=True)
         self._log({f"{name}_{when}": value for name, value in results.items()})
 
-    def _record_memory_history(self, idx: int) -> None:
-        """Start recording CUDA allocations when the profiler's active steps of the first epoch begin."""
-        if self._profiles_memory() and idx == self.profiler_wait_steps + self.profiler_warmup_steps:
-            torch.cuda.memory._record_memory_history()
+    def _record_memory_history(self) -> None:
+        """Record CUDA allocations while the profiler's first active steps last; call it before each micro-batch."""
+        if not (self._is_rank_zero and self.profiler_profile_memory and self._device.type == "cuda"):
+            return
+        steps = self.global_step - self._first_step - self.profiler_wait_steps - self.profiler_warmup_steps
+        self._set_memory_history(0 <= steps < self.profiler_active_steps)
 
-    def _stop_memory_history(self, idx: int) -> None:
-        if self._profiles_memory() and idx == (
-            self.profiler_wait_steps + self.profiler_warmup_steps + self.profiler_active_steps
-        ):
-            torch.cuda.memory._record_memory_history(enabled=None)
+    def _set_memory_history(self, is_on: bool) -> None:
+        if is_on != self._is_recording_memory:
+            torch.cuda.memory._record_memory_history(enabled="all" if is_on else None)
+            self._is_recording_memory = is_on
 
-    def _profiles_memory(self) -> bool:
-        return self._is_rank_zero and self._epoch == 0 and self.profiler_profile_memory and self._device.type == "cuda"
+    def _stop_profiler(self) -> None:
+        if self._is_profiling:
+            self._is_profiling = False
+            self._set_memory_history(False)
+            self._profiler.stop()
+
+
+def _what_is_not_finite(bad: list[str], step: int) -> str:
+    more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+    what = f"the gradient of '{bad[0]}'{more}" if bad else "the loss"
+    return f"{what} holds NaN or infinity at step {step}"

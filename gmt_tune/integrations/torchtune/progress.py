@@ -39,7 +39,8 @@ class Progress:
             global_step: counted over all epochs.
             loss: of the step.
             tokens_per_second: over all ranks.
-            mask_share: part of the step's time that the mask took, in [0, 1]; None without a mask.
+            mask_share: part of the step's time that the mask took, in [0, 1]; None without a mask, and where it is not
+                known.
         """
         self._done += 1
         if not self._is_shown:
@@ -58,15 +59,25 @@ class Progress:
             seconds = (time.perf_counter() - self._start) / (self._done - self._done_before)
             numbers["time_left"] = tqdm.format_interval(seconds * (self._total - self._done))
             text = " ".join(f"{key}={value}" for key, value in numbers.items())
-            print(f"epoch={self._epoch} step={self._done}/{self._total} {text}", flush=True)
+            _print(f"epoch={self._epoch} step={self._done}/{self._total} {text}")
 
     def show_validation(self, val_loss: float) -> None:
         """Show a validation loss with the steps from now on."""
         self._val_loss = val_loss
         if self._is_shown and self._bar is None:
-            print(f"epoch={self._epoch} step={self._done}/{self._total} val_loss={val_loss:.4f}", flush=True)
+            _print(f"epoch={self._epoch} step={self._done}/{self._total} val_loss={val_loss:.4f}")
 
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _print(line: str) -> None:
+    """Print a line. Where it does not fit, in a file on a full disk, training goes on without it."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # nobody reads any more
+        raise
+    except OSError:
+        pass

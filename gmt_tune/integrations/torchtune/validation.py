@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchtune import utils
+
+_log = utils.get_logger("INFO")
+
+
+def tokens_in_loss(labels_BS: Tensor, ignore_index: int) -> Tensor:
+    """What a batch's mean loss is weighed by: its labels, counted as torchtune counts them. 0-d, int64.
+
+    That includes a label at a row's first position, which nothing predicts: a batch that has no others counts 0.
+    """
+    counts_BS = labels_BS != ignore_index
+    return counts_BS.sum() * counts_BS[:, 1:].any()
 
 
 class _RankShare(Dataset):
@@ -53,7 +66,8 @@ class Validation:
 
         Args:
             model: left in the mode that it was in; no random numbers are drawn.
-            loss_of_batch: gives a batch's mean loss per token; it may take entries out of the batch.
+            loss_of_batch: gives a batch's mean loss per token, any finite number for a batch without a token in the
+                loss; it may take entries out of the batch.
             device: of the model.
         """
         was_training = model.training
@@ -61,10 +75,12 @@ class Validation:
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in self._loader:
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            tokens = (batch["labels"] != self._ignore_index).sum()
+            tokens = tokens_in_loss(batch["labels"], self._ignore_index)
             loss = loss_of_batch(batch)
-            if tokens > 0:  # the mean over no token is NaN
-                totals += torch.stack((loss.double() * tokens, tokens.double()))
+            totals += torch.stack((loss.double() * tokens, tokens.double()))
         model.train(was_training)
         dist.all_reduce(totals)
+        if totals[1] == 0:
+            message = "No token of dataset_val is in the loss, so val_loss is NaN: raise tokenizer.max_seq_len."
+            utils.log_rank_zero(_log, message)
         return (totals[0] / totals[1]).item()

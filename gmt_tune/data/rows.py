@@ -1,0 +1,333 @@
+"""Rows of a data set that say which of them is wrong, and why: before training where that costs little.
+
+torchtune prepares a row when its turn comes, which may be hours after the start, and its errors name no row. Some
+faults raise no error at all: in a chat, torchtune takes a message whose content is null for a copy of the one before.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets  # type: ignore[import-untyped]
+from torch.utils.data import Dataset
+from torchtune.data import (
+    AlpacaToMessages,
+    ChosenRejectedToMessages,
+    InputOutputToMessages,
+    OpenAIToMessages,
+    ShareGPTToMessages,
+    validate_messages,
+)
+from torchtune.datasets import ConcatDataset, PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
+from torchtune.datasets._stack_exchange_paired import StackExchangePairedToMessages
+
+from gmt_tune.errors import UserError, UserErrorOfOneRank
+
+# So many rows are looked at before training, about ten seconds' worth; further ones when their turn comes.
+ROWS_CHECKED_AHEAD = 100_000
+
+# What torchtune's transforms read of a row, by the names that their column_map may replace.
+_TEXTS: dict[type, tuple[str, ...]] = {
+    InputOutputToMessages: ("input", "output"),
+    AlpacaToMessages: ("instruction", "output"),
+    StackExchangePairedToMessages: ("prompt", "chosen", "rejected"),
+}
+_CONVERSATIONS: dict[type, tuple[str, ...]] = {
+    OpenAIToMessages: ("messages",),
+    ShareGPTToMessages: ("conversations",),
+    ChosenRejectedToMessages: ("chosen", "rejected"),
+}
+
+
+class _Columns(NamedTuple):
+    """What a data set reads of each row."""
+
+    texts: tuple[str, ...] = ()
+    conversations: tuple[str, ...] = ()  # columns with lists of messages
+    role: str = "role"  # the key of a message's role
+    content: str = "content"
+    assistant: str = "assistant"  # the role of the model's own messages
+    needs_answer: bool = False
+
+
+class CheckedRows(Dataset):
+    """A data set as it is, whose errors name the row and what is wrong with it.
+
+    Args:
+        dataset: any data set; rows of torchtune's own kinds are checked before they are prepared.
+        name: how messages call it, such as "dataset (train.jsonl)".
+    """
+
+    def __init__(self, dataset: Dataset, name: str) -> None:
+        self._dataset, self._name = dataset, name
+        # As it was loaded, where torchtune's own code prepares one row of it at a time
+        own = (SFTDataset, PreferenceDataset, TextCompletionDataset)
+        is_torchtunes = any(type(dataset).__getitem__ is kind.__getitem__ for kind in own)
+        raw: Any = getattr(dataset, "_data", None)
+        self._raw = raw if is_torchtunes and isinstance(raw, datasets.Dataset) else None
+        self._transform = getattr(dataset, "_message_transform", None)
+        self._columns = _columns_of(dataset)
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        try:
+            if self._raw is None:
+                return self._dataset[index]
+            sample = self._raw[index]
+            fault = self._fault_of(sample)
+            if fault is None:
+                return self._dataset._prepare_sample(sample)  # type: ignore[attr-defined]
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            fault = _in_words(error)
+        raise UserErrorOfOneRank(self._sentence(index, fault))
+
+    def check(self, rows: int | None = ROWS_CHECKED_AHEAD) -> None:
+        """Look at the first ``rows`` rows, without making tokens of them; None for all.
+
+        Raises:
+            UserError: names the first row that is wrong.
+        """
+        if self._raw is None:
+            return
+        missing = [name for name in self._columns.texts + self._columns.conversations if name not in self._names()]
+        if missing:
+            raise UserError(
+                f"{self._name}: its rows have no column '{missing[0]}': set column_map to those that there are "
+                f"({', '.join(self._names())})"
+            )
+        samples = iter(self._raw)  # in order, which is faster than one by one
+        for index in range(len(self) if rows is None else min(rows, len(self))):
+            try:
+                sample = next(samples)
+                fault = self._fault_of(sample) or self._fault_of_messages(sample)
+            except Exception as error:
+                fault = _in_words(error)
+            if fault is not None:
+                raise UserError(self._sentence(index, fault))
+
+    def _names(self) -> list[str]:
+        return list(self._raw.column_names)
+
+    def _sentence(self, index: int, fault: str) -> str:
+        return f"row {index} of {self._name}: {fault}: correct it or delete the row (rows are counted from 0)"
+
+    def _fault_of(self, sample: Mapping) -> str | None:
+        """What is wrong with a row as it was loaded; None if it is fine."""
+        for column in self._columns.texts:
+            if not isinstance(sample[column], str):
+                return f"{column} {_not_text(sample[column])}"
+        for column in self._columns.conversations:
+            fault = _fault_of_conversation(sample[column], column, self._columns)
+            if fault is not None:
+                return fault
+        return None
+
+    def _fault_of_messages(self, sample: Mapping) -> str | None:
+        """What torchtune says of the row's messages, where finding out neither reads images nor runs others' code."""
+        if type(self._transform) not in {**_TEXTS, **_CONVERSATIONS} or "image" in self._names():
+            return None
+        conversations = self._transform(sample)
+        if "messages" in conversations:
+            validate_messages(conversations["messages"])
+        for name, messages in conversations.items():
+            for number, message in enumerate(messages):
+                texts = [part["content"] for part in message.content if part["type"] == "text"]
+                if not all(isinstance(text, str) for text in texts):
+                    return f"a text of message {number} of {name} is null or no text"
+        return None
+
+
+def check_packed(packed: PackedDataset, name: str) -> None:
+    """Raise UserError if a row that went into the packs is wrong, and raised no error."""
+    CheckedRows(packed.ds, name).check(None)
+
+
+def rows_of_packs(packed: PackedDataset, packs: Iterable[int]) -> list[int]:
+    """The rows, or parts of rows, that are in some of the packs, ascending."""
+    wanted = set(packs)
+    rows: set[int] = set()
+    begun = 0  # rows that begin in the packs so far
+    for index in range(max(wanted, default=-1) + 1):
+        # Positions count from 0 in each row, and go on behind the last one, in the padding
+        positions = packed.packs[index]["input_pos"]
+        begin_here = int((positions == 0).sum())
+        if index in wanted:
+            rows.update(range(begun - int(positions[0] != 0), begun + begin_here))
+        begun += begin_here
+    return sorted(rows)
+
+
+def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
+    """How messages call positions in a data set: rows, or for packed ones, packs and the rows in them."""
+    parts: list = dataset._datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    if not all(isinstance(part, PackedDataset) for part in parts):
+        return f"rows {list(positions)} of the data set"
+    ranges, first_pack, first_row = [], 0, 0
+    for part in parts:
+        for position in positions:
+            if 0 <= position - first_pack < len(part):
+                rows = rows_of_packs(part, [position - first_pack])
+                first, last = first_row + rows[0], first_row + rows[-1]
+                ranges.append(f"{first}-{last}" if last > first else f"{first}")
+        first_pack, first_row = first_pack + len(part), first_row + len(part.ds)
+    return f"packs {list(positions)} of the data set (rows {', '.join(ranges)})"
+
+
+def fault_of_files(files: object, kind: object) -> str | None:
+    """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
+
+    Args:
+        files: a path, with or without wildcards, or a list of paths, as ``datasets.load_dataset`` takes them.
+        kind: "json", "csv" or "text"; files of others are not looked at.
+    """
+    if kind not in ("json", "csv", "text"):
+        return None
+    patterns = [files] if isinstance(files, str) else files if isinstance(files, (list, tuple)) else []
+    found = {str(pattern): sorted(glob.glob(str(pattern), recursive=True)) for pattern in patterns}
+    for pattern, paths in found.items():
+        if glob.has_magic(pattern) and "://" not in pattern and not paths:
+            return f"no file matches {pattern}"
+    for path in (Path(path) for paths in found.values() for path in paths):
+        if path.is_file() and path.suffix not in (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"):
+            fault = _fault_of_file(path, str(kind))
+            if fault is not None:
+                return fault
+    return None
+
+
+def cause_in_words(error: BaseException) -> str:
+    """Why a data set could not be loaded: ``datasets`` often says that there was an error, and which in its cause."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return cause_in_words(error.__cause__)
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _fault_of_file(path: Path, kind: str) -> str | None:
+    first: list[bytes] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"line {number} of {path} is not UTF-8: convert the file"
+            if line.strip() and len(first) < 2:
+                first.append(line.strip().removeprefix(b"\xef\xbb\xbf"))
+    if not first:
+        return f"{path} is empty"
+    if kind == "csv":
+        return f"{path} has a header and no rows" if len(first) == 1 else _fault_of_csv(path)
+    if kind == "json":
+        # A row a line, or one JSON text over all lines, whose second line does not begin an object that the first left
+        is_lines = _is_json(first[0]) or all(line.startswith(b"{") for line in first)
+        return _fault_of_json_lines(path) if is_lines and len(first) == 2 else _fault_of_json(path)
+    return None
+
+
+def _fault_of_csv(path: Path) -> str | None:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        width = len(next(reader))
+        for row in reader:
+            if len(row) > width:
+                return (
+                    f"line {reader.line_num} of {path} has {len(row)} cells, but the header has {width}: put a cell "
+                    "that holds a comma in quotes"
+                )
+    return None
+
+
+def _fault_of_json(path: Path) -> str | None:
+    try:
+        json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return f"{path} is no valid JSON ({error.msg} in line {error.lineno}): correct it, or copy the file again"
+    return None
+
+
+def _fault_of_json_lines(path: Path) -> str | None:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                is_last = not any(later.strip() for later in file)
+                remedy = "the file is cut off there: copy it again, or delete the line" if is_last else "correct it"
+                return f"line {number} of {path} is no valid JSON ({error.msg}): {remedy}"
+            if not isinstance(row, dict):
+                return f"line {number} of {path} is {_short(row)}, not an object with the row's columns"
+    return None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _columns_of(dataset: Dataset) -> _Columns:
+    if isinstance(dataset, TextCompletionDataset):
+        return _Columns(texts=(dataset._column,))
+    transform = getattr(dataset, "_message_transform", None)
+    mapped = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
+    texts = tuple(mapped.get(name, name) for name in _TEXTS.get(type(transform), ()))
+    conversations = tuple(mapped.get(name, name) for name in _CONVERSATIONS.get(type(transform), ()))
+    names = ("from", "value", "gpt") if isinstance(transform, ShareGPTToMessages) else ("role", "content", "assistant")
+    # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
+    needs_answer = isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True)
+    return _Columns(texts, conversations, *names, needs_answer)
+
+
+def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> str | None:
+    if messages is None:
+        return f"{column} is null"
+    if not isinstance(messages, (list, tuple)):
+        return f"{column} is {_short(messages)}, not a list of messages"
+    if not messages:
+        return f"{column} is an empty list"
+    for number, message in enumerate(messages):
+        where = f"message {number} of {column}"
+        if not isinstance(message, Mapping):
+            return f"{where} is {_short(message)}, not an object with {columns.role} and {columns.content}"
+        if not isinstance(message.get(columns.role), str):
+            return f"{columns.role} of {where} {_not_text(message.get(columns.role))}"
+        content = message.get(columns.content)
+        if not isinstance(content, (str, list)):  # a list holds parts of text and images
+            return f"{columns.content} of {where} {_not_text(content)}"
+        if columns.assistant == "gpt" and message["from"] not in ("system", "human", "gpt"):
+            return f"from of {where} is {message['from']!r}, not system, human or gpt"
+    if columns.needs_answer and not any(message[columns.role] == columns.assistant for message in messages):
+        return f"{column} has no message of the {columns.assistant}, so there is no answer to learn"
+    return None
+
+
+def _not_text(value: object) -> str:
+    if value is None:
+        return "is null"
+    remedy = " (write it in quotes, in a file of JSON Lines)" if isinstance(value, (int, float)) else ""
+    return f"is {_short(value)}, not text{remedy}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _in_words(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    # torchtune says in a ValueError what it wants of a conversation; other errors say little without their type
+    return message[:400] if message and isinstance(error, ValueError) else f"{type(error).__name__}: {message[:400]}"
