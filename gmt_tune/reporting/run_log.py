@@ -91,8 +91,10 @@ class RunLog:
         """
         for name in (RUN_LOG_FILE, MASK_DETAIL_FILE):
             path = self._folder / name
-            lines = self._guarded(lambda path, _: read_lines(path), path, None) if step > 0 else None
-            kept = [line for line in lines or () if _step_of(line) <= step]
+            lines = self._guarded(lambda path, _: read_lines(path), path, None) if step > 0 else []
+            if lines is None:  # it cannot be read, and is not replaced by less
+                continue
+            kept = [line for line in lines if _step_of(line) <= step]
             if name == MASK_DETAIL_FILE:
                 self._last_detail = kept[-1]["step"] if kept else None
             self._guarded(_write_whole, path, [self._header_of(name), *kept])

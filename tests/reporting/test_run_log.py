@@ -95,6 +95,20 @@ def test_a_log_that_is_no_log_costs_no_run(tmp_path):
     assert (tmp_path / MASK_DETAIL_FILE).is_file()
 
 
+def test_a_log_that_cannot_be_read_is_left_as_it_is(tmp_path, monkeypatch, caplog):
+    log = RunLog(tmp_path)
+    log.truncate_after(0)
+    log.log(1, {"loss": 2.0})
+
+    def failing(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log, "read_lines", failing)
+        RunLog(tmp_path).truncate_after(1)
+    assert read_run(tmp_path).series["loss"].steps == [1] and "the run goes on without it" in caplog.text
+
+
 def test_modes_of_the_logs_follow_umask(tmp_path):
     before = os.umask(0o002)
     try:

@@ -75,7 +75,7 @@ def _environment_by_name(values: set[str] | None = None) -> Iterator[None]:
     def name_of(name: str, *default: Any):
         if name not in os.environ:
             return oc.env(name, *default)
-        if values is not None:
+        if values is not None and not os.path.exists(os.environ[name]):  # a path that is there is no secret
             values.add(os.environ[name])
         return f"${{oc.env:{name}}}"
 

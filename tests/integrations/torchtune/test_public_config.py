@@ -62,7 +62,10 @@ def test_a_metric_logger_is_given_no_secret(cfg, tmp_path):
     assert "loss:1.0" in (tmp_path / "logs" / "log.txt").read_text()
 
 
-def test_a_traceback_loses_the_secrets_of_its_config(cfg):
+def test_a_traceback_loses_the_secrets_of_its_config(cfg, monkeypatch, tmp_path):
+    monkeypatch.setenv("TEST_FOLDER", str(tmp_path))
+    cfg.folder = "${oc.env:TEST_FOLDER}/data"
+    assert without_secrets_of(cfg, f'File "{tmp_path}/main.py"') == f'File "{tmp_path}/main.py"'  # no secret
     text = without_secrets_of(cfg, "401 for from-the-environment with plain-secret at https://a:b@host")
     assert text == "401 for *** with *** at https://***@host"
 
