@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """One sentence that names what is wrong and what would be right; shown without a traceback."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
