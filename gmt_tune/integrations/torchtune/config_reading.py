@@ -78,7 +78,7 @@ def apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> DictConf
     cfg = OmegaConf.merge(OmegaConf.create(given), changes)
     for key in [key for key, value in OmegaConf.to_container(cfg).items() if value == "None"]:
         cfg[key] = None
-    _check_new_keys([key for key in changes if key not in given], cfg)
+    _check_new_keys([str(key) for key in changes if key not in given], cfg)
     return cfg
 
 
@@ -87,7 +87,7 @@ def expand_home(cfg: DictConfig | ListConfig) -> None:
     for key in range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg):
         try:
             value = cfg[key]
-        except OmegaConfBaseException:  # an interpolation that leads nowhere, which the config check names
+        except Exception:  # of an interpolation that leads nowhere or of its resolver: the config check names it
             continue
         if isinstance(value, (DictConfig, ListConfig)):
             expand_home(value)
@@ -97,11 +97,12 @@ def expand_home(cfg: DictConfig | ListConfig) -> None:
 
 def _check_new_keys(keys: Sequence[str], cfg: DictConfig) -> None:
     """Raise UserError for a key on the command line that the file lacks, if it is meant to be one of a section."""
-    raw = OmegaConf.to_yaml(cfg)
-    inner = {str(key): name for name, section in cfg.items() if OmegaConf.is_dict(section) for key in section}
+    values = OmegaConf.to_container(cfg, resolve=False)
+    inner = {str(key): name for name, section in values.items() if isinstance(section, dict) for key in section}
     for key in keys:
         right = meant(key, list(inner))
-        if right is not None and key not in KEYS and not OmegaConf.is_dict(cfg[key]) and not refers_to(raw, key):
+        is_right = key in KEYS or isinstance(values[key], dict) or refers_to(OmegaConf.to_yaml(cfg), key)
+        if right is not None and not is_right:
             raise UserError(f"{key} on the command line is no key of the config: did you mean {inner[right]}.{right}?")
 
 
