@@ -101,8 +101,8 @@ def _check_new_keys(keys: Sequence[str], cfg: DictConfig) -> None:
     inner = {str(key): name for name, section in values.items() if isinstance(section, dict) for key in section}
     for key in keys:
         right = meant(key, list(inner))
-        is_right = key in KEYS or isinstance(values[key], dict) or refers_to(OmegaConf.to_yaml(cfg), key)
-        if right is not None and not is_right:
+        is_variable = isinstance(values[key], dict) or refers_to(OmegaConf.to_yaml(cfg), key)
+        if right is not None and not is_variable and meant(key, KEYS) is None:
             raise UserError(f"{key} on the command line is no key of the config: did you mean {inner[right]}.{right}?")
 
 
