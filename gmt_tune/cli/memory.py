@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from gmt_tune.cli.errors import UserError
+from gmt_tune.errors import UserError, one_line
 
 GIB = 2**30
 
@@ -80,28 +80,26 @@ def load_config(name: str, overrides: list[str]):
         tuple[DictConfig, int]: config and devices.
 
     Raises:
-        UserError: if there is no such config, it is no valid YAML, or an override is malformed.
+        UserError: if there is no such config, it is no valid YAML, an override is malformed, or a key or a value is
+            none that ``tune run`` would take.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from torchtune.config._utils import _merge_yaml_and_cli_args
-    from yaml import YAMLError
 
     from gmt_tune.integrations.torchtune.assets import register_resolver
+    from gmt_tune.integrations.torchtune.config_check import check_keys
+    from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
+    from gmt_tune.integrations.torchtune.preference import OWN_KEYS
 
     register_resolver()
     path = _path_of(name)
     try:
-        loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded):
-            raise UserError(f"{path} is no config: it must be a YAML file of keys and values")
-        container = OmegaConf.to_container(loaded, resolve=False)
-        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**container), overrides)
+        cfg = apply_overrides(read_file(path), overrides)
+        expand_home(cfg)
+        check_keys(cfg, OWN_KEYS, only_known=True)
         OmegaConf.resolve(cfg)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
-    except (ValueError, OmegaConfBaseException, FileNotFoundError) as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{name}: {one_line(error)}") from None
     return cfg, devices_of_run_line(path.read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,8 @@
 """``gmt-tune report``: one HTML page that shows what a run did."""
 
 import argparse
-from pathlib import Path
+
+from gmt_tune.cli.paths import as_path
 
 
 def add_parser(subparsers) -> None:
@@ -13,11 +14,13 @@ def add_parser(subparsers) -> None:
         "density by layer and module, thresholds, throughput, memory. Several runs are drawn on the same axes.",
         epilog="Example: gmt-tune report /tmp/run_a /tmp/run_b -o comparison.html",
     )
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="the output_dir of a run")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=as_path, help="the output_dir of a run")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="the page (default: report.html in the first RUN_DIR)"
+        "-o", "--output", metavar="FILE", type=as_path, help="the page (default: report.html in the first RUN_DIR)"
     )
-    parser.add_argument("--png", metavar="DIR", type=Path, help="write each figure as a PNG file into this folder too")
+    parser.add_argument(
+        "--png", metavar="DIR", type=as_path, help="write each figure as a PNG file into this folder too"
+    )
     parser.set_defaults(func=run)
 
 

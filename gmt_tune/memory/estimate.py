@@ -5,18 +5,22 @@ at the same time is added up; of what happens one after the other (loss, recompu
 the largest counts. Gradients are counted in full, as from the second micro-batch of a step on.
 """
 
+import functools
+import inspect
 import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
-from torchtune.config._utils import _get_component_from_path
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
+from gmt_tune.integrations.torchtune.config_components import component_path, import_component, is_known_package
 from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+from gmt_tune.masking import GradientMask
 from gmt_tune.memory import activations as act
 from gmt_tune.memory.sharding import Mesh, largest_units, local_shapes
 from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes, step_scratch_bytes
@@ -85,7 +89,7 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     mesh = _mesh(cfg, world_size)
     model = _meta_model(cfg, dtype)
     trainable = _apply_mask_patterns(cfg, model)
-    plan = _instantiate(cfg, "tensor_parallel_plan") if mesh.tensor > 1 else None
+    plan = _tensor_parallel_plan(cfg) if mesh.tensor > 1 else None
     shapes = local_shapes(model, mesh, plan)
     stepped = {name: shapes[name] for name in trainable}
     gathered = local_shapes(model, Mesh(tensor=mesh.tensor), plan)
@@ -136,9 +140,9 @@ def _state_rows(cfg, model, dtype, shapes, stepped, mesh, unit, in_backward, off
         gradients, note = max(numels, default=0), "optimizer_in_bwd: of the largest tensor alone"
     rows.append(_placed("gradients", e * gradients, offloaded, note))
 
-    component, options = _optimizer(cfg)
+    component, options, note = _optimizer(cfg)
     states = optimizer_state_bytes(component, options, stepped.values(), dtype)
-    rows.append(_placed("optimizer states", states, offloaded, component.__name__))
+    rows.append(_placed("optimizer states", states, offloaded, note))
     rows.append(_mask_row(cfg, stepped, offloaded))
     return rows
 
@@ -171,7 +175,7 @@ def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -
         return [Row("activations", 0, note=f"not estimated for a {type(model).__name__}")]
     kept, kept_on_host, note = _kept_activations(cfg, shape, mesh.tensor)
     largest = max((s.numel() for s in stepped.values()), default=0)
-    component, options = _optimizer(cfg)
+    component, options, _ = _optimizer(cfg)
     step = step_scratch_bytes(
         component, options, largest, dtype, largest if in_backward else sum(s.numel() for s in stepped.values())
     )
@@ -183,9 +187,8 @@ def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -
         step = max(0, step - kept)  # by then the activations are gone
     # Before it is added to the one that is there. Under FSDP2 "gathered layers" has it.
     new_gradient = dtype.itemsize * largest if mesh.data == 1 else 0
-    chunks = getattr(_instantiate(cfg, "loss"), "num_output_chunks", 0)
     phases = {
-        "logits and loss": act.head_bytes(shape, chunks, pairs=pairs == 2) + new_gradient,
+        "logits and loss": act.head_bytes(shape, _output_chunks(cfg), pairs=pairs == 2) + new_gradient,
         "recomputing a layer": act.layer_bytes(shape, mesh.tensor) + act.layer_scratch_bytes(shape, mesh.tensor),
         "optimizer step": step,
     }
@@ -243,42 +246,88 @@ def _mesh(cfg, world_size: int) -> Mesh:
 
 # ---------------------------------------------------------------------------- reading the config
 
+# A config is code: its components are called with its keys. An estimate is often asked for a config that somebody else
+# wrote, so what it calls is checked to be what the section is for; components of packages that we do not know are not
+# even imported, but for the model, which nothing else can count.
+
 
 def _meta_model(cfg: DictConfig, dtype: torch.dtype) -> nn.Module:
-    with training.set_default_dtype(dtype), torch.device("meta"):
-        return _instantiate(cfg, "model")
+    path = component_path("model", cfg.model)
+    if not _makes_module(import_component("model._component_", path)):
+        raise UserError(
+            f"model._component_ {path} is called by gmt-tune memory only if it is a class of torch.nn.Module, or a "
+            "function whose return annotation is one: add -> TransformerDecoder to your builder"
+        )
+    try:
+        with training.set_default_dtype(dtype), torch.device("meta"):
+            return config.instantiate(cfg.model)
+    except Exception as error:  # anything a builder may raise
+        raise UserError(f"model cannot be built ({one_line(error)}): check the section model") from None
 
 
-def _instantiate(cfg: DictConfig, key: str):
-    section = cfg.get(key, None)
+def _makes_module(component: Any) -> bool:
+    """Whether calling a component gives a model, as far as its class or its annotation says."""
+    function = component.func if isinstance(component, functools.partial) else component
+    try:
+        made = function if inspect.isclass(function) else get_type_hints(function).get("return")
+    except (TypeError, NameError, AttributeError):  # it is no function, or its annotations cannot be read
+        return False
+    return inspect.isclass(made) and issubclass(made, nn.Module)
+
+
+def _tensor_parallel_plan(cfg: DictConfig) -> dict:
+    path = component_path("tensor_parallel_plan", cfg.tensor_parallel_plan)
+    plan = import_component("tensor_parallel_plan._component_", path) if is_known_package(path) else None
+    if not str(getattr(plan, "__module__", "")).startswith("torchtune.models."):
+        raise UserError(
+            f"tensor_parallel_plan._component_ {path} is none of torchtune's plans, which gmt-tune memory knows: take "
+            "torchtune.models.llama3.base_llama_tp_plan for the estimate"
+        )
+    return config.instantiate(cfg.tensor_parallel_plan)
+
+
+def _output_chunks(cfg: DictConfig) -> int:
+    """Pieces in which the loss takes the logits; 0 if it takes them as a whole."""
+    section = cfg.get("loss", None)
     if section is None:
-        return None
-    try:
-        return config.instantiate(section)
-    except Exception as error:  # anything a component may raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{key} cannot be built ({reason}): check the section {key}") from None
+        return 0
+    path = component_path("loss", section)
+    loss = import_component("loss._component_", path) if is_known_package(path) else None
+    parameter = inspect.signature(loss).parameters.get("num_output_chunks") if inspect.isclass(loss) else None
+    chunks = section.get("num_output_chunks", parameter.default if parameter is not None else 0)
+    if not isinstance(chunks, int):
+        raise UserError(f"loss.num_output_chunks must be a whole number, got {chunks!r}")
+    return chunks
 
 
-def _optimizer(cfg: DictConfig) -> tuple[type, dict]:
+def _optimizer(cfg: DictConfig) -> tuple[type, dict, str]:
+    """Class and options of the optimizer, and its name with what is assumed."""
+    path = component_path("optimizer", cfg.optimizer)
+    if not is_known_package(path):
+        return torch.optim.AdamW, {}, f"{path}, counted as torch.optim.AdamW"
+    component = import_component("optimizer._component_", path)
+    if not (inspect.isclass(component) and issubclass(component, torch.optim.Optimizer)):
+        raise UserError(f"optimizer._component_ {path} is no optimizer: set it to one such as torch.optim.AdamW")
     options = OmegaConf.to_container(cfg.optimizer, resolve=True)
-    path = options.pop("_component_", None) if isinstance(options, dict) else None
-    if not isinstance(path, str):
-        raise UserError("optimizer._component_ is missing: set it to a dotted path such as torch.optim.AdamW")
-    try:
-        return _get_component_from_path(path), options
-    except Exception as error:  # torchtune's InstantiationError, or what the module raises when imported
-        reason = str(error).splitlines()[0]
-        raise UserError(f"optimizer._component_ '{path}' cannot be imported ({reason}): check its spelling") from None
+    return component, {key: value for key, value in options.items() if key != "_component_"}, component.__name__
 
 
 def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
     """Freeze what the mask freezes; returns the names of the parameters that are trained."""
-    try:
-        build_gradient_mask(cfg.get("gradient_mask", None), model)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    section = cfg.get("gradient_mask", None)
+    path = section.get("_component_", None) if OmegaConf.is_dict(section) else None
+    if isinstance(path, str) and not is_known_package(path):  # a class of the user's: its patterns are in the config
+        for name in _matching([name for name, _ in model.named_parameters()], section.get("frozen", None) or ()):
+            model.get_parameter(name).requires_grad_(False)
+    else:
+        if path is not None and not _is_mask(import_component("gradient_mask._component_", path)):
+            raise UserError(f"gradient_mask._component_ {path} is no GradientMask: set it to gmt_tune.GradientMask")
+        build_gradient_mask(section, model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _is_mask(component: Any) -> bool:
+    return inspect.isclass(component) and issubclass(component, GradientMask)
 
 
 def _matching(names, patterns) -> set[str]:
@@ -290,7 +339,9 @@ def _seq_len(cfg: DictConfig, model: nn.Module) -> tuple[int, bool]:
     tokenizer = cfg.get("tokenizer", None)
     configured = tokenizer.get("max_seq_len", None) if tokenizer is not None else None
     if configured is not None:
-        return int(configured), False
+        if not isinstance(configured, int):
+            raise UserError(f"tokenizer.max_seq_len must be a whole number or null, got {configured!r}")
+        return configured, False
     return min(ASSUMED_SEQ_LEN, getattr(model, "max_seq_len", ASSUMED_SEQ_LEN)), True
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
 
 # Optimizers of torchao: bits of a quantized state's entry, and entries in the lookup table that each quantized
 # state holds (fp32). Source: torchao/optim/subclass_8bit.py, subclass_4bit.py, subclass_fp8.py.
@@ -52,10 +52,9 @@ def optimizer_state_bytes(component: Callable, options: dict, shapes: Iterable[t
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the states of optimizer._component_ {component.__module__}.{component.__qualname__} cannot be counted "
-            f"({reason}): check the section optimizer, or try torch.optim.AdamW for a comparison"
+            f"({one_line(error)}): check the section optimizer, or try torch.optim.AdamW for a comparison"
         ) from None
     return sum(
         times[parameter.shape] * sum(_bytes(value) for value in optimizer.state[parameter].values())

@@ -111,6 +111,14 @@ def test_pictures_are_written(pair, tmp_path, capsys):
     assert '<figure class="card" id="moved-most">' in text and "<script" not in text
 
 
+def test_tilde_is_the_home_folder_in_every_path(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["diff", "~/base", "~/tuned", "--html=~/diff.html", "--png=~/png"]) == 0
+    assert (tmp_path / "diff.html").is_file() and list((tmp_path / "png").glob("*.png"))
+    assert not (tmp_path / "~").exists()
+
+
 def test_rounding_to_another_dtype_is_no_change(tmp_path, capsys):
     before = torch.randn(64, 64)
     after = before.clone()

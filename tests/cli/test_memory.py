@@ -53,6 +53,16 @@ def config(**changes):
     )
 
 
+def complete(**changes):
+    """A config that ``tune run`` takes: that of the quickstart, with sections replaced."""
+    from gmt_tune.integrations.torchtune.assets import register_resolver
+    from gmt_tune.integrations.torchtune.registry import config_paths
+
+    register_resolver()
+    quickstart = OmegaConf.to_container(OmegaConf.load(config_paths()["quickstart"]))
+    return OmegaConf.create({**quickstart, **changes})
+
+
 def build(dtype=torch.bfloat16, **changes):
     from torchtune import config, training
 
@@ -340,7 +350,7 @@ def test_json_has_bytes_and_overrides_and_devices_apply(capsys):
 
 def test_reads_a_file_of_the_user_and_assumes_a_length_where_there_is_none(capsys, tmp_path):
     file = tmp_path / "mine.yaml"
-    OmegaConf.save(config(tokenizer={"max_seq_len": None}), file)
+    OmegaConf.save(complete(model=TINY, tokenizer={**complete().tokenizer, "max_seq_len": None}), file)
     assert main(["memory", "--config", str(file)]) == 0
     assert "64 tokens in a micro-batch (assumed" in capsys.readouterr().out  # the model's own limit
 
@@ -390,21 +400,121 @@ def test_devices_come_from_the_run_line_of_a_config(line, devices):
         (["--config", "nothing/like/it"], "`tune ls` lists them"),
         (["--config", "llama3_1/8B_gmt", "--by-card"], "--by-card is for all configs"),
         (["--config", "llama3_1/8B_gmt", "--world-size", "0"], "--world-size must be a whole number from 1 on, got 0"),
-        (["--config", "llama3_1/8B_gmt", "dtype=fp16"], "dtype must be bf16 or fp32"),
+        (["--config", "llama3_1/8B_gmt", "dtype=fp16"], "dtype must be one of bf16, fp32, got 'fp16'"),
         (["--config", "llama3_1/8B_gmt", "batch_size"], "must be in the form of key=value"),
         (["--config", "llama3_1/8B_gmt", "~batch_size"], "batch_size is missing"),
         (["--config", "llama3_1/8B_gmt", "gradient_mask.density=2"], "density"),
         (["--config", "llama3_1/8B_gmt", "optimizer=torch.optim.AdamX"], "'torch.optim.AdamX' cannot be imported"),
-        (["--config", "llama3_1/8B_gmt", "optimizer.beta=1"], "check the section optimizer"),
-        (["--config", "llama3_1/8B_gmt", "model.layers=3"], "check the section model"),
+        (["--config", "llama3_1/8B_gmt", "optimizer.beta=1"], "optimizer.beta (1) is no key of"),
+        (["--config", "llama3_1/8B_gmt", "model.layers=3"], "model.layers (3) is no key of"),
         (["--config", "llama3_1/70B_gmt", "tensor_parallel_dim=3"], "does not divide 8 devices"),
-        (["--config", "llama3_1/8B_gmt", "tensor_parallel_dim=2"], "tensor_parallel_plan is missing"),
+        (["--config", "llama3_1/8B_gmt", "tensor_parallel_dim=2"], "tensor_parallel_dim: 2 needs tensor_parallel_plan"),
     ],
 )
 def test_wrong_requests_get_one_sentence(arguments, sentence, capsys):
     assert main(["memory", *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("gmt-tune: ") and sentence in error
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "sentence"),
+    [
+        ("quickstart", "batch_sise=1", "batch_sise (1) is no key of this recipe: did you mean batch_size?"),
+        ("quickstart", "tokenizer.max_seqlen=16", "tokenizer.max_seqlen (16) is no key of"),
+        ("quickstart", "evaluation.sise=16", "evaluation.sise (16) is no key of gmt_tune.data.ExactMatch"),
+        ("quickstart", "gradient_mask.densty=1", "did you mean gradient_mask.density?"),
+        ("quickstart", "batch_size=0", "batch_size must be a whole number from 1 on, got 0"),
+        ("quickstart", "gradient_mask.dense=[*norm*]", "write 'gradient_mask.dense=[\"*norm*\"]'"),
+        ("quickstart_dpo", "ref_checkpointer.modle_type=x", "ref_checkpointer.modle_type ('x') is no key of"),
+        (
+            "quickstart",
+            "tokenizer.max_seq_len=long",
+            "tokenizer.max_seq_len must be a whole number or null, got 'long'",
+        ),
+    ],
+)
+def test_what_tune_run_refuses_is_refused_here_too(config, override, sentence, capsys):
+    assert main(["memory", "--config", config, override]) == 1
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.out == ""
+
+
+SECTIONS = (
+    "model", "optimizer", "loss", "gradient_mask", "tensor_parallel_plan", "tokenizer", "dataset", "dataset_val",
+    "evaluation", "metric_logger", "lr_scheduler", "checkpointer", "profiler",
+)  # fmt: skip
+# On several devices, since only then a plan is read
+MESH = {"tensor_parallel_dim": 2}
+PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
+
+
+@pytest.mark.parametrize("path", ["os.system", "torch.os.system", "torchtune.config._instantiate.os.system"])
+@pytest.mark.parametrize("section", SECTIONS)
+def test_no_section_runs_what_is_no_part_of_a_run(section, path, tmp_path, capsys):
+    command = {"_component_": path, "command": f"touch {tmp_path}/ran"}
+    changes = {**MESH, "tensor_parallel_plan": PLAN, section: command}
+    OmegaConf.save(complete(**changes), tmp_path / "config.yaml")
+    main(["memory", "--config", str(tmp_path / "config.yaml"), "--world-size", "2"])
+    printed = capsys.readouterr()
+    assert "total" in printed.out or printed.err.startswith("gmt-tune: ")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_modules_of_others_are_not_imported_but_for_the_model(tmp_path, monkeypatch, capsys):
+    from gmt_tune.models.tiny import tiny_llama
+
+    (tmp_path / "of_others.py").write_text(
+        "from pathlib import Path\n"
+        "from torchtune.models.llama3_2 import llama3_2\n"
+        "from torchtune.modules import TransformerDecoder\n"
+        "(Path(__file__).parent / 'imported').touch()\n"
+        "def builder(**sizes) -> TransformerDecoder:\n    return llama3_2(**sizes)\n"
+        "def without_annotation(**sizes):\n    return llama3_2(**sizes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    foreign = {"_component_": "of_others.Thing", "an_argument": 1}
+    mask = {**foreign, "frozen": ["tok_embeddings*"], "dense": ["*norm*"]}
+    others = [name for name in SECTIONS if name not in ("model", "gradient_mask", "tensor_parallel_plan")]
+    OmegaConf.save(complete(**dict.fromkeys(others, foreign), gradient_mask=mask), "config.yaml")
+    assert main(["memory", "--config", "config.yaml", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["optimizer states"]["note"] == "of_others.Thing, counted as torch.optim.AdamW"
+    trained = [p for name, p in tiny_llama().named_parameters() if not name.startswith("tok_embeddings")]
+    assert rows["gradients"]["device_bytes"] == sum(real_bytes(p) for p in trained)
+    assert not (tmp_path / "imported").exists()
+
+    sizes = {key: value for key, value in TINY.items() if key != "_component_"}
+    for name, sentence in (("builder", ""), ("without_annotation", "add -> TransformerDecoder to your builder")):
+        OmegaConf.save(complete(model={"_component_": f"of_others.{name}", **sizes}), "config.yaml")
+        assert main(["memory", "--config", "config.yaml"]) == (1 if sentence else 0)
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_builder_that_fails_without_a_word_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "silent_builder.py").write_text(
+        "from torch import nn\ndef builder() -> nn.Module:\n    raise ValueError\n"
+    )
+    (tmp_path / "silent_import.py").write_text("raise RuntimeError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, sentence in (
+        ("silent_builder.builder", "model cannot be built (ValueError)"),
+        ("silent_import.builder", "cannot be imported (RuntimeError)"),
+    ):
+        OmegaConf.save(complete(model={"_component_": path}), "config.yaml")
+        assert main(["memory", "--config", "config.yaml"]) == 1
+        assert sentence in capsys.readouterr().err
+
+
+def test_chunks_of_the_logits_are_those_of_the_loss():
+    loss, model = {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}, {**TINY, "vocab_size": 30_000}
+    working = [
+        rows_of(estimate(config(loss=section, model=model, batch_size=64)))["working memory"]
+        for section in (None, {**loss, "num_output_chunks": 4}, loss, {**loss, "num_output_chunks": 8})
+    ]
+    assert working[0] > working[1] > working[2] == working[3]
 
 
 def test_a_file_that_is_no_config_is_refused(capsys, tmp_path):

@@ -34,6 +34,15 @@ def test_several_runs_go_on_one_page(tmp_path, capsys):
     assert not (runs[0] / "report.html").exists()
 
 
+def test_tilde_is_the_home_folder_in_every_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", steps=2, layers=1)
+    assert main(["report", "~/run", "--output=~/page.html", "--png=~/png"]) == 0
+    assert (tmp_path / "page.html").is_file() and list((tmp_path / "png").glob("*.png"))
+    assert not (tmp_path / "~").exists()
+
+
 def test_what_is_no_run_is_told_in_one_sentence(tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -52,6 +52,15 @@ def local_data(tmp_path_factory) -> dict[str, Path]:
     return files
 
 
+def _rope(family: str) -> dict:
+    """Rotary base and scaling of the family's releases, as its builder has them."""
+    if not family.startswith("llama3"):
+        return {"rope_theta": 10000.0}
+    scaling = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"factor": 32.0 if family == "llama3_2" else 8.0, "original_max_position_embeddings": 8192}
+    return {"rope_theta": 500000.0, "rope_scaling": None if family == "llama3" else scaling}
+
+
 @pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory, local_data) -> dict[str, Path]:
     """Builder module of a family, such as ``torchtune.models.llama2``, to a folder with its model and tokenizer."""
@@ -79,6 +88,8 @@ def tiny_families(tmp_path_factory, local_data) -> dict[str, Path]:
                 num_attention_heads=SHAPE["num_heads"],
                 num_key_value_heads=_kv_heads(family),
                 tie_word_embeddings=family == "llama3_2",
+                rms_norm_eps=1e-5,
+                **_rope(family),
             )
         ).save_pretrained(folder)
         folders[f"torchtune.models.{family}"] = folder

@@ -1,16 +1,21 @@
 """Wrong configs end before a model is loaded, with one sentence that names the key and what is right."""
 
 import json
+import os
+import re
 import shutil
 
 import pytest
+import torch
 import yaml
 from forked_run import ForkedRun
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config
+from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
 from gmt_tune.integrations.torchtune.config_files import _check_data_files
+from gmt_tune.integrations.torchtune.optimizers import warn_of_long_warmup
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 REMOVED = "(removed)"
@@ -40,7 +45,12 @@ WRONG = [
     ("checkpointer.checkpoint_file", "x", r"checkpointer\.checkpoint_file .* did you mean checkpoint_files\?"),
     ("lr_scheduler.warmup", 2, r"lr_scheduler\.warmup \(2\) is no key of .*num_warmup_steps"),
     # missing keys
+    ("epoch", 4, r"epoch \(4\) is no key of this recipe: did you mean epochs\?"),
+    ("max_steps", 4, r"max_steps \(4\) is no key of this recipe: did you mean max_steps_per_epoch\?"),
+    ("quantizer", {"_component_": "torch.nn.Linear"}, r"quantizer .* is no key of this recipe: it takes"),
     ("batch_size", REMOVED, r"batch_size is missing in the config"),
+    ("optimizer", None, r"optimizer is null, but every run needs this section"),
+    ("metric_logger", None, r"metric_logger is null, but every run needs this section"),
     ("optimizer", REMOVED, r"optimizer is missing in the config"),
     ("model._component_", REMOVED, r"model\._component_ is missing"),
     ("model.num_layers", REMOVED, r"model .*missing a required argument: 'num_layers'"),
@@ -67,6 +77,8 @@ WRONG = [
     ("on_nonfinite", "ignore", r"on_nonfinite must be one of error, skip, got 'ignore'"),
     ("optimizer.lr", "1e-x", r"optimizer\.lr must be a number from 0 on, such as 2e-5, got '1e-x'"),
     ("optimizer", "torch.optim.AdamW", r"optimizer must be a section with _component_"),
+    ("evaluation", {"_component_": False}, r"evaluation\._component_ must be a dotted path, got False"),
+    ("clip_grad_norm", "None", r"clip_grad_norm must be a positive number, .*, or null, got 'None'"),
     # values that a component refuses
     ("optimizer.betas", [0.9], r"optimizer \(torch\.optim\.AdamW, .*betas: \[0\.9\]\) cannot be made: "),
     ("optimizer.weight_decay", "abc", r"optimizer \(.*weight_decay: abc\) cannot be made: "),
@@ -153,6 +165,7 @@ def test_a_wrong_config_is_named_with_what_is_right(path, value, message, tmp_pa
             dict(gradient_mask={**MASK, "scope": "global"}, optimizer_in_bwd=True),
             "gradient_mask.scope: global needs all gradients together, .*optimizer_in_bwd: False",
         ),
+        (dict(track_selection_every_n_steps=1), "there is no gradient_mask whose selection could be tracked"),
     ],
 )
 def test_wrong_combinations_are_named(changes, message, tmp_path, tiny_config):
@@ -160,10 +173,147 @@ def test_wrong_combinations_are_named(changes, message, tmp_path, tiny_config):
         check_config(OmegaConf.create(tiny_config(tmp_path / "out", **changes)))
 
 
-def test_a_users_own_variable_is_no_wrong_key(tmp_path, tiny_config):
-    config = tiny_config(tmp_path / "out", my_folder=str(tmp_path / "other"))
-    config["output_dir"] = "${my_folder}/out"
+@pytest.mark.parametrize("version, is_refused", [("2.6.0", True), ("2.12.1+cu130", True), ("2.13.0+cpu", False)])
+def test_optimizer_in_backward_with_cpu_offload_needs_a_torch_that_waits(
+    version, is_refused, tmp_path, tiny_config, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", version)
+    cfg = OmegaConf.create(tiny_config(tmp_path / "out", optimizer_in_bwd=True, fsdp_cpu_offload=True))
+    if not is_refused:
+        return check_config(cfg)
+    with pytest.raises(UserError, match=rf"optimizer_in_bwd: True does not work with .* on torch {re.escape(version)}"):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_dir", "/models/llama"),
+        ("base_output_dir", "/runs"),
+        ("checkpoint_dir", "/models/llama"),
+        ("dataset_name", "gsm8k"),
+        ("lr", 0.5),
+        ("run_number", 3),
+        ("is_a_trial", True),
+        ("note", None),
+        ("shards", ["a.safetensors", "b.safetensors"]),
+    ],
+)
+def test_a_users_own_variable_is_no_wrong_key(key, value, tmp_path, tiny_config, caplog):
+    check_config(OmegaConf.create(tiny_config(tmp_path / "out", **{key: value})))  # an override replaced what used it
+    assert (f"{key} has no effect" in caplog.text) == (value is not None)
+
+
+@pytest.mark.parametrize("reference", ["${models}", "${models.base}", "${ models.base }", "${models[base]}"])
+def test_a_variable_that_something_refers_to_may_have_any_name_and_kind(reference, tmp_path, tiny_config):
+    value = {"base": str(tmp_path)} if "base" in reference else str(tmp_path)
+    config = tiny_config(tmp_path / "out", models=value)  # which looks like the key "model"
+    check_config(OmegaConf.create(changed(config, "output_dir", f"{reference}/out")))
+    config = changed({**config, "models_2": str(tmp_path)}, "output_dir", "${models_2}/out")
+    with pytest.raises(UserError, match=r"models \(.*\) is no key of this recipe: did you mean model\?"):
+        check_config(OmegaConf.create(config))
+
+
+def test_a_variable_without_effect_names_the_key_that_may_be_meant(tmp_path, tiny_config, caplog):
+    check_config(OmegaConf.create(tiny_config(tmp_path / "out", lr=0.1)))
+    assert "lr has no effect: it is no key of this recipe, and no value refers to it: did you mean optimizer.lr?" in (
+        caplog.text
+    )
+
+
+OPTIONAL_SECTIONS = ("gradient_mask", "evaluation", "lr_scheduler", "dataset_val", "profiler", "tensor_parallel_plan")
+
+
+def test_null_leaves_every_optional_section_out(tmp_path, tiny_config, run_recipe):
+    null = dict.fromkeys(OPTIONAL_SECTIONS)
+    goes_with = {"track_selection_every_n_steps": 1, "run_val_every_n_steps": 1, "max_steps_per_epoch": 1}
+    config = tiny_config(tmp_path / "out", **null, **goes_with)
     check_config(OmegaConf.create(config))
+    assert run_recipe(config).global_step == 1
+
+
+@pytest.mark.parametrize("key", ["optimizer._component_", "gradient_mask._component_", "collate_fn"])
+def test_a_module_that_cannot_be_imported_and_says_nothing_is_named(key, tmp_path, tiny_config, monkeypatch):
+    (tmp_path / "silent_module.py").write_text("raise RuntimeError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = changed(tiny_config(tmp_path / "out", gradient_mask=dict(MASK)), key, "silent_module.Thing")
+    with pytest.raises(UserError, match=rf"{key} 'silent_module\.Thing' cannot be imported \(RuntimeError\)"):
+        check_config(OmegaConf.create(config))
+
+
+@pytest.mark.parametrize("steps, is_said", [(2, True), (3, False)])
+def test_a_warmup_that_outlasts_the_run_is_said_with_both_numbers(steps, is_said, caplog):
+    warmup = OmegaConf.create({"_component_": "torchtune.training.get_lr", "num_warmup_steps": 2})
+    warn_of_long_warmup(warmup, steps)
+    assert ("num_warmup_steps is 2, but the run has 2 optimizer steps" in caplog.text) == is_said
+    for without in (None, OmegaConf.create({"_component_": "torchtune.training.get_lr"})):
+        caplog.clear()
+        warn_of_long_warmup(without, 1)
+        assert not caplog.text
+
+
+def test_a_run_whose_warmup_outlasts_it_says_so(tmp_path, tiny_config, run_recipe, caplog):
+    run_recipe(tiny_config(tmp_path / "out", max_steps_per_epoch=1))
+    assert "lr_scheduler.num_warmup_steps is 2, but the run has 1 optimizer step:" in caplog.text
+
+
+def test_the_index_of_a_device_reaches_torchtune_as_it_takes_it(tmp_path, tiny_config, gmt_recipe, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def stop(self, cfg):
+        raise Reached(cfg.device, os.environ.get("LOCAL_RANK"), cfg.seed)
+
+    monkeypatch.setattr(gmt_recipe.__mro__[2], "__init__", stop)
+    for device, local_rank, reached in [
+        ("cuda:1", None, ("cuda", "1")),
+        ("cuda", None, ("cuda", None)),
+        ("cpu", None, ("cpu", None)),
+        ("cuda:0", "0", ("cuda", "0")),
+        ("xpu:3", None, ("xpu", "3")),
+    ]:
+        for key in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(key, local_rank or "")  # so that it is as before after the test
+            if local_rank is None:
+                monkeypatch.delenv(key)
+        with pytest.raises(Reached) as caught:
+            gmt_recipe(OmegaConf.create(tiny_config(tmp_path / "out", device=device)))
+        assert caught.value.args == (*reached, 5)
+
+
+def test_an_index_under_torchrun_is_named(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local_rank, device, is_refused in [("0", "cuda:1", True), ("1", "cuda:1", False), ("1", "cuda", False)]:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        cfg = OmegaConf.create(tiny_config(tmp_path / "out", device=device))
+        if not is_refused:
+            check_machine(cfg)
+            continue
+        with pytest.raises(UserError, match="device is cuda:1, but under torchrun each process takes the device of"):
+            check_machine(cfg)
+
+
+def test_a_tied_model_whose_files_hold_the_embeddings_twice_trains_as_without(
+    tmp_path, tiny_world, tiny_config, run_recipe, final_weights
+):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    copy = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file({**weights, **copy}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    for name, folder in (("once", tiny_world / "model"), ("twice", tmp_path / "model")):
+        config = tiny_config(tmp_path / name, max_steps_per_epoch=1, lr_scheduler=None)
+        run_recipe(changed(config, "checkpointer.checkpoint_dir", str(folder)))
+    once, twice = final_weights(tmp_path / "once"), final_weights(tmp_path / "twice")
+    assert once and once.keys() == twice.keys() and "lm_head.weight" not in once
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert not torch.equal(once["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+
+    save_file({**weights, "lm_head.weight": copy["lm_head.weight"] + 1}, tmp_path / "model" / "model.safetensors")
+    config = changed(tiny_config(tmp_path / "other"), "checkpointer.checkpoint_dir", str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"uses its embeddings as the output layer, but .*lm_head\.weight"):
+        run_recipe(config)
 
 
 def test_truncated_weights_are_named_before_loading(tmp_path, tiny_world, tiny_config):
@@ -209,7 +359,9 @@ TYPED = [
     (["gradient_mask=0.2"], "gradient_mask._component_ must be a dotted path, got 0.2", 1),
     (["optimizer.lr=abc"], "optimizer.lr must be a number from 0 on, such as 2e-5, got 'abc'", 2),
     (["batch_size=0"], "batch_size must be a whole number from 1 on, got 0", 1),
-    (["nonsense"], "the config or the command line cannot be read", 1),
+    (["nonsense"], "nonsense on the command line must be in the form of key=value", 2),
+    (["gradient_mask.dense=[*norm*]"], "write 'gradient_mask.dense=[\"*norm*\"]'", 1),
+    (["output_dir=~/runs", "batch_size=0"], "batch_size must be a whole number", 1),
     (["~no_such_key"], "no_such_key", 1),
     (["device=cuda"], "device is cuda, but torch", 1),
     (["tokenizer.path={root}/train.jsonl"], "is not a Hugging Face tokenizer.json", 1),

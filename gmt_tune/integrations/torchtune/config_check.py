@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Sequence
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from torchtune import config
+from torchtune import config, utils
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune.config_components import (
     check_component,
     check_metric_logger,
-    import_function,
+    import_component,
     is_number,
+    meant,
     nearest,
-    one_line,
     try_optimizer,
 )
 from gmt_tune.integrations.torchtune.config_files import check_files
 from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+
+log = utils.get_logger("INFO")
 
 _REQUIRED = (
     "output_dir", "model", "tokenizer", "dataset", "checkpointer", "optimizer", "loss", "metric_logger", "seed",
@@ -39,6 +41,8 @@ _OPTIONAL = (
     "dataset_val", "run_val_every_n_steps", "batch_size_val", "on_nonfinite", "track_selection_every_n_steps",
     "write_report",
 )  # fmt: skip
+
+KEYS = (*_REQUIRED, *_OPTIONAL)
 
 _WHOLE = "a whole number from 1 on"
 _BOOLS = (
@@ -84,19 +88,11 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     Raises:
         UserError: for the first thing that is wrong.
     """
-    _check_interpolations(cfg)
-    _check_top_level_keys(cfg, own_keys)
-    _check_values(cfg)
-    for section in _GIVEN:
-        value = cfg.get(section, None)
-        for i, part in enumerate(value if isinstance(value, ListConfig) else [value]):
-            if part is not None:
-                check_component(f"{section}[{i}]" if isinstance(value, ListConfig) else section, part, *_GIVEN[section])
-    _check_combinations(cfg)
+    check_keys(cfg, own_keys)
     try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
     check_metric_logger(cfg.metric_logger)
     if cfg.get("collate_fn", None) is not None:
-        import_function("collate_fn", cfg.collate_fn)
+        import_component("collate_fn", cfg.collate_fn)
     model = _meta_model(cfg)
     if hasattr(getattr(model, "output", None), "tied_module") and "tok_embeddings" in (
         cfg.get("custom_sharded_layers", None) or ()
@@ -108,6 +104,29 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     _check_lengths(cfg, model)
     check_files(cfg, model)
     build_gradient_mask(cfg.get("gradient_mask", None), model)
+
+
+def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: bool = False) -> None:
+    """Check keys and values. Calls nothing that the config names, and looks at no files.
+
+    Args:
+        cfg: the parsed config.
+        own_keys: as in :func:`check_config`.
+        only_known: import no component of a package that we do not know; its keys are not checked then.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    _check_interpolations(cfg)
+    _check_top_level_keys(cfg, own_keys)
+    _check_values(cfg)
+    for section, given in _GIVEN.items():
+        value = cfg.get(section, None)
+        for i, part in enumerate(value if isinstance(value, ListConfig) else [value]):
+            name = f"{section}[{i}]" if isinstance(value, ListConfig) else section
+            if part is not None:
+                check_component(name, part, *given, only_known=only_known)
+    _check_combinations(cfg)
 
 
 def check_machine(cfg: DictConfig) -> None:
@@ -123,7 +142,13 @@ def check_machine(cfg: DictConfig) -> None:
                 f"device is {cfg.device}, but torch {torch.__version__} sees no CUDA device here: set device: cpu, or "
                 "install a driver and a torch build that fit the card (nvidia-smi shows it)"
             )
-        wanted = int(os.environ.get("LOCAL_RANK", index or 0))
+        local_rank = os.environ.get("LOCAL_RANK", None)
+        if index and local_rank is not None and index != local_rank:
+            raise UserError(
+                f"device is {cfg.device}, but under torchrun each process takes the device of its own rank, here "
+                f"{local_rank}: set device: cuda, and CUDA_VISIBLE_DEVICES to choose cards"
+            )
+        wanted = int(index or local_rank or 0)
         if wanted >= torch.cuda.device_count():
             raise UserError(
                 f"CUDA device {wanted} is asked for, but there are {torch.cuda.device_count()} (counted from 0): set "
@@ -139,7 +164,7 @@ def _check_interpolations(cfg: DictConfig) -> None:
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
+        reason = (error.msg or one_line(error)).partition("\n")[0]  # its further lines repeat the key
         raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {reason}") from None
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
@@ -149,13 +174,33 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
     for key in _REQUIRED:
         if key not in cfg:
             raise UserError(f"{key} is missing in the config: `tune cat quickstart` shows a complete one")
-    known = (*_REQUIRED, *_OPTIONAL, *own_keys)
-    raw = json.dumps(OmegaConf.to_container(cfg, resolve=False))
+        if key in _GIVEN and cfg[key] is None:
+            raise UserError(f"{key} is null, but every run needs this section: `tune cat quickstart` has one")
+    known = (*KEYS, *own_keys)
+    raw = OmegaConf.to_yaml(cfg)
     for key, value in cfg.items():
-        if key not in known and "${" + str(key) not in raw:  # a key that others refer to is a user's variable
-            if key == "ref_checkpointer":
-                raise UserError(f"{key} is no key of this recipe: tune run gmt_full_dpo is the one for this config")
-            raise UserError(f"{key} ({value!r}) is no key of this recipe: {nearest(str(key), known)}")
+        if key in known or refers_to(raw, str(key)):  # a key that others refer to is a user's variable
+            continue
+        if key == "ref_checkpointer" and value is not None:
+            raise UserError(f"{key} is no key of this recipe: tune run gmt_full_dpo is the one for this config")
+        right = meant(str(key), known)
+        if right is not None or not _is_plain(value):
+            hint = f"did you mean {right}?" if right is not None else nearest(str(key), known)
+            raise UserError(f"{key} ({value!r}) is no key of this recipe: {hint}")
+        if value is not None and os.environ.get("RANK", "0") == "0":
+            inner = [f"{name}.{key}" for name, section in cfg.items() if OmegaConf.is_dict(section) and key in section]
+            hint = f": did you mean {inner[0]}?" if inner else "."
+            log.warning(f"{key} has no effect: it is no key of this recipe, and no value refers to it{hint}")
+
+
+def refers_to(raw: str, key: str) -> bool:
+    """Whether a value of the config's text refers to a top-level key: ``${key}``, ``${key.inner}``, ``${key[0]}``."""
+    return re.search(rf"\$\{{\s*\.*{re.escape(key)}\s*[.\[}}]", raw) is not None
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a text, a number, a truth value, null, or a list of such."""
+    return not OmegaConf.is_config(value) or isinstance(value, ListConfig) and all(map(_is_plain, value))
 
 
 def _check_values(cfg: DictConfig) -> None:
@@ -194,6 +239,12 @@ def _check_count(key: str, value: object, or_null: str = "") -> None:
 
 def _check_combinations(cfg: DictConfig) -> None:
     if cfg.get("optimizer_in_bwd", False):
+        if cfg.get("fsdp_cpu_offload", False) and _torch_release() < (2, 13):
+            raise UserError(
+                f"optimizer_in_bwd: True does not work with fsdp_cpu_offload: True on torch {torch.__version__}, which "
+                "steps before gradients have arrived in the host's memory: set one of them to False, or install torch "
+                "2.13 or newer"
+            )
         if cfg.gradient_accumulation_steps > 1:
             raise UserError(
                 f"optimizer_in_bwd: True needs gradient_accumulation_steps: 1, got {cfg.gradient_accumulation_steps}"
@@ -228,15 +279,20 @@ def _check_combinations(cfg: DictConfig) -> None:
             raise UserError(f"enable_activation_offloading: True needs device: cuda, got {cfg.device!r}")
         if not cfg.get("enable_activation_checkpointing", False):
             raise UserError("enable_activation_offloading: True needs enable_activation_checkpointing: True")
-    if cfg.get("run_val_every_n_steps", None) is not None and cfg.get("dataset_val", None) is None:
+    # A section that is null was left out on purpose: what goes with it has no effect
+    if cfg.get("run_val_every_n_steps", None) is not None and "dataset_val" not in cfg:
         raise UserError("run_val_every_n_steps is set, but dataset_val is not: add the section dataset_val")
-    if cfg.get("track_selection_every_n_steps", None) is not None and cfg.get("gradient_mask", None) is None:
+    if cfg.get("track_selection_every_n_steps", None) is not None and "gradient_mask" not in cfg:
         raise UserError(
             f"track_selection_every_n_steps is {cfg.track_selection_every_n_steps}, but there is no gradient_mask "
             "whose selection could be tracked: add the section gradient_mask, or set it to null"
         )
     if "left_pad_sequence" in str(cfg.get("collate_fn", "")):
         raise UserError("collate_fn must not be left_pad_sequence, which is for inference only")
+
+
+def _torch_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 
 def _meta_model(cfg: DictConfig) -> nn.Module:

@@ -8,15 +8,15 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config
-from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
 
 # What torchtune's loggers import when they are made, by the logger's name.
 _PACKAGES_OF_LOGGERS = {
@@ -26,11 +26,16 @@ _PACKAGES_OF_LOGGERS = {
     "MLFlowLogger": "mlflow",
 }
 
+# Packages whose modules do nothing but define things when they are imported.
+_KNOWN_PACKAGES = ("torch", "torchao", "torchtune", "gmt_tune")
+
 # What is raised by a component that was given a value of a wrong kind or out of its range.
 _OF_WRONG_VALUES = (TypeError, ValueError, IndexError, KeyError, AttributeError)
 
 
-def check_component(name: str, cfg: DictConfig, positional: int, keywords: Sequence[str]) -> None:
+def check_component(
+    name: str, cfg: DictConfig, positional: int, keywords: Sequence[str], *, only_known: bool = False
+) -> None:
     """Check that a section's component can be imported and takes the section's keys.
 
     Args:
@@ -38,25 +43,19 @@ def check_component(name: str, cfg: DictConfig, positional: int, keywords: Seque
         cfg: the section.
         positional: how many arguments the recipe gives by position.
         keywords: what else it gives, by name.
+        only_known: leave components of other packages than torch, torchao, torchtune and gmt_tune alone, which are
+            imported otherwise.
 
     Raises:
         UserError: if not.
     """
-    if not OmegaConf.is_dict(cfg):
-        raise UserError(f"{name} must be a section with _component_, got {cfg!r}")
-    path = cfg.get("_component_", None)
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{name}._component_ is missing: set it to a dotted path such as torch.optim.AdamW")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a user's own module in the folder of the run, as torchtune allows
-    try:
-        component = _get_component_from_path(path)
-    except (InstantiationError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{name}._component_ '{path}' cannot be imported ({reason}): check its spelling") from None
+    path = component_path(name, cfg)
+    if only_known and not is_known_package(path):
+        return
+    component = import_component(f"{name}._component_", path)
     try:
         signature = inspect.signature(component)
-    except ValueError:  # builtins tell nothing of their arguments
+    except (TypeError, ValueError):  # it is no function, or a builtin, which says nothing of its arguments
         return
     parameters = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -72,14 +71,37 @@ def check_component(name: str, cfg: DictConfig, positional: int, keywords: Seque
         raise UserError(f"{name} ({path}): {error}") from None
 
 
-def import_function(key: str, path: object) -> None:
-    """Raise UserError if a key's value is not the dotted path of something that can be imported."""
+def component_path(name: str, cfg: Any) -> str:
+    """The ``_component_`` of a section; raises UserError if it is no section, or has none."""
+    if not OmegaConf.is_dict(cfg):
+        raise UserError(f"{name} must be a section with _component_, got {cfg!r}")
+    path = cfg.get("_component_", None)
+    if path is None or path == "":
+        raise UserError(f"{name}._component_ is missing: set it to a dotted path such as torch.optim.AdamW")
+    if not isinstance(path, str):
+        raise UserError(f"{name}._component_ must be a dotted path, got {path!r}")
+    return path
+
+
+def is_known_package(path: str) -> bool:
+    """Whether a dotted path is of a package that can be imported without running code of a config's author."""
+    return path.split(".")[0] in _KNOWN_PACKAGES
+
+
+def import_component(key: str, path: object) -> Any:
+    """What a key's value, a dotted path, stands for; it is not called.
+
+    Raises:
+        UserError: if the value is no dotted path, or what it names cannot be imported.
+    """
     if not isinstance(path, str):
         raise UserError(f"{key} must be a dotted path, got {path!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own module in the folder of the run, as torchtune allows
     try:
-        _get_component_from_path(path)
-    except (InstantiationError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        return _get_component_from_path(path)
+    except (Exception, SystemExit) as error:  # a module may raise anything when it is imported
+        reason = one_line(error.__cause__ or error)
         raise UserError(f"{key} '{path}' cannot be imported ({reason}): check its spelling") from None
 
 
@@ -118,11 +140,6 @@ def check_metric_logger(cfg_logger: DictConfig) -> None:
         )
 
 
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _written(section: DictConfig) -> str:
     """A section as its user wrote it."""
     values = [f"{key}: {value}" for key, value in OmegaConf.to_container(section).items() if key != "_component_"]
@@ -139,3 +156,16 @@ def nearest(key: str, known: Iterable[str]) -> str:
     known = sorted(known)
     match = get_close_matches(key, known, n=1)
     return f"did you mean {match[0]}?" if match else f"it takes {', '.join(known) or 'none'}"
+
+
+def meant(key: str, known: Sequence[str]) -> str | None:
+    """The known key that another is a misspelling of, or has words of in its order; None if it is like none."""
+    close = get_close_matches(key.lower(), known, n=3, cutoff=0.8)
+    words = key.lower().split("_")
+    in_part = [name for name in known if len(words) > 1 and _in_order(words, name.split("_"))]
+    return next(iter([name for name in close if abs(len(name) - len(key)) <= 1] + in_part), None)
+
+
+def _in_order(words: Sequence[str], others: Sequence[str]) -> bool:
+    rest = iter(others)
+    return all(word in rest for word in words)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
+from gmt_tune.integrations.torchtune.config_components import is_number
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -29,6 +34,17 @@ _FAMILIES = {
     "gemma2": ("GEMMA2",),
     "phi3": ("PHI3_MINI", "PHI4"),
     "qwen2": ("QWEN2",),
+}
+
+# The rotary base of a config.json that names none, as Llama 2's first ones: transformers' default for these families.
+_ROPE_THETA = 10000.0
+
+# What stretches positions in Llama 3.1 and 3.2: key in a config.json, torchtune's name, and the releases' value.
+_LLAMA3_SCALING = {
+    "factor": ("scale_factor", 8.0),
+    "low_freq_factor": ("low_freq_factor", 1.0),
+    "high_freq_factor": ("high_freq_factor", 4.0),
+    "original_max_position_embeddings": ("old_context_len", 8192.0),
 }
 
 
@@ -99,14 +115,54 @@ def _check_model_files(section: str, checkpointer: DictConfig) -> None:
             f"{section}.checkpoint_dir {folder} does not exist: download the model first, as the first lines of "
             "the config say, or name the folder that holds it"
         )
-    files = checkpointer.get("checkpoint_files", None)
-    if not isinstance(files, (ListConfig, DictConfig)):
-        raise UserError(f"{section}.checkpoint_files must be a list of file names, got {files!r}")
-    if isinstance(files, ListConfig):
-        for name in files:
-            _check_weights_file(section, folder / str(name), folder)
+    names = _file_names(section, checkpointer.get("checkpoint_files", None))
+    for name in names:
+        _check_weights_file(section, folder / name, folder)
+    _check_no_shard_is_missing(section, names, folder)
     if "HF" in checkpointer._component_ and not (folder / "config.json").is_file():
         raise UserError(f"{folder / 'config.json'} is missing: checkpoint_dir must be a Hugging Face model folder")
+
+
+def _file_names(section: str, files: object) -> list[str]:
+    """The names in ``checkpoint_files``: a list, or torchtune's ``filename_format`` with ``max_filename``."""
+    if isinstance(files, DictConfig):
+        try:
+            return FormattedCheckpointFiles.from_dict(OmegaConf.to_container(files)).build_checkpoint_filenames()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{section}.checkpoint_files: {one_line(error)}") from None
+    if not isinstance(files, ListConfig) or not len(files):
+        raise UserError(f"{section}.checkpoint_files must be a list of file names, got {files!r}")
+    return [str(name) for name in files]
+
+
+def _check_no_shard_is_missing(section: str, names: Sequence[str], folder: Path) -> None:
+    """Raise UserError if some files of a model are given, but not all: as its index has them, or their numbers."""
+    for given in names:
+        shards = _shards_of(given, folder)
+        missing = [shard for shard in shards if shard not in names]
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise UserError(
+                f"{section}.checkpoint_files names {len(shards) - len(missing)} of the {len(shards)} files that the "
+                f"model in {folder} is split into: name all of them, also {', '.join(missing[:4])}{more}"
+            )
+
+
+def _shards_of(name: str, folder: Path) -> list[str]:
+    """The files that a model is split into, of which one is given; none if it is not split."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            continue  # it is only an aid: the loader does not read it
+        if name in shards:
+            return sorted(shards)
+    numbers = re.fullmatch(r"(.*?)(\d+)([-_]of[-_])(\d+)(\D*)", name)
+    if numbers is None:
+        return []
+    before, number, of, total, after = numbers.groups()
+    first = 0 if int(number) == 0 else 1
+    return [f"{before}{i + first:0{len(number)}d}{of}{total}{after}" for i in range(int(total))]
 
 
 def _check_weights_file(section: str, file: Path, folder: Path) -> None:
@@ -135,33 +191,86 @@ def _check_family(cfg: DictConfig, section: str, model: Any) -> None:
     if not config_json.is_file():
         return
     try:
-        theirs = json.loads(config_json.read_text())
-    except ValueError as error:
-        raise UserError(f"{config_json} is no valid JSON ({error}): download the model again") from None
-    allowed = _FAMILIES.get(theirs.get("model_type"))
+        theirs = json.loads(config_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{config_json} is no valid JSON ({one_line(error)}): download the model again") from None
+    if not isinstance(theirs, dict):
+        raise UserError(f"{config_json} is no valid JSON (it holds no keys and values): download the model again")
+    allowed = _FAMILIES.get(str(theirs.get("model_type")))
     ours = str(cfg[section].get("model_type", ""))
     if allowed and ours not in (*allowed, "REWARD"):
         raise UserError(
             f"{section}.model_type is {ours}, but {config_json.parent} holds a {theirs['model_type']} model: "
             f"set it to {' or '.join(allowed)} and choose the model builder that fits, or another checkpoint_dir"
         )
-    embeddings = getattr(getattr(model, "tok_embeddings", None), "weight", None)
-    if embeddings is None:
-        return  # a model of a kind that is not ours to compare
+    built = _built(model)
+    if ours == "REWARD":
+        built.pop("tie_word_embeddings", None)  # its output layer is another
+    theirs |= _rope_of(theirs)
+    for key, value in built.items():
+        read = theirs.get(key, None)
+        if value is not None and read is not None and not _is_equal(read, value):
+            raise UserError(
+                f"the model in {config_json.parent} has {key} {read}, but model ({cfg.model._component_}) "
+                f"builds {value}: choose the builder that fits, or another {section}.checkpoint_dir"
+            )
+
+
+def _built(model: Any) -> dict[str, Any]:
+    """What a model is, by the keys of a Hugging Face config.json; empty for one of a kind that we do not know."""
+    embeddings, layers = getattr(getattr(model, "tok_embeddings", None), "weight", None), getattr(model, "layers", None)
+    if embeddings is None or not layers:
+        return {}
+    attention, output = getattr(layers[0], "attn", None), getattr(model, "output", None)
+    positions = getattr(attention, "pos_embeddings", None)
     built = {
         "vocab_size": embeddings.shape[0],
         "hidden_size": embeddings.shape[1],
-        "num_hidden_layers": len(model.layers),
+        "num_hidden_layers": len(layers),
         "num_attention_heads": getattr(model, "num_heads", None),
-        "num_key_value_heads": getattr(getattr(model.layers[0], "attn", None), "num_kv_heads", None),
-        "intermediate_size": getattr(getattr(getattr(model.layers[0], "mlp", None), "w1", None), "out_features", None),
+        "num_key_value_heads": getattr(attention, "num_kv_heads", None),
+        "head_dim": getattr(attention, "head_dim", None),
+        "intermediate_size": getattr(getattr(getattr(layers[0], "mlp", None), "w1", None), "out_features", None),
+        "rms_norm_eps": getattr(getattr(model, "norm", None), "eps", None),
+        "tie_word_embeddings": hasattr(output, "tied_module") or getattr(output, "weight", None) is embeddings,
     }
-    for key, value in built.items():
-        if value is not None and theirs.get(key, value) != value:
-            raise UserError(
-                f"the model in {config_json.parent} has {key} {theirs[key]}, but model ({cfg.model._component_}) "
-                f"builds {value}: choose the builder that fits, or another {section}.checkpoint_dir"
-            )
+    if hasattr(positions, "base"):
+        built["rope_theta"] = positions.base
+        scaling = {key: getattr(positions, ours, None) for key, (ours, _) in _LLAMA3_SCALING.items()}
+        built["rope_scaling"] = _scaling(None if scaling["factor"] is None else "llama3", scaling)
+    return built
+
+
+def _rope_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` of a config.json, in which transformers 5 has both in ``rope_parameters``."""
+    rope = theirs.get("rope_parameters", None)
+    if not isinstance(rope, dict):
+        scaling = theirs.get("rope_scaling", None)
+        rope = {"rope_theta": theirs.get("rope_theta", None), **(scaling if isinstance(scaling, dict) else {})}
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {}  # other ones for other layers, as in no model that torchtune builds
+    theta = rope.get("rope_theta", None)
+    if theta is None and str(theirs.get("model_type")) in _FAMILIES:
+        theta = _ROPE_THETA
+    return {"rope_theta": theta, "rope_scaling": _scaling(rope.get("rope_type", rope.get("type", None)), rope)}
+
+
+def _scaling(kind: object, rope: Mapping[str, Any]) -> str:
+    """How positions are stretched, in words that are the same for what computes the same."""
+    factor = rope.get("factor", None)
+    # "dynamic" begins to stretch beyond the positions that the model was trained on
+    if kind in (None, "default", "dynamic") or factor == 1:
+        return "none"
+    if kind != "llama3":
+        return f"{kind}" if factor is None else f"{kind} (factor {factor})"
+    values = {key: rope.get(key, default) for key, (_, default) in _LLAMA3_SCALING.items()}
+    return f"llama3 ({', '.join(f'{k} {float(v) if is_number(v) else v}' for k, v in values.items())})"
+
+
+def _is_equal(read: Any, built: Any) -> bool:
+    if is_number(read) and is_number(built):
+        return math.isclose(read, built, rel_tol=1e-6)
+    return read == built
 
 
 def _check_is_writable(key: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.assets import register_resolver
 from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
+from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
 from gmt_tune.integrations.torchtune.public_config import without_secrets_of
 
 # Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
@@ -37,16 +38,28 @@ class StopRun(Exception):
 
 
 def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
-    """Decorator as ``torchtune.config.parse``, whose own errors are told in one sentence too."""
-    with_config = config.parse(recipe_main)
+    """Decorator as ``torchtune.config.parse``, whose errors are one sentence each.
+
+    What the command line may say besides is in :func:`config_reading.apply_overrides`.
+    """
 
     @functools.wraps(recipe_main)
     def main() -> None:
+        parser = argparse.ArgumentParser(
+            description=recipe_main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--config", required=True, help="name or path of a YAML file with the recipe's arguments")
+        args, overrides = parser.parse_known_args()
         try:
-            with_config()
-        except Exception as error:  # the recipe's own do not come here: run_recipe tells them
+            cfg = apply_overrides(read_file(Path(args.config).expanduser()), overrides)
+        except UserError as error:
+            if _is_first_of_node():
+                _show(str(error))
+            sys.exit(1)
+        except Exception as error:
             _show(f"the config or the command line cannot be read ({_one_line(error)})")
             sys.exit(1)
+        sys.exit(recipe_main(cfg))
 
     return main
 
@@ -63,10 +76,10 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         The exit status: 0, 1 for an error, or 128 and the signal's number for a run that was told to stop.
     """
     rank = os.environ.get("RANK", "0")
-    # What is wrong is often wrong for all ranks; but a file can be missing on one node alone
-    is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first_of_node = _is_first_of_node()
     try:
         register_resolver()
+        expand_home(cfg)
         check_config(cfg, own_keys)
         check_machine(cfg)
         recipe(cfg)
@@ -91,6 +104,11 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         status = 1
     process_group.leave(has_failed=status == 1)
     return status
+
+
+def _is_first_of_node() -> bool:
+    """Whether this process says what is wrong: often it is wrong for all ranks, but a file can lack on one node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _show(message: str) -> None:

@@ -7,10 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 from torchtune import config
-from torchtune.config._utils import _get_component_from_path
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_components import import_function
+from gmt_tune.integrations.torchtune.config_components import import_component
 from gmt_tune.masking import GradientMask
 from gmt_tune.reporting.selection_tracker import SelectionTracker
 
@@ -34,8 +33,7 @@ def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> Gradie
         )
     if "_component_" not in cfg_mask:
         raise UserError("gradient_mask._component_ is missing: set it to gmt_tune.GradientMask")
-    import_function("gradient_mask._component_", cfg_mask["_component_"])
-    component = _get_component_from_path(cfg_mask["_component_"])
+    component = import_component("gradient_mask._component_", cfg_mask["_component_"])
     known = [name for name in inspect.signature(component).parameters if name != "named_parameters"]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(component).parameters.values())
     for key in cfg_mask:

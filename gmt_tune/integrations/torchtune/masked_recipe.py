@@ -31,10 +31,11 @@ from gmt_tune.integrations.torchtune.mask import (
     register_gradient_mask,
     track_selection,
 )
-from gmt_tune.integrations.torchtune.optimizers import keep_tensor_lr
+from gmt_tune.integrations.torchtune.optimizers import keep_tensor_lr, warn_of_long_warmup
 from gmt_tune.integrations.torchtune.progress import Progress
 from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.signals import StopSignal
+from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.report_at_end import report_at_end
 from gmt_tune.reporting.run_log import RunLog
@@ -62,8 +63,10 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     default_collate_fn = "torchtune.data.padded_collate_sft"
 
     def __init__(self, cfg: DictConfig) -> None:
-        process_group.ensure_rendezvous()
-        super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES))
+        # torchtune compares the device with "cuda", and takes the index from LOCAL_RANK
+        device, _, index = str(cfg.device).partition(":")
+        process_group.ensure_rendezvous(index)
+        super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES, {"device": device}))
         if self._device.type == "cpu" or self.data_parallel_dim == 1:
             # On the CPU all is in the host's memory anyway; and where FSDP2 shards nothing, it brings nothing back
             self.fsdp_cpu_offload = False
@@ -200,11 +203,13 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         return dataset, packed
 
     def _setup_model(self, *args, **kwargs):
+        drop_tied_output(kwargs["model_state_dict"], kwargs["cfg_model"])
         with process_group.no_memory_stats_on_cpu(self._device):
             return super()._setup_model(*args, **kwargs)
 
-    def _setup_lr_scheduler(self, *args, **kwargs):
-        lr_scheduler = super()._setup_lr_scheduler(*args, **kwargs)
+    def _setup_lr_scheduler(self, cfg_lr_scheduler, num_training_steps, last_epoch):
+        warn_of_long_warmup(cfg_lr_scheduler, num_training_steps)
+        lr_scheduler = super()._setup_lr_scheduler(cfg_lr_scheduler, num_training_steps, last_epoch)
         if lr_scheduler is not None and self._optimizer_in_bwd:
             keep_tensor_lr(lr_scheduler, self._optimizers)
         return lr_scheduler

@@ -1,7 +1,26 @@
-"""What torchtune's handling of optimizers lacks for torchao's."""
+"""What torchtune's handling of optimizers and their schedules lacks."""
 
+import logging
+
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
+from torchtune import utils
+
+log = utils.get_logger("INFO")
+
+
+def warn_of_long_warmup(cfg_lr_scheduler: DictConfig | None, num_training_steps: int) -> None:
+    """Say so if the learning rate is still rising when the run ends; a short trial of a config is meant to do that."""
+    warmup = (cfg_lr_scheduler or {}).get("num_warmup_steps", None)
+    if isinstance(warmup, (int, float)) and warmup >= num_training_steps:
+        utils.log_rank_zero(
+            log,
+            f"lr_scheduler.num_warmup_steps is {warmup}, but the run has {num_training_steps} optimizer "
+            f"step{'s' * (num_training_steps != 1)}: the learning rate rises to its end and does not reach "
+            "optimizer.lr. Lower num_warmup_steps for a real run.",
+            level=logging.WARNING,
+        )
 
 
 def keep_tensor_lr(lr_scheduler, optimizers: list[Optimizer]) -> None:

@@ -21,13 +21,17 @@ _PATIENCE = 10.0  # seconds
 _LOOK_EVERY = 0.02  # seconds, several times what a thread waits for the GIL before it asks again
 
 
-def ensure_rendezvous() -> None:
+def ensure_rendezvous(device_index: str = "") -> None:
     """Let a process that torchrun did not start be a world of one.
 
     Sets the variables that ``torch.distributed.init_process_group`` reads, unless they are there. Port 0
-    takes any free port, so that several runs on one machine do not meet. LOCAL_RANK stays unset: the
-    config's ``device: cuda:1`` keeps its meaning.
+    takes any free port, so that several runs on one machine do not meet.
+
+    Args:
+        device_index: of the config's ``device: cuda:1``; it becomes LOCAL_RANK, unless torchrun has set that.
     """
+    if device_index:
+        os.environ.setdefault("LOCAL_RANK", device_index)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
