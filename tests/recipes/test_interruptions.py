@@ -16,7 +16,6 @@ import yaml
 from forked_run import BREAK, ForkedRun
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import signals
 from gmt_tune.integrations.torchtune.checkpoint_folder import space_needed
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 
@@ -158,20 +157,6 @@ def test_a_second_signal_leaves_at_once(is_under_torchrun, tmp_path, tiny_config
     assert said.count(" received: finishing this step") == 1
     assert ("resume_from_checkpoint=True" in said) == is_under_torchrun
     assert (status > 128) if is_under_torchrun else status in (-signal.SIGTERM, -signal.SIGINT)
-
-
-def test_a_second_signal_waits_until_the_first_is_told(monkeypatch):
-    stop, order = signals.StopSignal(), []
-
-    def told(*args, **kwargs):
-        stop._handle(signal.SIGTERM, None)  # comes in the middle of it
-        order.append("told")
-
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(signals, "print", told, raising=False)
-    monkeypatch.setattr(signals.StopSignal, "_leave", staticmethod(order.append))
-    stop._handle(signal.SIGINT, None)
-    assert order == ["told", signal.SIGTERM]
 
 
 def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, tiny_config, final_weights):

@@ -20,7 +20,7 @@ from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
 from torchtune.training.lr_schedulers import get_lr
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import data, process_group, training_state
+from gmt_tune.integrations.torchtune import checkpoints, data, process_group, training_state
 from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.entry import StopRun
@@ -218,7 +218,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         process_group.cleanup_before_training(self._device)
         if self.global_step == 0:
             self._run_evaluation("before")
-        self._stop.install()
+        self._stop.install(process_group.watch_ranks_here(), checkpoints.is_writing)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self._profiler.start()
@@ -394,6 +394,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             self._checkpoints.save(self, f"step_{self.global_step}", val_loss=val_loss)
         if ends_run or must_stop:
             self._checkpoints.finish()
+            self._stop.is_saved = True
         self._is_saved_as_final = ends_run
         if must_stop and not ends_run:
             raise StopRun(

@@ -43,6 +43,14 @@ else:
 """
 
 
+# As a thread that waits for another process and is no daemon
+WAITS_FOREVER = """
+import threading
+process_group._LEAVE_S = 0.5
+threading.Thread(target=threading.Event().wait).start()
+"""
+
+
 def first_of_two(tmp_path, how: str) -> subprocess.CompletedProcess:
     """What became of process 0."""
     processes = [
@@ -92,3 +100,34 @@ def test_collectives_wait_longer_for_a_while():
 
 def test_there_need_be_no_group():
     leave()
+
+
+def test_the_end_of_another_process_is_seen_and_a_failed_one_ends_without_it(tmp_path):
+    script = """
+import os, signal, sys
+import torch.distributed as dist
+from gmt_tune.integrations.torchtune import process_group
+
+child = os.fork()
+rank = 0 if child else 1
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
+ended_ranks = process_group.watch_ranks_here()
+if rank == 1:
+    signal.pause()
+print(ended_ranks())
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+print(ended_ranks(), flush=True)
+{forever}
+process_group.leave(has_failed=True)
+sys.exit(1)
+"""
+    for forever in ("", WAITS_FOREVER):
+        done = subprocess.run(
+            [sys.executable, "-c", script.replace("{forever}", forever), str(tmp_path / f"store{len(forever)}")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout == "[]\n[1]\n"
+        assert done.returncode == 1, done.stderr
