@@ -134,17 +134,15 @@ def mask_detail(mask) -> dict[str, dict[str, float]]:
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a file, one per line; lines that are none (such as a torn last one) are left out.
 
-    A missing file reads as empty. NaN and infinity are the strings that ``float`` takes.
+    What is no file reads as empty. NaN and infinity are the strings that ``float`` takes.
     """
     lines: list[dict] = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.is_file():
         return lines
-    for raw in text.splitlines():
+    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for deep nesting
             continue
         if isinstance(line, dict):
             lines.append(line)
