@@ -27,9 +27,9 @@ def fact(page: Path, label: str) -> str:
     return re.search(rf'<th scope="row">{label}</th><td>(.*?)</td>', page.read_text())[1]
 
 
-@pytest.mark.parametrize("name", ["$loss$", "$\\frac{", "_hidden", "<script>", "\ud800", "a\x00b", "", "n" * 3000])
+@pytest.mark.parametrize("name", ["$loss$", "$\\frac{$", "_hidden", "<script>", "\ud800", "a\x00b", "", "n" * 3000])
 def test_any_name_of_a_metric_a_parameter_or_a_run_can_be_drawn(name, tmp_path):
-    folders = [tmp_path / kind / "$x$_{<b>" / "_run" for kind in "ab"]
+    folders = [tmp_path / kind / "$\\frac{$<b>" / "_run" for kind in "ab"]
     for folder in folders:
         write_lines(folder, *({"step": step, "loss": 1.0, name: step} for step in (1, 2)))
         detail = {f"layers.{layer}.{name or 'w'}.weight": 0.1 * layer for layer in range(1, 3)}
