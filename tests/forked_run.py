@@ -16,6 +16,10 @@ from pathlib import Path
 # Variable of the environment that asks for a broken gradient: "rank step parameter value".
 BREAK = "TEST_BREAK_GRADIENT"
 
+# Variable that asks for a kill: "rank n folder", of that rank right before its n-th change to what is in a folder.
+KILL = "TEST_KILL"
+_CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     [
@@ -47,6 +51,8 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
     torch.compiler.set_stance("force_eager")  # torchao's updates compile for 20 s a shape, in every process
     if BREAK in environment:
         _break_gradient(*environment[BREAK].split())
+    if KILL in environment:
+        _kill_before_change(*environment[KILL].split(maxsplit=2))
     path = str(recipe_path("gmt_full_finetune"))
     sys.argv = [path, *arguments]
     try:
@@ -70,6 +76,24 @@ def _break_gradient(rank: str, step: str, name: str, value: str) -> None:
         return reduce(self, *args)
 
     MaskedRecipe._reduce = breaking
+
+
+def _kill_before_change(rank: str, number: str, folder: str) -> None:
+    """Kill this process, if it is that rank, when it is about to change the folder for the n-th time."""
+    left = int(number)
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if event not in _CHANGES or event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        is_relative = event != "open" and arguments[-1] != -1  # to a folder that is being removed
+        if is_relative or str(arguments[0]).startswith(folder):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ.get("RANK", "0") == rank:
+        sys.addaudithook(count)
 
 
 class ForkedRun:

@@ -20,7 +20,7 @@ from torchtune import training
 
 _GLOO_THREAD = "pt_gloo_runloop"
 _GLOO_S = 10.0  # for gloo's threads to finish
-_LEAVE_S = 300.0  # for the end of a process that has failed
+_LEAVE_S = 360.0  # for the end of a process that has failed, more than it waits for a checkpoint to be written
 _LOOK_EVERY_S = 0.02  # several times what a thread waits for the GIL before it asks again
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gmt_tune.integrations.torchtune.process_group import leave, waiting_longer
 
-# What a training leaves to chance, made certain: process 1 is late, so that by the end of the collective gloo's
+# What a training leaves to chance, made certain: process 1 waits until process 0 has begun, so that by the end of the collective gloo's
 # thread holds the last reference to process 0's tensor, and is busy with it for a second. Something else (in a
 # training, DTensor's caches) keeps the group alive, and so its threads.
 SCRIPT = """
@@ -30,14 +30,16 @@ class Slow(torch.Tensor):
             pass
 
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+store = dist.FileStore(sys.argv[2], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 sys._keeps = group = dist.group.WORLD
 dist.barrier()
 if rank == 1:
-    time.sleep(0.5)
+    store.wait(["process 0 has begun"])
     dist.all_reduce(torch.ones(8))
 else:
     group.allreduce([torch.ones(8).as_subclass(Slow)])
+    store.set("process 0 has begun", "1")
     being_freed.wait()
     {leave}
 """
