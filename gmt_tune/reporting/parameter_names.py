@@ -1,4 +1,4 @@
-"""Where in a model a parameter sits, from its name: torchtune's and Hugging Face's names alike."""
+"""Where in a model a parameter sits, from its name, be it torchtune's or Hugging Face's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches the metric loggers: overlap and coverage as sets tell them, groups as sums tell them."""
+"""What reaches the metric loggers: overlap and coverage as sets give them, groups as sums give them."""
 
 import copy
 import math

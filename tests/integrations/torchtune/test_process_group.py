@@ -10,9 +10,9 @@ import torch
 
 from gmt_tune.integrations.torchtune.process_group import leave, waiting_longer
 
-# What a training leaves to chance, made certain: process 1 waits until process 0 has begun, so that by the end of the collective gloo's
-# thread holds the last reference to process 0's tensor, and is busy with it for a second. Something else (in a
-# training, DTensor's caches) keeps the group alive, and so its threads.
+# What a training leaves to chance, made certain: process 1 waits until process 0 has begun, so that by the end of the
+# collective gloo's thread holds the last reference to process 0's tensor, and is busy with it for a second. Something
+# else (in a training, DTensor's caches) keeps the group alive, and so its threads.
 SCRIPT = """
 import sys, threading, time
 import torch
