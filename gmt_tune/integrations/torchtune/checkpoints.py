@@ -57,11 +57,6 @@ class _Writer(threading.Thread):
         self.error = RunCheckpoints._try(self._write)[1]
 
 
-def is_writing() -> bool:
-    """Whether this process is writing its part of a checkpoint."""
-    return any(isinstance(thread, _Writer) for thread in threading.enumerate())
-
-
 class RunCheckpoints:
     """Saves and finds the checkpoints of one run.
 

@@ -20,7 +20,7 @@ from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
 from torchtune.training.lr_schedulers import get_lr
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import checkpoints, data, process_group, training_state
+from gmt_tune.integrations.torchtune import data, process_group, training_state
 from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.entry import StopRun
@@ -218,7 +218,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         process_group.cleanup_before_training(self._device)
         if self.global_step == 0:
             self._run_evaluation("before")
-        self._stop.install(process_group.watch_ranks_here(), checkpoints.is_writing)
+        self._stop.install(process_group.watch_ranks_here())
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self._profiler.start()

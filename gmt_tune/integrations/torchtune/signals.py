@@ -25,6 +25,11 @@ def _is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_writing() -> bool:
+    """Whether this process is writing its part of a checkpoint."""
+    return any(thread.name == "checkpoint-writer" for thread in threading.enumerate())
+
+
 class StopSignal:
     """Notes a first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once.
 
@@ -48,20 +53,15 @@ class StopSignal:
         self._previous_fd = -1
         self._socket: socket.socket | None = None
 
-    def install(
-        self,
-        ended_ranks: Callable[[], list[int]] = lambda: [],
-        is_writing: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def install(self, ended_ranks: Callable[[], list[int]] = lambda: []) -> None:
         """Take over the signals; only the main thread may.
 
         Args:
             ended_ranks: says which other processes of the run have ended.
-            is_writing: says whether a checkpoint is being written.
         """
         ours, self._socket = socket.socketpair()
         self._socket.setblocking(False)
-        threading.Thread(target=self._listen, args=(ours, ended_ranks, is_writing), daemon=True).start()
+        threading.Thread(target=self._listen, args=(ours, ended_ranks), daemon=True).start()
         self._previous_fd = signal.set_wakeup_fd(self._socket.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, _leave_it_to_the_thread)
@@ -79,7 +79,7 @@ class StopSignal:
         self._socket.close()  # which ends the thread
         self._socket = None
 
-    def _listen(self, ours: socket.socket, ended_ranks, is_writing) -> None:
+    def _listen(self, ours: socket.socket, ended_ranks: Callable[[], list[int]]) -> None:
         alone_since = None
         with ours:
             while True:

@@ -89,8 +89,7 @@ def test_a_process_whose_peer_has_ended_completes_its_checkpoint_and_ends(start,
     writing = tmp_path / "writing"
     writing.touch()
     process = start(
-        "signals._NOTICE_S = 0; is_writing = lambda: os.path.exists(sys.argv[2]); "
-        "stop.install(lambda: [1], is_writing)",
+        "signals._NOTICE_S = 0; signals.is_writing = lambda: os.path.exists(sys.argv[2]); stop.install(lambda: [1])",
         arguments=[writing],
     )
     assert send_and_read(process, signal.SIGTERM) == RECEIVED
