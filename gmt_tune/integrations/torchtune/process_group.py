@@ -83,11 +83,12 @@ def watch_ranks_here() -> Callable[[], list[int]]:
 
     It finds none where the system cannot watch processes, as Linux does by a file descriptor for each.
     """
+    here = _machine()
     found: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (_machine(), os.getpid()))
+    torch.distributed.all_gather_object(found, (here, os.getpid()))
     ranks: dict[int, int] = {}  # by file descriptor
     for rank, (machine, pid) in enumerate(found):
-        if machine == _machine() and pid != os.getpid():
+        if here is not None and machine == here and pid != os.getpid():
             with contextlib.suppress(OSError, AttributeError):
                 ranks[os.pidfd_open(pid)] = rank
     if not ranks:
@@ -98,13 +99,13 @@ def watch_ranks_here() -> Callable[[], list[int]]:
     return lambda: sorted(ranks[descriptor] for descriptor, _ in ends.poll(0))
 
 
-def _machine() -> str:
-    """Differs between two processes that cannot see each other's process ids."""
+def _machine() -> str | None:
+    """Differs between two processes that cannot see each other's process ids. None where that cannot be known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return ""
+        return None
 
 
 def leave(*, has_failed: bool = False) -> None:
