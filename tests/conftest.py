@@ -5,15 +5,48 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
+from reporting import chromium
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TUNE = Path(sys.executable).parent / "tune"
+
+
+def _can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode == 0
+        if mounted:
+            subprocess.run(["umount", "-l", folder], check=True)
+    return mounted
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# By mark: whether what the test needs is there, and what to do where it is not.
+NEEDS = {
+    "needs_chromium": (
+        lambda: chromium.EXECUTABLE is not None,
+        "no Chromium is installed: apt-get install -y --no-install-recommends chromium",
+    ),
+    "needs_gpu": (_has_gpu, "PyTorch sees no CUDA device"),
+    "needs_mount": (_can_mount, "no tmpfs can be mounted here: run as root"),
+}
+
+
+def pytest_runtest_setup(item) -> None:
+    for mark, (is_there, remedy) in NEEDS.items():
+        if item.get_closest_marker(mark) is not None and not is_there():
+            pytest.skip(f"{mark}: {remedy}")
 
 
 def _write_tokenizer(folder: Path, texts: list[str]) -> int:
@@ -176,6 +209,7 @@ def logged_metrics():
         for line in (Path(output_dir) / "logs" / "log.txt").read_text().splitlines():
             fields = line.partition(" | ")[2].split()
             steps.append({name: float(value) for name, _, value in (f.rpartition(":") for f in fields)})
+        assert steps, f"nothing was logged in {output_dir}"  # loops over it would pass
         return steps
 
     return read
@@ -187,9 +221,11 @@ def final_weights():
     from safetensors.torch import load_file
 
     def read(output_dir: Path, epoch: int = 0) -> dict:
+        folder = Path(output_dir) / f"epoch_{epoch}"
         weights = {}
-        for file in sorted((Path(output_dir) / f"epoch_{epoch}").glob("*.safetensors")):
+        for file in sorted(folder.glob("*.safetensors")):
             weights.update(load_file(file))
+        assert weights, f"no weights in {folder}"  # loops over them would pass
         return weights
 
     return read

@@ -18,6 +18,9 @@ BREAK = "TEST_BREAK_GRADIENT"
 
 # Variable that asks a rank to die while it writes its part of a checkpoint: "rank name".
 DIE_IN_SAVE = "TEST_DIE_IN_SAVE"
+# Variable that asks for a kill: "rank n folder", of that rank right before its n-th change to what is in a folder.
+KILL = "TEST_KILL"
+_CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
@@ -52,6 +55,8 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
         _break_gradient(*environment[BREAK].split())
     if DIE_IN_SAVE in environment:
         _die_in_save(*environment[DIE_IN_SAVE].split())
+    if KILL in environment:
+        _kill_before_change(*environment[KILL].split(maxsplit=2))
     path = str(recipe_path("gmt_full_finetune"))
     sys.argv = [path, *arguments]
     try:
@@ -89,6 +94,24 @@ def _die_in_save(rank: str, name: str) -> None:
         return write(self, folder, its_name, *args)
 
     RunCheckpoints._write = dying
+
+
+def _kill_before_change(rank: str, number: str, folder: str) -> None:
+    """Kill this process, if it is that rank, when it is about to change the folder for the n-th time."""
+    left = int(number)
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if event not in _CHANGES or event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        is_relative = event != "open" and arguments[-1] != -1  # to a folder that is being removed
+        if is_relative or str(arguments[0]).startswith(folder):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ.get("RANK", "0") == rank:
+        sys.addaudithook(count)
 
 
 class ForkedRun:

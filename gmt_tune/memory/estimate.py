@@ -192,7 +192,7 @@ def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -
         "recomputing a layer": act.layer_bytes(shape, mesh.tensor) + act.layer_scratch_bytes(shape, mesh.tensor),
         "optimizer step": step,
     }
-    phase = max(phases, key=phases.get)
+    phase = max(phases, key=lambda name: phases[name])
     return [
         Row("activations", kept, kept_on_host, note=note),
         Row("working memory", phases[phase], note=f"{phase}, the most of what follows one another"),

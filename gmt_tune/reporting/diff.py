@@ -132,7 +132,7 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
     as change; a note says so.
 
     Args:
-        base, tuned: opened folders, sharded alike or not.
+        base, tuned: opened folders; each may be sharded in its own way.
         watch: wraps the names of the tensors as they are gone through, for a progress bar.
 
     Raises:

@@ -79,7 +79,7 @@ def to_svg(figure: Figure) -> str:
     svg = re.sub(r'(url\(|href=")#([^")]+)', rf"\1#{figure.key}-\2", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
-    viewbox = re.search(r'viewBox="[^"]+"', svg)[0]
+    viewbox = next(re.finditer(r'viewBox="[^"]+"', svg))[0]
     names = f"{figure.key}-title {figure.key}-desc"
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {viewbox} role="img" '
@@ -118,6 +118,7 @@ def _render(figure: Figure, target, kind: str) -> None:
 
 def _style() -> dict[str, object]:
     return {
+        "text.parse_math": False,  # names are shown as they are, dollars too
         "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
         "svg.hashsalt": "gmt-tune",
         "font.family": "DejaVu Sans",

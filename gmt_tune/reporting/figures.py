@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from gmt_tune.reporting.drawing import Figure, Table
 from gmt_tune.reporting.mask_metrics import is_group_metric
 from gmt_tune.reporting.parameter_names import Grid, to_grid
-from gmt_tune.reporting.plots import Curve, draw_curves, draw_grid, grid_height, legend_height
+from gmt_tune.reporting.plots import Curve, draw_curves, draw_grid, grid_height, legend_height, shorten
 from gmt_tune.reporting.run_reader import Run, Series
 
 # Metric, title, note. Drawn in this order, where logged; the loss comes before, pictures by layer after them.
@@ -49,7 +50,19 @@ def build_figures(runs: Sequence[Run]) -> list[Figure]:
     figures += _heat_maps(runs, "density", "Density by layer and module", "Fraction that stayed", mean=True)
     figures += _heat_maps(runs, "coverage", "Coverage by layer and module", "Fraction selected at least once")
     figures += _heat_maps(runs, "overlap", "Overlap by layer and module", "Fraction selected again", mean=True)
-    return [figure for figure in figures if figure is not None]
+    return _with_unique_keys([figure for figure in figures if figure is not None])
+
+
+def _with_unique_keys(figures: list[Figure]) -> list[Figure]:
+    """Keys are ids in the page and names of files, and made from names that may differ in signs alone."""
+    keys: set[str] = set()
+    for i, figure in enumerate(figures):
+        key = figure.key[:80] or "metric"
+        if key in keys:
+            key = f"{key}-figure-{i}"
+        keys.add(key)
+        figures[i] = replace(figure, key=key)
+    return figures
 
 
 def _loss(runs: Sequence[Run]) -> Figure | None:
@@ -58,7 +71,7 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
         for metric in _LOSSES:
             if run.has(metric):
                 kind = "validation" if metric == "val_loss" else "training"
-                label = kind if len(runs) == 1 else f"{_short(run.name)}, {kind}"
+                label = kind if len(runs) == 1 else f"{shorten(run.name)}, {kind}"
                 # A single run's two losses are told apart by colour too
                 index = i if len(runs) > 1 or metric == "loss" else 1
                 series = run.series[metric]
@@ -84,7 +97,7 @@ def _of_metric(runs: Sequence[Run], metric: str, title: str, note: str) -> Figur
     for i, run in enumerate(runs):
         if run.has(metric):
             series = run.series[metric]
-            curves.append(Curve(_short(run.name), series.steps, series.values, i))
+            curves.append(Curve(shorten(run.name), series.steps, series.values, i))
             sentences.append(f"{title}{_of(run, runs)} {in_words(series)}")
     return _curves_figure(_key(metric), title, note, curves, sentences) if curves else None
 
@@ -93,9 +106,14 @@ def _threshold_over_time(runs: Sequence[Run]) -> Figure | None:
     curves, sentences = [], []
     for i, run in enumerate(runs):
         if all(run.has(metric) for metric in _THRESHOLDS):
-            low, median, high = (run.series[metric] for metric in _THRESHOLDS)
-            curves.append(Curve(_short(run.name), median.steps, median.values, i, band=(low.values, high.values)))
-            sentences.append(f"Median threshold{_of(run, runs)} {in_words(median)}")
+            three = [run.series[metric] for metric in _THRESHOLDS]
+            by_step = [dict(zip(series.steps, series.values, strict=True)) for series in three]
+            steps = [step for step in by_step[1] if all(step in values for values in by_step)]
+            if not steps:
+                continue
+            low, median, high = ([values[step] for step in steps] for values in by_step)
+            curves.append(Curve(shorten(run.name), steps, median, i, band=(low, high)))
+            sentences.append(f"Median threshold{_of(run, runs)} {in_words(Series(steps, median))}")
     if not curves:
         return None
     note = "Score that an entry needs to stay. Line: median over the tensors; band: the lowest and the highest."
@@ -107,7 +125,8 @@ def _other_curves(runs: Sequence[Run]) -> list[Figure]:
     known = {*_LOSSES, *_THRESHOLDS, *_MEMORY, *(metric for metric, _, _ in _CURVES)}
     names = {name: None for run in runs for name, series in run.series.items() if len(series.steps) > 1}
     names = [name for name in names if name not in known and not is_group_metric(name)]
-    return [_of_metric(runs, name, name, "As logged.") for name in names]
+    figures = [_of_metric(runs, name, name, "As logged.") for name in names]
+    return [figure for figure in figures if figure is not None]
 
 
 def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:
@@ -126,7 +145,7 @@ def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:
     for i, (step, grid) in grids.items():
         run = runs[i]
         own = {v for row in grid.values for v in row if math.isfinite(v)}
-        if len(own) == 1:  # scope: global
+        if len(own) < 2:  # scope: global, or nothing to draw
             continue
         curves = [
             Curve(module, grid.layers, [row[j] for row in grid.values], j) for j, module in enumerate(grid.modules)
@@ -159,7 +178,7 @@ def _heat_maps(runs: Sequence[Run], kind: str, title: str, meaning: str, mean: b
         numbers = _mean(rows) if mean else rows[-1][1]
         when = f"mean of {len(rows)} logged steps" if mean and len(rows) > 1 else f"step {rows[-1][0]}"
         grid = to_grid(numbers)
-        if grid.layers:
+        if any(_cells(grid)):
             grids[i] = grid, when
     values = [v for grid, _ in grids.values() for row in grid.values for v in row if math.isfinite(v)]
     low, top = min(values, default=0.0), max(values, default=1.0)
@@ -248,15 +267,11 @@ def _mean(rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
 
 
 def _of(run: Run, runs: Sequence[Run]) -> str:
-    return f" of {_short(run.name)}" if len(runs) > 1 else ""
-
-
-def _short(name: str, longest: int = 30) -> str:
-    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
+    return f" of {shorten(run.name)}" if len(runs) > 1 else ""
 
 
 def _key(metric: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in metric.lower()).strip("-")
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in metric.lower()).strip("-")
 
 
 def _number(value: float) -> str:

@@ -103,7 +103,7 @@ def write_page(path: Path, page: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="replace")  # a config may hold what is no text
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): name another file") from None

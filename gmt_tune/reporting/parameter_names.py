@@ -1,4 +1,4 @@
-"""Where in a model a parameter sits, from its name: torchtune's and Hugging Face's names alike."""
+"""Where in a model a parameter sits, from its name, be it torchtune's or Hugging Face's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _ENDINGS = (".weight", ".scale")
 
 # The order in which a layer's modules are met on the way through it, for axes.

@@ -34,6 +34,11 @@ class Curve:
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
+def shorten(name: str, longest: int = 30) -> str:
+    """A name with its middle left out where it is too long for a label."""
+    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
+
+
 def draw_curves(
     canvas,
     curves: Sequence[Curve],
@@ -95,7 +100,11 @@ def draw_grid(canvas, grid: Grid, *, label: str, low: float = 0.0, top: float | 
     )
     axes.invert_yaxis()
     axes.set_xticks(
-        [i + 0.5 for i in range(len(grid.modules))], grid.modules, rotation=40, ha="right", rotation_mode="anchor"
+        [i + 0.5 for i in range(len(grid.modules))],
+        [shorten(module) for module in grid.modules],
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
     )
     every = max(1, math.ceil(len(grid.layers) / 16))
     shown = range(0, len(grid.layers), every)
@@ -113,7 +122,7 @@ def draw_grid(canvas, grid: Grid, *, label: str, low: float = 0.0, top: float | 
 
 def grid_height(grid: Grid) -> int:
     """CSS pixels that a heat map's figure wants."""
-    longest = max(map(len, grid.modules), default=0)
+    longest = max((len(shorten(module)) for module in grid.modules), default=0)
     return int(70 + 3.6 * longest + min(420, max(60, 15 * len(grid.layers))))
 
 
@@ -176,7 +185,7 @@ def _draw_curve(axes, curve: Curve) -> None:
     axes.plot(
         x,
         y,
-        label=curve.label,
+        label=" " * curve.label.startswith("_") + shorten(curve.label, 44),  # matplotlib hides what begins with "_"
         color=color,
         linestyle=(0, (4, 2)) if curve.dashed else series_dash(curve.index),
         marker="o" if curve.dashed or few else None,

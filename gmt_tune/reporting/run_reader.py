@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,10 @@ from gmt_tune.reporting.redaction import without_secrets
 from gmt_tune.reporting.run_log import FORMAT, FORMAT_VERSION, MASK_DETAIL_FILE, RUN_LOG_FILE, read_lines
 from gmt_tune.reporting.text_log import find_text_logs, read_saved_config, read_text_logs
 from gmt_tune.reporting.trainer_log import read_trainer_log
+
+# Numbers and steps beyond these cannot be drawn. Nor can such characters, of which a name has no use.
+_LARGEST, _LARGEST_STEP = 1e300, 2**53
+_NOT_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass
@@ -74,12 +80,20 @@ def read_run(run_dir: str | Path) -> Run:
             right below; or with a Trainer's ``trainer_state.json`` in it or in a checkpoint.
 
     Raises:
-        UserError: if there is no such folder, or no log with a step in it.
+        UserError: if there is no such folder, no log with a step in it, or one that cannot be read.
     """
-    path = Path(run_dir).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(run_dir))
+    if not os.path.isdir(path):
         raise UserError(f"{path} is no folder: name the output_dir of a run")
-    run = Run(path=path, name=path.resolve().name)
+    try:
+        return _read_folder(path)
+    except OSError as error:
+        file = error.filename or path
+        raise UserError(f"{file} cannot be read ({error.strerror or error}): check its permissions") from None
+
+
+def _read_folder(path: Path) -> Run:
+    run = Run(path=path, name=_text(path.resolve().name))
     lines = read_lines(path / RUN_LOG_FILE)
     header = next((line for line in lines if line.get("format") == FORMAT), {})
     if isinstance(header.get("version"), int) and header["version"] > FORMAT_VERSION:
@@ -104,15 +118,20 @@ def read_run(run_dir: str | Path) -> Run:
     for line in steps:
         for name, value in line.items():
             number = _number(value)
-            if name == "time":
+            if name == "step" or number is None:
+                continue
+            if name != "time":
+                run.series.setdefault(_text(name), Series()).add(line["step"], number)
+            elif math.isfinite(number):
                 run.times.add(line["step"], number)
-            elif name != "step" and number is not None:
-                run.series.setdefault(name, Series()).add(line["step"], number)
     for line in _in_order(read_lines(path / MASK_DETAIL_FILE)):
         for kind, numbers in line.items():
             if isinstance(numbers, dict):
-                values = {name: number for name, value in numbers.items() if (number := _number(value)) is not None}
-                run.details.setdefault(kind, []).append((line["step"], values))
+                known = {_text(name): number for name in numbers if (number := _number(numbers[name])) is not None}
+                rows = run.details.setdefault(kind, [])
+                if rows and rows[-1][0] == line["step"]:
+                    rows.pop()
+                rows.append((line["step"], known))
     return run
 
 
@@ -125,7 +144,7 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[Run]:
             if len({other for other in parts if other[-length:] == own[-length:]}) == 1:
                 break
         again = parts[:i].count(own)
-        run.name = "/".join(own[-length:]) + (f" ({again + 1})" if again else "")
+        run.name = _text("/".join(own[-length:])) + (f" ({again + 1})" if again else "")
     return runs
 
 
@@ -133,9 +152,10 @@ def _in_order(lines: list[dict]) -> list[dict]:
     """Lines with a step; a step lower than those before it takes over, as a resumed run does."""
     kept: list[dict] = []
     for line in lines:
-        if not isinstance(line.get("step"), int):
+        step = line.get("step")
+        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
             continue
-        while kept and kept[-1]["step"] > line["step"]:
+        while kept and kept[-1]["step"] > step:
             kept.pop()
         kept.append(line)
     return kept
@@ -143,6 +163,13 @@ def _in_order(lines: list[dict]) -> list[dict]:
 
 def _number(value) -> float | None:
     try:
-        return float(value)
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         return None
+    return math.copysign(math.inf, number) if abs(number) > _LARGEST else number
+
+
+def _text(name: str) -> str:
+    return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -125,7 +126,8 @@ def _mean_of_last_tenth(run: Run) -> str:
     series = run.series.get("loss")
     if series is None or len(series.values) < 20:
         return ""
-    return _number(statistics.fmean(series.values[-(len(series.values) // 10) :]))
+    tenth = series.values[-(len(series.values) // 10) :]
+    return _number(sum(tenth) / len(tenth))
 
 
 def _median(metric: str, unit: str = "") -> Callable[[Run], str]:
@@ -146,15 +148,20 @@ def _highest(metric: str, unit: str) -> Callable[[Run], str]:
 
 def _not_finite(run: Run) -> str:
     series = run.series.get("loss")
-    count = len(series.values) - len(series.finite) if series else 0
+    if series is None:
+        return ""
+    count = len(series.values) - len(series.finite)
     return f"{count} of {len(series.values)} logged" if count else ""
 
 
 def _duration(run: Run) -> str:
-    """From the first to the last logged line; pauses between interrupted runs count too."""
+    """From the first to the last logged line; pauses between interrupted runs count too.
+
+    The time by which a clock was set back is left out.
+    """
     if len(run.times.values) < 2:
         return ""
-    seconds = round(run.times.last - run.times.values[0])
+    seconds = round(sum(max(0.0, after - before) for before, after in itertools.pairwise(run.times.values)))
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     if hours:
         return f"{hours} h {minutes} min"

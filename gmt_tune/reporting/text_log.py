@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_LINE = re.compile(r"^Step (\d+) \| (.*)$")
+_LINE = re.compile(r"^Step (\d{1,15}) \| (.*)$")
 _CONFIG_FILE = "torchtune_config.yaml"
 
 
@@ -23,7 +23,7 @@ def read_text_logs(paths: list[Path]) -> list[dict]:
     """
     lines: list[dict] = []
     for path in paths:
-        for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for raw in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             match = _LINE.match(raw)
             if match is None:
                 continue

@@ -17,14 +17,14 @@ def read_trainer_log(run_dir: Path) -> list[dict]:
 
     The file lies in the run's folder, or in its checkpoints, of which the one with the most steps counts.
     """
-    histories: list[list] = []
+    histories: list[list[dict]] = []
     for path in (run_dir / _STATE_FILE, *run_dir.glob(f"checkpoint-*/{_STATE_FILE}")):
         try:
-            histories.append(json.loads(path.read_text(encoding="utf-8"))["log_history"])
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or torn when the run was killed
+            history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            histories.append([line for line in history if isinstance(line, dict)])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or torn by a kill, or foreign
             continue
-    history = max(histories, key=_last_step, default=[])
-    return [renamed(line) for line in history if isinstance(line, dict)]
+    return [renamed(line) for line in max(histories, key=_last_step, default=[])]
 
 
 def renamed(line: Mapping) -> dict:
@@ -32,5 +32,5 @@ def renamed(line: Mapping) -> dict:
     return {_NAMES.get(name, name): value for name, value in line.items() if name not in _LEFT_OUT}
 
 
-def _last_step(history) -> int:
-    return max((line.get("step", 0) for line in history if isinstance(line, dict)), default=0)
+def _last_step(history: list[dict]) -> int:
+    return max((step for line in history if isinstance(step := line.get("step"), int)), default=0)

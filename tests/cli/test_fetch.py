@@ -25,8 +25,6 @@ from gmt_tune.cli import fetch, fetch_sources
 from gmt_tune.cli.fetch_sources import Model, Wheel
 from gmt_tune.cli.main import main
 
-pytest.importorskip("gguf")
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
 

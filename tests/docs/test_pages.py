@@ -149,7 +149,9 @@ _LOOKED_AT = [f for f in FENCES if f.language == "sh" and (not f.runs or "slow" 
 @pytest.mark.parametrize("fence", _LOOKED_AT, ids=_ids(_LOOKED_AT))
 def test_commands_that_do_not_run_here_exist(fence):
     files = {other.options["file"] for other in FENCES if "file" in other.options}
-    for words in _commands(fence.text):
+    commands = list(_commands(fence.text))
+    assert commands, f"{fence.where} holds no command"
+    for words in commands:
         problem = _command_problem(words, files)
         assert problem is None, f"{fence.where}: {shlex.join(words)}: {problem}"
 

@@ -54,6 +54,7 @@ def test_what_moves_moves_as_without_a_mask():
 def test_over_many_draws_every_tensor_is_frozen_half_of_the_time():
     mask = HalfMask(_model().named_parameters(), seed=3)
     draws = [mask.updated(draw) for draw in range(400)]
+    assert len(mask.masked_parameters) > 8
     for name in mask.masked_parameters:
         share = sum(name in drawn for drawn in draws) / len(draws)
         assert abs(share - 0.5) < 4 * 0.5 / 400**0.5, name

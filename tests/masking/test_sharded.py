@@ -92,6 +92,7 @@ def test_a_step_costs_few_collectives_and_megabytes_for_30_layers(torchrun):
 
 
 def test_nan_on_one_rank_is_told_on_all(results):
+    assert results["nonfinite"] and all(results["nonfinite"].values())
     for policy, messages in results["nonfinite"].items():
         for message in messages:
             assert "'odder' holds NaN or infinity at optimizer step 2" in message, (policy, messages)

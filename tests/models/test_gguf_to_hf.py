@@ -6,8 +6,6 @@ from tiny_gguf import CHAT_TEMPLATE, TEXTS, tiny_llama, tiny_tokenizer, write_gg
 
 from gmt_tune.models.gguf_to_hf import convert_gguf
 
-pytest.importorskip("gguf")
-
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked_run import BREAK, DIE_IN_SAVE, ForkedRun
+from forked_run import BREAK, DIE_IN_SAVE, KILL, ForkedRun
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import signals
 from gmt_tune.integrations.torchtune.checkpoint_folder import space_needed
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 
@@ -51,73 +49,63 @@ def wait_until(condition, run, timeout: float = 240) -> None:
         time.sleep(0.001)
 
 
-def kill_somewhere(run: ForkedRun, moment: int, output_dir: Path, rng: random.Random) -> bool:
-    """Kill a run that has just been started: ``moment`` 0 while it starts, 1 within its steps, 2 within a save.
+def kill_until_done(tmp_path, tiny_config, final_weights, moments: list[tuple[int, int]], *, processes: int) -> None:
+    """Kill one run again and again, and compare its end with that of a run that nobody killed.
 
-    Returns:
-        Whether a save was cut off.
+    Args:
+        moments: of each life, the rank that is killed, and before which of its changes to the run's folder.
     """
-    if moment == 0:
-        time.sleep(rng.uniform(0, 1))
-    else:
-        before = saved_steps(output_dir)
-        wait_until(lambda: saved_steps(output_dir) > before, run)  # so that each life gets further
-        if moment == 1:
-            time.sleep(rng.uniform(0, 0.15))
-        else:
-            wait_until(lambda: saves_at_work(output_dir), run)
-            time.sleep(rng.choice((0, 0, 0.002, 0.005)))
-    assert run.is_running(), "the run ended before it could be killed: it needs more steps"
-    run.kill()
-    return saves_at_work(output_dir)
-
-
-def saves_at_work(output_dir: Path) -> bool:
-    return any(output_dir.glob(".incomplete-*_*"))
-
-
-def kill_until_done(tmp_path, tiny_config, final_weights, *, processes: int, kills: int) -> None:
-    epochs = -(-kills * 5 // (32 // processes)) + 1
+    last = 1 + 4 * len(moments) // (32 // processes)  # epoch: a life gets no further than four steps
     changes = dict(
-        gradient_mask=MASK, epochs=epochs, max_steps_per_epoch=None, save_every_n_steps=1, keep_last_n_checkpoints=3,
+        gradient_mask=MASK, epochs=last + 1, max_steps_per_epoch=None, save_every_n_steps=1, keep_last_n_checkpoints=3,
         resume_from_checkpoint=True, batch_size=2, optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
     )  # fmt: skip
     straight = write_config(tmp_path / "straight", tiny_config(tmp_path / "straight" / "out", **changes))
     undisturbed = ForkedRun(straight, processes=processes)
     killed = write_config(tmp_path / "killed", tiny_config(tmp_path / "killed" / "out", **changes))
     output_dir = tmp_path / "killed" / "out"
-    rng = random.Random(processes)
-    within_saves = sum(
-        kill_somewhere(ForkedRun(killed, processes=processes), (2, 1, 2, 0, 2)[i % 5], output_dir, rng)
-        for i in range(kills)
-    )
-    assert within_saves >= kills // 4
+    within_saves = 0
+    for rank, number in moments:
+        run = ForkedRun(killed, processes=processes, environment={KILL: f"{rank} {number} {output_dir}"})
+        run.processes[rank].join(120)
+        assert run.processes[rank].exitcode == -signal.SIGKILL, run.log.read_text()[-3000:]
+        run.kill()
+        within_saves += any(output_dir.glob(".incomplete-*_*"))
+    assert within_saves >= len(moments) // 4
     assert ForkedRun(killed, processes=processes).wait(600) == [0] * processes
     assert undisturbed.wait(600) == [0] * processes
     assert not any(output_dir.glob(".incomplete-*"))
     # Also where the checkpoint that the last life went on from is long deleted
-    names = {path.name for path in (tmp_path / "straight" / "out" / f"epoch_{epochs - 1}").iterdir()}
+    names = {path.name for path in (tmp_path / "straight" / "out" / f"epoch_{last}").iterdir()}
     assert {"config.json", "tokenizer.json"} <= names
-    assert {path.name for path in (output_dir / f"epoch_{epochs - 1}").iterdir()} == names
-    wanted = final_weights(tmp_path / "straight" / "out", epochs - 1)
-    weights = final_weights(output_dir, epochs - 1)
+    assert {path.name for path in (output_dir / f"epoch_{last}").iterdir()} == names
+    wanted = final_weights(tmp_path / "straight" / "out", last)
+    weights = final_weights(output_dir, last)
     assert wanted.keys() == weights.keys() and len(wanted) > 10
     for key in wanted:
         assert torch.equal(weights[key], wanted[key]), key
-    print(f"{kills} kills with {processes} process(es), {within_saves} of them within a save")
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 20), (2, 10)])
-def test_killed_at_random_moments_a_run_ends_with_the_same_weights(
-    processes, kills, tmp_path, tiny_config, final_weights
-):
-    kill_until_done(tmp_path, tiny_config, final_weights, processes=processes, kills=kills)
+# Rank 0 makes some 30 changes until its first save, and some 20 in each; rank 1 removes its mark in each
+FEW = {
+    1: [(0, number) for number in range(26, 106, 4)],
+    2: [*((0, number) for number in range(30, 100, 9)), (1, 12), (1, 14)],
+}
+ALL = {
+    1: [(0, number) for number in range(1, 111)],
+    2: [*((0, number) for number in range(1, 111)), *((1, number) for number in range(1, 16))],
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_many_moments_a_run_ends_with_the_same_weights(processes, tmp_path, tiny_config, final_weights):
+    kill_until_done(tmp_path, tiny_config, final_weights, FEW[processes], processes=processes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_a_hundred_times_each(processes, tmp_path, tiny_config, final_weights):
-    kill_until_done(tmp_path, tiny_config, final_weights, processes=processes, kills=100)
+def test_killed_before_every_change_of_a_file(processes, tmp_path, tiny_config, final_weights):
+    kill_until_done(tmp_path, tiny_config, final_weights, ALL[processes], processes=processes)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -196,20 +184,6 @@ def test_a_second_signal_leaves_at_once(is_under_torchrun, tmp_path, tiny_config
     assert said.count(" received: finishing this step") == 1
     assert ("resume_from_checkpoint=True" in said) == is_under_torchrun
     assert (status > 128) if is_under_torchrun else status in (-signal.SIGTERM, -signal.SIGINT)
-
-
-def test_a_second_signal_waits_until_the_first_is_told(monkeypatch):
-    stop, order = signals.StopSignal(), []
-
-    def told(*args, **kwargs):
-        stop._handle(signal.SIGTERM, None)  # comes in the middle of it
-        order.append("told")
-
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(signals, "print", told, raising=False)
-    monkeypatch.setattr(signals.StopSignal, "_leave", staticmethod(order.append))
-    stop._handle(signal.SIGINT, None)
-    assert order == ["told", signal.SIGTERM]
 
 
 def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, tiny_config, final_weights):
@@ -351,17 +325,16 @@ def test_a_save_that_fails_midway_ends_the_run_and_the_checkpoint_before_it_resu
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
+@pytest.mark.needs_mount
 def test_a_full_disk_ends_the_run_with_one_sentence_and_the_checkpoint_before_it_resumes(
     tmp_path, tiny_config, run_recipe, final_weights, monkeypatch
 ):
-    """A tmpfs that holds two checkpoints and a half; where none can be mounted, the test says so."""
+    """A tmpfs that holds two checkpoints and a half."""
     # As if something else had filled the disk after the run's own estimate
     monkeypatch.setattr(RunCheckpoints, "check_space", lambda *args: None)
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "tmpfs", str(small)], check=True)
     try:
         changes = dict(gradient_mask=MASK, save_every_n_steps=1)
         with pytest.raises(UserError, match=r"step_\d could not be written .*: free disk space") as error:

@@ -174,7 +174,9 @@ def test_a_run_of_two_processes_goes_on(variant, tmp_path, tiny_world, tiny_conf
 
 def load_all(folder):
     """The weights of a Hugging Face folder by name."""
-    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    weights = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    assert weights, f"no weights in {folder}"
+    return weights
 
 
 def test_on_more_processes_than_rows_are_left_for_a_run_still_ends_with_its_model(tmp_path, tiny_config, final_weights):

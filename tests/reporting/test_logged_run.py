@@ -23,8 +23,8 @@ def test_disk_logger_gets_totals_and_groups_of_every_layer_and_module(smollm2_ru
     assert len(steps) == 6
     for step in steps:
         assert step["mask/density"] == pytest.approx(0.2, abs=0.002)
-        groups = {name: value for name, value in step.items() if is_group_metric(name)}
-        assert all(value == pytest.approx(0.2, abs=0.01) for name, value in groups.items() if "density" in name)
+    densities = [step[name] for step in steps for name in expected_groups(["density"], 30) if name in step]
+    assert len(densities) >= 2 * (30 + len(MODULES)) and densities == pytest.approx([0.2] * len(densities), abs=0.01)
     # The selection is made once: thresholds are those of the first step
     kinds = ("density", "threshold", "coverage")
     assert {name for name in steps[0] if is_group_metric(name)} == expected_groups(kinds, 30)
@@ -34,7 +34,6 @@ def test_disk_logger_gets_totals_and_groups_of_every_layer_and_module(smollm2_ru
 
 
 def test_tensorboard_gets_the_same_names(train, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     component = "torchtune.training.metric_logging.TensorBoardLogger"

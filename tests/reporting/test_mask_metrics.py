@@ -1,4 +1,4 @@
-"""What reaches the metric loggers: overlap and coverage as sets tell them, groups as sums tell them."""
+"""What reaches the metric loggers: overlap and coverage as sets give them, groups as sums give them."""
 
 import copy
 import math
@@ -74,6 +74,7 @@ def test_tracking_goes_on_from_its_state_as_if_uninterrupted():
     state = first.tracker.state_dict(copy=True)
     before = copy.deepcopy(state)
     first.step(99)
+    assert len(before["ever"]) > 3
     assert all(torch.equal(state["ever"][name], bits) for name, bits in before["ever"].items())
     second.tracker.load_state_dict(state)
     for seed in range(3, 6):

@@ -8,9 +8,6 @@ from reporting.fabricated import write_run
 
 from gmt_tune.reporting.report import write_report
 
-needs_browser = pytest.mark.skipif(
-    chromium.EXECUTABLE is None, reason="no Chromium is installed: apt-get install -y --no-install-recommends chromium"
-)
 WIDTHS = (390, 1280)
 OVER_TIME = {"loss", "lr", "grad-norm", "mask-density", "mask-overlap", "mask-coverage", "mask-seconds"}
 OVER_TIME |= {"tokens-per-second-per-gpu", "threshold"}
@@ -73,7 +70,7 @@ def pages(quickstart_run, smollm2_run, tmp_path_factory):
     return found
 
 
-@needs_browser
+@pytest.mark.needs_chromium
 @pytest.mark.parametrize("name", ["quickstart", "smollm2", "comparison"])
 def test_a_report_opens_clean_and_whole_at_phone_and_desktop_width(name, pages, browser, tmp_path):
     path, figures = pages[name]
@@ -99,7 +96,7 @@ def test_a_report_opens_clean_and_whole_at_phone_and_desktop_width(name, pages, 
     assert browser.screenshot(tmp_path / "page.png").stat().st_size > 50_000
 
 
-@needs_browser
+@pytest.mark.needs_chromium
 def test_the_browser_checks_would_see_what_is_wrong(browser, tmp_path):
     """An error, a request and a wide element are noticed: the test above can fail."""
     wrong = tmp_path / "wrong.html"
@@ -116,7 +113,7 @@ def test_the_browser_checks_would_see_what_is_wrong(browser, tmp_path):
 
 
 @pytest.mark.slow
-@needs_browser
+@pytest.mark.needs_chromium
 def test_odd_runs_open_as_clean(browser, tmp_path):
     runs = [
         write_run(tmp_path / "long", steps=3000, layers=80, log_every=10),

@@ -27,6 +27,7 @@ def load_base_recipe(name: str) -> ModuleType:
         return sys.modules[module_name]
     path = Path(torchtune.__file__).parent.parent / "recipes" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # as every .py file has
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)

@@ -112,7 +112,7 @@ class RunCheckpoints:
 
     def _check_shared(self) -> None:
         """Raise on all ranks if one of them does not see the folder that rank 0 writes to."""
-        name = [uuid.uuid4().hex, None]
+        name: list = [uuid.uuid4().hex, None]
         if self._rank == 0:
             folder = folders.incomplete_path(self.output_dir, name[0])
             name[1] = attempt(self._lock)[1] or attempt(lambda: folders.make_incomplete(folder))[1]

@@ -303,7 +303,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         process_group.cleanup_before_training(self._device)
         if self.global_step == 0:
             self._run_evaluation("before")
-        self._stop.install()
+        self._stop.install(process_group.watch_ranks_here())
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self._profiler.start()
@@ -513,6 +513,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             self._checkpoints.save(self, f"step_{self.global_step}", val_loss=val_loss)
         if ends_run or must_stop:
             self._checkpoints.finish()
+            self._stop.is_saved = True
         self._is_saved_as_final = ends_run
         if must_stop and not ends_run:
             raise StopRun(

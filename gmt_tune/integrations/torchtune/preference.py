@@ -87,6 +87,7 @@ class PreferenceValidation:
         self._not_repeated = len(range(rank, len(dataset), world_size))
         # Its own generator: a loader draws a number at each start, which must not be one of the training's.
         generator = torch.Generator()
+        self._batch_size = batch_size
         self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, generator=generator)
 
     @torch.no_grad()
@@ -106,7 +107,7 @@ class PreferenceValidation:
             numbers = numbers_of_batch(batch)
             names = tuple(numbers)
             rows_NB = torch.stack(list(numbers.values())).double()[:, :rows_left]
-            rows_left = max(0, rows_left - self._loader.batch_size)
+            rows_left = max(0, rows_left - self._batch_size)
             totals = totals + torch.cat((rows_NB.sum(dim=1), rows_NB.new_tensor([rows_NB.shape[1]])))
         model.train(was_training)
         totals = totals.to(device)

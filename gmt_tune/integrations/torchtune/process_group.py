@@ -6,10 +6,12 @@ status that it has earned.
 """
 
 import contextlib
+import faulthandler
 import gc
 import os
+import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import torch
 from torchtune import training
 
 _GLOO_THREAD = "pt_gloo_runloop"
-_PATIENCE = 10.0  # seconds
-_LOOK_EVERY = 0.02  # seconds, several times what a thread waits for the GIL before it asks again
+_GLOO_S = 10.0  # for gloo's threads to finish
+_LEAVE_S = 360.0  # for the end of a process that has failed, more than it waits for a checkpoint to be written
+_LOOK_EVERY_S = 0.02  # several times what a thread waits for the GIL before it asks again
 
 
 def ensure_rendezvous(device_index: str = "") -> None:
@@ -79,6 +82,36 @@ def waiting_longer(timeout: timedelta = timedelta(hours=6)) -> Iterator[None]:
             backend._set_default_timeout(its_own)
 
 
+def watch_ranks_here() -> Callable[[], list[int]]:
+    """A function that says which other processes of the run on this machine have ended; all ranks call this together.
+
+    It finds none where the system cannot watch processes, as Linux does by a file descriptor for each.
+    """
+    here = _machine()
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (here, os.getpid()))
+    ranks: dict[int, int] = {}  # by file descriptor
+    for rank, (machine, pid) in enumerate(found):
+        if here is not None and machine == here and pid != os.getpid():
+            with contextlib.suppress(OSError, AttributeError):
+                ranks[os.pidfd_open(pid)] = rank
+    if not ranks:
+        return lambda: []
+    ends = select.poll()
+    for descriptor in ranks:
+        ends.register(descriptor, select.POLLIN)
+    return lambda: sorted(ranks[descriptor] for descriptor, _ in ends.poll(0))
+
+
+def _machine() -> str | None:
+    """Differs between two processes that cannot see each other's process ids. None where that cannot be known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
 def leave(*, has_failed: bool = False) -> None:
     """Destroy the process group, if it is still there, and wait until gloo's threads have nothing left to do.
 
@@ -91,13 +124,17 @@ def leave(*, has_failed: bool = False) -> None:
         has_failed: this process leaves alone. The group stays: NCCL's would wait for the other processes to finish
             what they have begun together, and they wait for this one.
     """
-    if torch.distributed.is_initialized() and not has_failed:
+    if torch.distributed.is_initialized() and has_failed:
+        if torch.distributed.get_world_size() > 1:
+            # Whatever still waits for another process by then waits in vain
+            faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
+    elif torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _GLOO_S
     now = _threads_of_gloo()
     is_idle = not now
     while not is_idle and time.monotonic() < deadline:
-        time.sleep(_LOOK_EVERY)  # without the GIL: who waits for it gets it, and runs
+        time.sleep(_LOOK_EVERY_S)  # without the GIL: who waits for it gets it, and runs
         before, now = now, _threads_of_gloo()
         is_idle = now == before and not any("R" in state for state, *_ in now.values())
 

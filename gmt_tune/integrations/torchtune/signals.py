@@ -1,64 +1,127 @@
-"""Lets a run finish its step and save when it is told to stop."""
+"""Lets a run finish its step and save when a signal asks it to stop."""
 
+import contextlib
+import ctypes
 import os
 import signal
+import socket
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-# With torchrun's older releases, a terminal's Ctrl-C reaches a worker twice: from the terminal, and passed on by
-# torchrun. That is one wish to stop.
-SECONDS_OF_ONE_WISH = 3.0
+
+# Signals this close together count as one request to stop: with torchrun's older releases, a terminal's Ctrl-C reaches
+# a worker twice, from the terminal and from torchrun, which passes it on.
+DUPLICATE_SIGNAL_WINDOW_S = 3.0
+
+# After another process has ended: how long this one may take to notice by itself, and to finish writing a checkpoint.
+_NOTICE_S, _WRITE_S = 5.0, 300.0
+_LOOK_EVERY_S = 0.2
 
 
 def _is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_writing() -> bool:
+    """Whether this process is writing its part of a checkpoint."""
+    return any(thread.name == "checkpoint-writer" for thread in threading.enumerate())
+
+
 class StopSignal:
     """Notes a first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once.
 
-    Under torchrun, a second one within ``SECONDS_OF_ONE_WISH`` is taken for the first.
+    Under torchrun, a second one within ``DUPLICATE_SIGNAL_WINDOW_S`` counts as the first.
+
+    A thread acts on the signals: Python calls signal handlers in the main thread alone, and not while that waits in a
+    collective. After a signal the thread also looks for processes of the run that have ended. A step cannot be
+    finished without them, so it ends this process too, with status 128 + the signal's number; a checkpoint that is
+    being written in the background is completed first.
 
     Attributes:
         received: the signal's number, or 0.
+        is_saved: set it when this process no longer needs the others.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.is_saved = False
         self._since = 0.0
-        self._has_told = False
-        self._second = 0  # a signal that came while the first was being told
         self._previous: dict[int, Any] = {}
+        self._previous_fd = -1
+        self._socket: socket.socket | None = None
 
-    def install(self) -> None:
-        """Take over the signals; only the main thread may."""
+    def install(self, ended_ranks: Callable[[], list[int]] = lambda: []) -> None:
+        """Take over the signals; only the main thread may.
+
+        Args:
+            ended_ranks: says which other processes of the run have ended.
+        """
+        ours, self._socket = socket.socketpair()
+        self._socket.setblocking(False)
+        threading.Thread(target=self._listen, args=(ours, ended_ranks), daemon=True).start()
+        self._previous_fd = signal.set_wakeup_fd(self._socket.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            self._previous[number] = signal.signal(number, _leave_it_to_the_thread)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.uninstall)  # a signal to a child is not one to this process
 
     def uninstall(self) -> None:
         """Give the signals back to whoever had them."""
+        if self._socket is None:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
         self._previous.clear()
+        self._socket.close()  # which ends the thread
+        self._socket = None
 
-    def _handle(self, number: int, frame) -> None:
+    def _listen(self, ours: socket.socket, ended_ranks: Callable[[], list[int]]) -> None:
+        alone_since = None
+        with ours:
+            while True:
+                ours.settimeout(_LOOK_EVERY_S if self.received else None)
+                with contextlib.suppress(TimeoutError):
+                    numbers = ours.recv(64)
+                    if not numbers:
+                        return
+                    for number in numbers:
+                        if number in SIGNALS:
+                            self._receive(number)
+                if not self.received or self.is_saved or not (ended := ended_ranks()):
+                    continue
+                now = time.monotonic()
+                alone_since = alone_since or now
+                if now - alone_since > (_WRITE_S if is_writing() else _NOTICE_S):
+                    ranks = ", ".join(map(str, ended))
+                    _say(f"Leaving without finishing this step, which needs the process of rank {ranks}: it has ended.")
+                    os._exit(128 + self.received)
+
+    def _receive(self, number: int) -> None:
         if not self.received:
             self.received, self._since = number, time.monotonic()
-            print(
+            _say(
                 f"\n{signal.Signals(number).name} received: finishing this step, then saving. "
-                "A second signal leaves at once.",
-                flush=True,
+                "A second signal leaves at once."
             )
-            self._has_told = True
-            if self._second:
-                self._leave(self._second)
-        elif not _is_under_torchrun() or time.monotonic() - self._since > SECONDS_OF_ONE_WISH:
-            if self._has_told or self._second:
-                self._leave(number)
-            self._second = number
+        elif not _is_under_torchrun() or time.monotonic() - self._since > DUPLICATE_SIGNAL_WINDOW_S:
+            _end_by(number)
 
-    @staticmethod
-    def _leave(number: int) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
+
+def _leave_it_to_the_thread(number: int, frame) -> None:
+    """Python writes the number of a signal to the wakeup file descriptor only if there is a handler."""
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+        print(text, flush=True)
+
+
+def _end_by(number: int) -> None:
+    """End the process as the signal does by default."""
+    ctypes.pythonapi.PyOS_setsig(number, None)  # signal.signal() is for the main thread alone
+    signal.raise_signal(number)
+    os._exit(128 + number)  # a container's first process, which signals do not end by default

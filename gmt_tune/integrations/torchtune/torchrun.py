@@ -1,13 +1,13 @@
 """Keeps torchrun's own traceback from burying what a recipe has said.
 
-When a rank ends with an error, or is told to stop, torchrun raises in the launching process, ``tune`` here. Its long
-traceback tells nothing of the cause, which the rank has told already.
+When a rank ends with an error or by a signal, torchrun raises in the launching process, ``tune`` here. Its long
+traceback says nothing of the cause, which the rank has printed already.
 """
 
 import os
 import sys
 
-# What torchrun raises when a rank has ended otherwise than well, and when it was told to stop itself.
+# What torchrun raises when a rank has failed, and when it receives a signal itself.
 _RAISED = {
     "ChildFailedError": "a process of the run has ended with an error or was told to stop: its own message is above",
     "SignalException": "the run was told to stop: what it saved is said above",

@@ -154,7 +154,7 @@ def _alias_module(old: str, new: str) -> None:
         setattr(importlib.import_module(parent), child, module)
 
 
-def _removed_function(module_name: str, name: str, version: str) -> Callable:
+def _removed_function(module_name: str, name: str, version: str | None) -> Callable:
     def removed(*args, **kwargs):
         raise NotImplementedError(
             f"{module_name}.{name} was removed from torchao before {version}; torchtune's post-training "

@@ -172,7 +172,7 @@ class GradientMaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
     ) -> None:
         """Add the mask's metrics to the Trainer's own training logs, and all of these to the run's files."""
-        if self._mask is None or not logs:
+        if self._run_log is None or self._metrics is None or not logs:
             return
         if "loss" not in logs:
             self._run_log.log(state.global_step, logs)

@@ -126,7 +126,7 @@ def _rank_file(args: TrainingArguments) -> str:
 
 
 def _own_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _fingerprint(state: TrainerState) -> str:

@@ -28,7 +28,7 @@ class TrainerRunLog:
         self._metrics = metrics
         self._log = None
         if state.is_world_process_zero:
-            self._log = RunLog(args.output_dir, _config(mask, model, args))
+            self._log = RunLog(str(args.output_dir), _config(mask, model, args))
             self._log.truncate_after(state.global_step)
 
     def log(self, step: int, logs: Mapping[str, object]) -> None:

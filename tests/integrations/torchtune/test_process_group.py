@@ -10,9 +10,9 @@ import torch
 
 from gmt_tune.integrations.torchtune.process_group import leave, waiting_longer
 
-# What a training leaves to chance, made certain: process 1 is late, so that by the end of the collective gloo's
-# thread holds the last reference to process 0's tensor, and is busy with it for a second. Something else (in a
-# training, DTensor's caches) keeps the group alive, and so its threads.
+# What a training leaves to chance, made certain: process 1 waits until process 0 has begun, so that by the end of the
+# collective gloo's thread holds the last reference to process 0's tensor, and is busy with it for a second. Something
+# else (in a training, DTensor's caches) keeps the group alive, and so its threads.
 SCRIPT = """
 import sys, threading, time
 import torch
@@ -30,16 +30,26 @@ class Slow(torch.Tensor):
             pass
 
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+store = dist.FileStore(sys.argv[2], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 sys._keeps = group = dist.group.WORLD
 dist.barrier()
 if rank == 1:
-    time.sleep(0.5)
+    store.wait(["process 0 has begun"])
     dist.all_reduce(torch.ones(8))
 else:
     group.allreduce([torch.ones(8).as_subclass(Slow)])
+    store.set("process 0 has begun", "1")
     being_freed.wait()
     {leave}
+"""
+
+
+# As a thread that waits for another process and is no daemon
+WAITS_FOREVER = """
+import threading
+process_group._LEAVE_S = 0.5
+threading.Thread(target=threading.Event().wait).start()
 """
 
 
@@ -92,3 +102,34 @@ def test_collectives_wait_longer_for_a_while():
 
 def test_there_need_be_no_group():
     leave()
+
+
+def test_the_end_of_another_process_is_seen_and_a_failed_one_ends_without_it(tmp_path):
+    script = """
+import os, signal, sys
+import torch.distributed as dist
+from gmt_tune.integrations.torchtune import process_group
+
+child = os.fork()
+rank = 0 if child else 1
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
+ended_ranks = process_group.watch_ranks_here()
+if rank == 1:
+    signal.pause()
+print(ended_ranks())
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+print(ended_ranks(), flush=True)
+{forever}
+process_group.leave(has_failed=True)
+sys.exit(1)
+"""
+    for forever in ("", WAITS_FOREVER):
+        done = subprocess.run(
+            [sys.executable, "-c", script.replace("{forever}", forever), str(tmp_path / f"store{len(forever)}")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout == "[]\n[1]\n"
+        assert done.returncode == 1, done.stderr

@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-pytest.importorskip("trl")
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "sft_smollm2_trl.py"
 CHATML = """{% for turn in messages %}<|im_start|>{{ turn.role }}

@@ -59,7 +59,7 @@ def test_torchaos_compiled_optimizers_move_the_entries_that_a_full_sort_selects(
 
 
 def test_bitsandbytes_optimizers_are_masked(make_trainer):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="it is not installed: pip install bitsandbytes")
     callback = GradientMaskCallback(density=0.2)
     trainer = make_trainer([callback], optim="adamw_bnb_8bit", max_steps=2)
     trainer.train()

@@ -3,11 +3,10 @@
 import json
 
 import pytest
+import trl
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
-
-trl = pytest.importorskip("trl")
 
 SGD = {"optim": "sgd", "weight_decay": 0.0, "learning_rate": 10.0, "max_steps": 1}
 
@@ -86,7 +85,8 @@ def test_loss_falls_and_metrics_join_trls_own(make_sft_or_dpo, kind):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_with_a_peft_config_the_adapters_are_masked(make_sft_or_dpo, kind):
-    peft = pytest.importorskip("peft")
+    import peft
+
     callback = GradientMaskCallback(density=0.2)
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     make_sft_or_dpo(kind, [callback], peft_config=adapters, max_steps=1).train()
