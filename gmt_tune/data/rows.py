@@ -69,8 +69,8 @@ class CheckedRows(Dataset):
         own = (SFTDataset, PreferenceDataset, TextCompletionDataset)
         is_torchtunes = any(type(dataset).__getitem__ is kind.__getitem__ for kind in own)
         raw: Any = getattr(dataset, "_data", None)
-        self._raw = raw if is_torchtunes and isinstance(raw, datasets.Dataset) else None
-        self._transform = getattr(dataset, "_message_transform", None)
+        self._raw: Any = raw if is_torchtunes and isinstance(raw, datasets.Dataset) else None
+        self._transform: Any = getattr(dataset, "_message_transform", None)
         self._columns = _columns_of(dataset)
 
     def __len__(self) -> int:

@@ -59,7 +59,7 @@ def apply_thresholds_(
     if triton_search is not None:
         pairs = enumerate(zip(grads, scores, strict=True))
         by_kernels = [i for i, (grad, score) in pairs if grad.numel() and triton_search.can_apply(grad, score)]
-    if by_kernels:
+    if triton_search is not None and by_kernels:
         some = ([values[i] for i in by_kernels] for values in (grads, thresholds, scores))
         applied = try_triton(triton_search.apply_thresholds_, *some)
         if applied is None:

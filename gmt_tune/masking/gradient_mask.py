@@ -379,13 +379,13 @@ class GradientMask:
         steps = {bare[name]: count for name, count in steps.items()}
         later = {name: p for p, name in self._known.items() if name not in self._dense_names | self._frozen_names}
         if not self._steps.keys() <= steps.keys() <= later.keys():
-            odd = sorted((steps.keys() - later.keys()) or (self._steps.keys() - steps.keys()))[0]
-            raise ValueError(f"the gradient mask was saved for other parameters, among them '{odd}'")
-        selections = {bare.get(name, name): bits for name, bits in selections.items()}
-        shards = {bare.get(name, name): ranges for name, ranges in (state_dict.get("shards") or {}).items()}
+            other = sorted((steps.keys() - later.keys()) or (self._steps.keys() - steps.keys()))[0]
+            raise ValueError(f"the gradient mask was saved for other parameters, among them '{other}'")
+        if odd := sorted(selections.keys() - bare.keys()):
+            raise ValueError(f"the gradient mask's state holds a selection of '{odd[0]}', which it does not mask")
+        selections = {bare[name]: bits for name, bits in selections.items()}
+        shards = {bare[name]: ranges for name, ranges in (state_dict.get("shards") or {}).items()}
         for name, bits in selections.items():
-            if name not in steps:
-                raise ValueError(f"the gradient mask's state holds a selection of '{name}', which it does not mask")
             own = _own_ranges(later[name])
             if shards.get(name, own) != own:
                 raise ValueError(
@@ -419,7 +419,7 @@ class GradientMask:
             for numbers in (self.statistics.thresholds, self.statistics.selected, self.statistics.numel):
                 numbers.pop(name, None)
         if self.error_if_nonfinite:
-            self._check_dense([p for p in dense if p.grad is not None])
+            self._check_dense({self._known[p]: p for p in dense if p.grad is not None})
         with_grad = [(name, p, p.grad) for name, p in zip(names, masked, strict=True) if p.grad is not None]
         if any_sharded(grad for _, _, grad in with_grad):
             self._mask_sharded(with_grad)
@@ -429,14 +429,17 @@ class GradientMask:
             self._steps[name] += not is_repeated
         self._seconds[call] = time.perf_counter() - start
 
-    def _check_dense(self, parameters: list[Tensor]) -> None:
-        if any_sharded(p.grad for p in parameters):
+    def _check_dense(self, parameters: dict[str, Tensor]) -> None:
+        """Raise if a gradient of these, which have one, is not finite."""
+        grads: Any = [p.grad for p in parameters.values()]
+        if any_sharded(grads):
             from gmt_tune.masking import sharded
 
-            sharded.reduce_partial_sums_(parameters)
-            sharded.raise_if_nonfinite({self._known[p]: p.grad for p in parameters}, self._where())
+            sharded.reduce_partial_sums_(parameters.values())
+            grads = {name: p.grad for name, p in parameters.items()}
+            sharded.raise_if_nonfinite(grads, self._where())
         else:
-            self._check_flags([self._known[p] for p in parameters], sel.nonfinite_flags([p.grad for p in parameters]))
+            self._check_flags(list(parameters), sel.nonfinite_flags(grads))
 
     def _where(self) -> str:
         return f" at optimizer step {self.step + (not self._repeats)}"

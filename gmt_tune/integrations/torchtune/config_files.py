@@ -222,7 +222,7 @@ def _built(model: Any) -> dict[str, Any]:
     if embeddings is None or not layers:
         return {}
     attention, output = getattr(layers[0], "attn", None), getattr(model, "output", None)
-    positions = getattr(attention, "pos_embeddings", None)
+    positions: Any = getattr(attention, "pos_embeddings", None)
     built = {
         "vocab_size": embeddings.shape[0],
         "hidden_size": embeddings.shape[1],

@@ -18,7 +18,7 @@ from gmt_tune.errors import UserError
 try:
     import fcntl
 except ImportError:  # there is none on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 # A run that was just told to stop may hold its lock for a moment more.

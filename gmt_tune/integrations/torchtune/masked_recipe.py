@@ -105,7 +105,9 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         torch.distributed.destroy_process_group()
 
     def _close(self, has_failed: bool = False) -> None:
-        """Close profiler and metric logger; it raises nothing, which would hide why the run has ended.
+        """Close profiler and metric logger, and let other runs write to the folder.
+
+        It raises nothing, which would hide why the run has ended.
 
         Args:
             has_failed: this rank ends by an error, and others may not come to where they would wait for it.
@@ -115,6 +117,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         close = [self._stop_profiler]
         if self._is_rank_zero and hasattr(self, "_metric_logger"):
             close.append(self._metric_logger.close)
+        close.append(self._checkpoints.close)
         for each in close:
             try:
                 each()
@@ -191,11 +194,6 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     @_metric_logger.setter
     def _metric_logger(self, logger) -> None:
         self._public_config_logger = PublicConfigLogger(logger)
-
-    def cleanup(self) -> None:
-        """Close the metric logger and the process group, as torchtune does; let other runs write to the folder."""
-        super().cleanup()
-        self._checkpoints.close()
 
     def _build_dataset(self, cfg: DictConfig, key: str):
         dataset, packed = data.build_dataset(cfg[key], self._tokenizer, key)
@@ -468,8 +466,9 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
         tokens_per_second = num_tokens / self.tensor_parallel_dim / seconds
         # An accelerator still works on the mask when the host has gone on: its time is no share of the step's
-        measures_mask = self._mask is not None and self._device.type == "cpu"
-        mask_share = self._mask.seconds / seconds if measures_mask else None
+        mask_share = None
+        if self._mask is not None and self._device.type == "cpu":
+            mask_share = self._mask.seconds / seconds
         progress.update(self.global_step, loss, tokens_per_second, mask_share)
         if not self._is_rank_zero or self.global_step % self._log_every_n_steps != 0:
             return
