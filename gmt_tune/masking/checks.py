@@ -54,6 +54,8 @@ def nonfinite_flags(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_nonfinite(tensor: Tensor) -> Tensor:
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor._values()
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
     # On the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -25,7 +26,7 @@ from gmt_tune.masking.delayed import DelayedFlags
 from gmt_tune.masking.dtensor import any_sharded
 from gmt_tune.masking.names import bare_names
 from gmt_tune.masking.optimizers import HookHandles, after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
-from gmt_tune.masking.packing import check_packed
+from gmt_tune.masking.shards import check_saved_bits, own_entries, own_ranges
 
 
 def _names_unknown_keys(init: Callable) -> Callable:
@@ -106,9 +107,9 @@ class GradientMask:
         self.dense = _check_patterns("dense", dense)
         self.frozen = _check_patterns("frozen", frozen)
 
-        parameters = _check_named_parameters(named_parameters)
-        is_dense = _match("dense", self.dense, parameters)
-        is_frozen = _match("frozen", self.frozen, parameters)
+        parameters, self._given_names = _check_named_parameters(named_parameters)
+        is_dense = _match("dense", self.dense, self._given_names)
+        is_frozen = _match("frozen", self.frozen, self._given_names)
         for name in is_dense & is_frozen:
             raise ValueError(f"'{name}' matches both dense and frozen: remove it from one of the two")
         for name in is_frozen:
@@ -130,7 +131,6 @@ class GradientMask:
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._grad_scale: Tensor | None = None  # that a fused optimizer will divide gradients by, inside its step
         self._repeats = False  # the closure of one step is called again: its selection stays
-        self._has_closure = False
         self.statistics = sel.MaskStatistics()
 
     # ------------------------------------------------------------------ what a subclass may override
@@ -171,17 +171,20 @@ class GradientMask:
 
         Raises:
             TypeError: if it is no optimizer, or one that runs no step hooks.
-            ValueError: if it has a mask already; if it holds no parameter of this mask, or one that the mask does not
-                know; for scope "global", if it lacks a masked parameter.
+            ValueError: if it has this mask already, or one that masks the same parameters; if it holds no parameter of
+                this mask, or one that the mask does not know and whose group does not say ``"gradient_mask": False``;
+                for scope "global", if it lacks a masked parameter.
         """
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
-        if (registered := registered_mask(optimizer)) is not None:
-            which = "this mask" if registered is self else "another gradient mask"
-            raise ValueError(
-                f"{which} is registered on the {type(optimizer).__name__} already, and would act twice in each step: "
-                "register once, or end the first one with the remove() of the handle that its register returned"
-            )
+        for registered in registered_masks(optimizer):
+            if registered is self or not self._names.keys().isdisjoint(registered._names):
+                which = "this mask" if registered is self else "another gradient mask of the same parameters"
+                raise ValueError(
+                    f"{which} is registered on the {type(optimizer).__name__} already, and both would act in each "
+                    "step: register once, or end the first one with the remove() of the handle that its register "
+                    "returned"
+                )
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p in self._known for p in held):
             raise ValueError(
@@ -212,7 +215,7 @@ class GradientMask:
         Raises:
             RuntimeError: if the mask is registered on an optimizer, whose steps would mask again.
         """
-        if any(registered_mask(optimizer) is self for optimizer in self._optimizers):
+        if any(self in registered_masks(optimizer) for optimizer in self._optimizers):
             raise RuntimeError(
                 "the mask is registered on an optimizer, and masks in each of its steps: do not call mask_grads_() "
                 "as well"
@@ -220,7 +223,7 @@ class GradientMask:
         for p in self._known:
             if p.grad is not None:
                 self._join(p)
-        self._grad_scale, self._has_closure = None, False
+        self._grad_scale = None
         self._mask(list(self._names), [p for p, name in self._known.items() if name in self._dense_names], call=0)
         self._flags.raise_if_set()
         return self.statistics
@@ -228,21 +231,29 @@ class GradientMask:
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
         if changes_no_weight(optimizer):  # so there is nothing to mask or to count
             return None
-        self._grad_scale = getattr(optimizer, "grad_scale", None)
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        self._grad_scale = grad_scale if isinstance(grad_scale, Tensor) else None
 
         def mask(is_repeated: bool) -> None:
             masked, dense = self._sort_parameters(optimizer, lambda p: p.grad is not None)
             self._mask(masked, dense, call=id(optimizer), is_repeated=is_repeated)
 
+        def keep_selection() -> None:
+            if self.refresh_every == 1 and not self._draws():
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    if p in self._names and p.grad is not None:
+                        self._selections[self._names[p]] = sel.pack_selection(own_entries(p.grad) != 0)
+
         # A closure computes the gradients inside step(), after this hook: mask behind it instead.
-        with_closure = after_closure(args, kwargs, mask)
-        self._has_closure = with_closure is not None
+        with_closure = after_closure(args, kwargs, mask, before_second=keep_selection)
         if with_closure is None:
             mask(False)
         return with_closure
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._grad_scale = None
+        if self.refresh_every == 1:
+            self._selections.clear()  # what the calls of one step's closure had in common
         self._flags.raise_if_set()
 
     def _sort_parameters(
@@ -257,7 +268,7 @@ class GradientMask:
         for number, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 if p not in self._known:
-                    if is_trained(p):
+                    if is_trained(p) and group.get("gradient_mask") is not False:
                         names = group.get("param_names")
                         unknown.append(f"'{names[i]}'" if names else f"{i} of group {number}, shape {tuple(p.shape)}")
                     continue
@@ -271,10 +282,16 @@ class GradientMask:
             shown = "; ".join(unknown[:3]) + (f"; and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             raise ValueError(
                 f"the optimizer trains parameters that the gradient mask does not know (parameter {shown}): make the "
-                "mask from the named_parameters() of the whole model, after its layers were added, resized or wrapped; "
-                "what is to be updated in full goes into dense"
+                "mask from the named_parameters() of the whole model, after its layers were added, resized or wrapped, "
+                "or, to update parameters beside the model in full, give them a parameter group with "
+                "'gradient_mask': False"
             )
         return masked, dense
+
+    def _maskable(self) -> dict[str, Tensor]:
+        """By name: what is masked, or will be once it requires gradients."""
+        unmasked = self._dense_names | self._frozen_names
+        return {name: p for p, name in self._known.items() if name not in unmasked}
 
     def _join(self, p: Tensor) -> None:
         """Mask a parameter from now on that did not require gradients when the mask was made, if it is now trained."""
@@ -349,10 +366,13 @@ class GradientMask:
             RuntimeError: if the last step met a gradient that is not finite, and has not said so yet.
         """
         self._flags.raise_if_set()
-        selections = {} if self.refresh_every == 1 else dict(self._selections)
         by_name = self.masked_parameters
-        shards = {name: _own_ranges(by_name[name]) for name in selections}
-        return {"policy": self.policy(), "steps": dict(self._steps), "selections": selections, "shards": shards}
+        return {
+            "policy": self.policy(),
+            "steps": dict(self._steps),
+            "selections": dict(self._selections),
+            "shards": {name: own_ranges(by_name[name]) for name in self._selections},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
@@ -374,28 +394,41 @@ class GradientMask:
                 f"the gradient mask differs from the saved one: {'; '.join(differing)}. "
                 "Set it as it was, or start a new run"
             )
-        # A state of an earlier release, or of a subclass, may hold names with what wrappers put into them
-        bare = dict(zip(steps, bare_names(steps), strict=True))
+        bare = self.translate_names(steps)
         steps = {bare[name]: count for name, count in steps.items()}
-        later = {name: p for p, name in self._known.items() if name not in self._dense_names | self._frozen_names}
-        if not self._steps.keys() <= steps.keys() <= later.keys():
-            other = sorted((steps.keys() - later.keys()) or (self._steps.keys() - steps.keys()))[0]
+        maskable = self._maskable()
+        if not steps or not steps.keys() <= maskable.keys():
+            other = sorted(steps.keys() - maskable.keys() or self._steps)[0]
             raise ValueError(f"the gradient mask was saved for other parameters, among them '{other}'")
         if odd := sorted(selections.keys() - bare.keys()):
             raise ValueError(f"the gradient mask's state holds a selection of '{odd[0]}', which it does not mask")
-        selections = {bare[name]: bits for name, bits in selections.items()}
         shards = {bare[name]: ranges for name, ranges in (state_dict.get("shards") or {}).items()}
+        selections = {bare[name]: bits for name, bits in selections.items()}
         for name, bits in selections.items():
-            own = _own_ranges(later[name])
-            if shards.get(name, own) != own:
-                raise ValueError(
-                    f"the selection of '{name}' was saved by a rank that held the entries {shards[name]} of it, and "
-                    f"this one holds {own}: save and load one state on each rank, as they were sharded then"
-                )
-            check_packed(name, bits, _own_entries(later[name]).numel())
-        self._names = {p: name for name, p in later.items() if name in steps}
-        self._steps = steps
-        self._selections = {name: bits.to(later[name].device) for name, bits in selections.items()}
+            check_saved_bits(name, bits, maskable[name], shards)
+        if self.score == "random" and any(old != new for old, new in bare.items()):
+            warnings.warn(
+                "the gradient mask was saved under parameter names with what a wrapper put into them, which earlier "
+                "releases drew random selections by: from here on, other entries are drawn",
+                stacklevel=2,
+            )
+        # Parameters that were unfrozen before it was saved are masked; those unfrozen since begin at step 0
+        self._names |= {maskable[name]: name for name in steps}
+        self._steps = dict.fromkeys(self._names.values(), 0) | steps
+        self._selections = {name: bits.to(maskable[name].device) for name, bits in selections.items()}
+
+    def translate_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Saved names of parameters to this mask's: those of earlier releases hold what wrappers put into them."""
+        names = list(names)
+        bare = dict(zip(names, bare_names(names), strict=True)) | {n: b for b, n in self._given_names.items()}
+        return {name: name if name in self._given_names else bare[name] for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is registered on no optimizer
+        return {key: value for key, value in self.__dict__.items() if key not in ("_optimizers", "_flags")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _optimizers=weakref.WeakSet(), _flags=DelayedFlags())
 
     # ------------------------------------------------------------------ the work
 
@@ -492,7 +525,7 @@ class GradientMask:
         if ranked:
             rankings = [self._ranking(sharded, *entry) for entry in ranked]
             thresholds, counts = sharded.measure(rankings, self.density, self.scope, check)
-            kept = sharded.apply_(rankings, thresholds, pack=self._stores_selections())
+            kept = sharded.apply_(rankings, thresholds, pack=self.refresh_every != 1)
             self._selections.update(zip((name for name, _, _ in ranked), kept, strict=False))
             for (name, _, grad), count, threshold in zip(ranked, counts, thresholds, strict=True):
                 self._record(name, grad, count, threshold)
@@ -511,9 +544,6 @@ class GradientMask:
             return False
         return self._repeats or self.refresh_every is None or self._steps[name] % self.refresh_every != 0
 
-    def _stores_selections(self) -> bool:
-        return self.refresh_every != 1 or self._has_closure
-
     def _select(self, entries: list[tuple[str, Tensor, Tensor]]) -> None:
         """Make a new selection for these (name, parameter, gradient) by another score, and apply it."""
         if self._draws():
@@ -529,7 +559,7 @@ class GradientMask:
                 self._apply([entry], scores, sel.measure_thresholds(scores, self.density, "tensor"))
 
     def _apply(self, entries, scores, thresholds, selected=None) -> None:
-        if self._stores_selections():
+        if self.refresh_every != 1:
             for (name, _, _), score, threshold in zip(entries, scores, thresholds, strict=True):
                 self._selections[name] = sel.pack_selected(score, threshold)
         grads = [grad for _, _, grad in entries]
@@ -568,7 +598,9 @@ class GradientMask:
         return self._checked_score(name, parameter, grad)
 
     def _checked_score(self, name: str, parameter: Tensor, grad: Tensor) -> Tensor:
-        unscaled = grad if self._grad_scale is None else grad / self._grad_scale.to(grad.device)
+        unscaled = grad
+        if self._grad_scale is not None:  # float16 would underflow
+            unscaled = (grad.float() if grad.dtype == torch.float16 else grad) / self._grad_scale.to(grad.device)
         score = self.compute_score(name, parameter, unscaled)
         if not isinstance(score, Tensor) or score.shape != grad.shape or not score.is_floating_point():
             found = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
@@ -583,34 +615,15 @@ class GradientMask:
         return 0 if self.refresh_every is None else (self._steps[name] - self._repeats) // self.refresh_every
 
 
-def registered_mask(optimizer: Optimizer) -> GradientMask | None:
-    """The mask that acts in the steps of an optimizer, if there is one."""
+def registered_masks(optimizer: Optimizer) -> list[GradientMask]:
+    """The masks that act in the steps of an optimizer."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    masks = (getattr(hook, "__self__", None) for hook in hooks)
-    return next((mask for mask in masks if isinstance(mask, GradientMask)), None)
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, GradientMask)]
 
 
-def _own_entries(p: Tensor) -> Tensor:
-    """What this rank holds of a parameter."""
-    return p.detach().to_local() if any_sharded([p]) else p  # type: ignore[attr-defined]
-
-
-def _own_ranges(p: Tensor) -> list[list[int]]:
-    """Which entries of a parameter this rank holds: for each dimension, the first index and the one behind the last.
-
-    Where they form no such block, the rank's place in the mesh stands for them.
-    """
-    if not any_sharded([p]):
-        return [[0, size] for size in p.shape]
-    from gmt_tune.masking.layout import local_ranges
-
-    try:
-        return [list(bounds) for bounds in local_ranges(p)]
-    except NotImplementedError:
-        return [list(p.device_mesh.get_coordinate())]  # type: ignore[attr-defined]
-
-
-def _check_named_parameters(named_parameters) -> dict[str, Tensor]:
+def _check_named_parameters(named_parameters) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters by their bare names, and the names as they were given."""
     try:
         pairs = [(name, p) for name, p in named_parameters if isinstance(name, str) and isinstance(p, Tensor)]
     except (TypeError, ValueError):
@@ -624,15 +637,16 @@ def _check_named_parameters(named_parameters) -> dict[str, Tensor]:
                 "shard with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
     parameters: dict[str, Tensor] = {}
+    given: dict[str, str] = {}
     seen = set()
-    for name, p in zip(bare_names([name for name, _ in pairs]), (p for _, p in pairs), strict=True):
+    for name, (given_name, p) in zip(bare_names([name for name, _ in pairs]), pairs, strict=True):
         if p in seen:  # tied, with remove_duplicate=False
             continue
         if name in parameters:
             raise ValueError(f"named_parameters holds the name '{name}' twice: pass those of one model")
         seen.add(p)
-        parameters[name] = p
-    return parameters
+        parameters[name], given[name] = p, given_name
+    return parameters, given
 
 
 def _check_int(key: str, value: object) -> int:
@@ -659,12 +673,15 @@ def _check_patterns(key: str, patterns: Any) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def _match(key: str, patterns: Sequence[str], parameters: dict[str, Tensor]) -> set[str]:
+def _match(key: str, patterns: Sequence[str], given_names: dict[str, str]) -> set[str]:
+    """The bare names that a pattern matches, as they are or as they were given."""
     matched = set()
     for pattern in patterns:
-        names = {name for name in parameters if fnmatchcase(name, pattern)}
+        names = {
+            name for name, given in given_names.items() if fnmatchcase(name, pattern) or fnmatchcase(given, pattern)
+        }
         if not names:
-            some = ", ".join(list(parameters)[:3])
+            some = ", ".join(list(given_names)[:3])
             raise ValueError(f"{key}: the pattern {pattern!r} matches no parameter; names look like {some}")
         matched |= names
     return matched

@@ -57,7 +57,8 @@ class HalfMask(GradientMask):
             seed=seed,
             error_if_nonfinite=error_if_nonfinite,
         )
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self.masked_parameters.items()}
+        # Also of those that do not require gradients yet: a draw does not depend on when a layer is unfrozen
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._maskable().items()}
         self._drawn = functools.lru_cache(maxsize=2)(self._draw_half)
 
     def policy(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking.gradient_mask import GradientMask
-from gmt_tune.masking.optimizers import HookHandles, unwrap_optimizer
+from gmt_tune.masking.optimizers import HookHandles, after_closure, unwrap_optimizer
 
 
 class MomentumResetMask(GradientMask):
@@ -29,10 +29,17 @@ class MomentumResetMask(GradientMask):
                 if the optimizer keeps none (SGD).
         """
         masking = super().register(optimizer)
-        return HookHandles(masking, unwrap_optimizer(optimizer).register_step_pre_hook(self._reset))
+        return HookHandles(masking, unwrap_optimizer(optimizer).register_step_pre_hook(self._before_masked_step))
+
+    def _before_masked_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        # The mask's hook has wrapped a closure already: this one goes around that
+        with_closure = after_closure(args, kwargs, lambda is_repeated: self._reset(optimizer))
+        if with_closure is None:
+            self._reset(optimizer)
+        return with_closure
 
     @torch.no_grad()
-    def _reset(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _reset(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter)

@@ -20,13 +20,14 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 def check_has_hooks(optimizer: Any) -> None:
     """Raise TypeError unless it is a ``torch.optim.Optimizer`` that runs step hooks; the message names the remedy."""
     kind = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"register takes a torch.optim.Optimizer, got {kind}")
-    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return
-    inner = next((name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
+    inside = getattr(optimizer, "__dict__", {}).items()
+    inner = next((name for name, value in inside if isinstance(value, Optimizer)), None)
     if inner is not None:
         raise TypeError(f"{kind} runs no step hooks: register the optimizer inside it, register(optimizer.{inner})")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"register takes a torch.optim.Optimizer, got {kind}")
     if kind == "CPUOffloadOptimizer":
         raise TypeError(
             f"{kind} runs no step hooks, and moves gradients before they can be masked: to save memory, use "
@@ -54,12 +55,15 @@ def changes_no_weight(optimizer: Optimizer) -> bool:
     return False
 
 
-def after_closure(args: tuple, kwargs: dict, action: Callable[[bool], None]) -> tuple[tuple, dict] | None:
+def after_closure(
+    args: tuple, kwargs: dict, action: Callable[[bool], None], before_second: Callable[[], None] | None = None
+) -> tuple[tuple, dict] | None:
     """Let an action follow each call of the closure that was given to ``step``, which computes the gradients.
 
     Args:
         args, kwargs: of the step, as a step pre-hook gets them.
         action: gets whether the closure was called before in this step, as a line search does.
+        before_second: called before the closure's second call, while the first call's gradients are there.
 
     Returns:
         What the pre-hook returns to replace the arguments; None where no closure was given.
@@ -70,9 +74,11 @@ def after_closure(args: tuple, kwargs: dict, action: Callable[[bool], None]) -> 
     closure = kwargs["closure"] if is_keyword else args[1]
     calls = 0
 
-    def closure_then_action():
+    def closure_then_action(*closure_args, **closure_kwargs):
         nonlocal calls
-        loss = closure()
+        if calls == 1 and before_second is not None:
+            before_second()
+        loss = closure(*closure_args, **closure_kwargs)
         action(calls > 0)
         calls += 1
         return loss
@@ -87,7 +93,14 @@ class HookHandles(RemovableHandle):
 
     def __init__(self, *handles: RemovableHandle) -> None:
         self._handles = handles
+        self.id = handles[0].id
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)

@@ -53,17 +53,6 @@ def unpack_selection(packed: Tensor, numel: int) -> Tensor:
     return _unpack(packed)[:numel]
 
 
-def check_packed(name: str, packed: object, numel: int) -> None:
-    """Raise ValueError unless these are the packed bits of ``numel`` entries; the message names the parameter."""
-    wanted = (numel + 7) // 8
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != (wanted,):
-        found = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
-        raise ValueError(
-            f"the saved selection of '{name}' does not fit: {numel} entries take uint8 ({wanted},), and it is {found}: "
-            "load the state of the same model, sharded as it was when it was saved"
-        )
-
-
 @torch.no_grad()
 def apply_packed_(grad: Tensor, packed: Tensor) -> Tensor:
     """Zero, in place, all entries of a gradient that a packed selection does not hold.

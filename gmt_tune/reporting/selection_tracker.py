@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.dtensor import any_sharded
 from gmt_tune.masking.optimizers import after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
-from gmt_tune.masking.packing import check_packed, pack_selection
+from gmt_tune.masking.packing import pack_selection
+from gmt_tune.masking.shards import check_saved_bits, own_ranges
 
 _CHUNK = 1 << 24  # entries that are looked at together: bounds what is alive besides the bits
 
@@ -101,7 +102,9 @@ class SelectionTracker:
             copy: of the bits, so that further steps do not change what was given.
         """
         ever = {name: bits.clone() if copy else bits for name, bits in self._ever.items()}
-        return {"calls": dict(self._calls), "last": dict(self._last), "ever": ever}
+        by_name = self._mask.masked_parameters
+        shards = {name: own_ranges(by_name[name]) for name in ever}
+        return {"calls": dict(self._calls), "last": dict(self._last), "ever": ever, "shards": shards}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, saved with the same model on as many ranks.
@@ -109,16 +112,18 @@ class SelectionTracker:
         Raises:
             ValueError: if it was saved for other parameters, or sharded otherwise.
         """
+        bare = self._mask.translate_names(state_dict["calls"])
         by_name = self._mask.masked_parameters
-        if not state_dict["calls"].keys() <= by_name.keys():
+        if not set(bare.values()) <= by_name.keys():
             raise ValueError("the selection tracker was saved for other parameters: start a new one")
-        for name, tensor in (*state_dict["last"].items(), *state_dict["ever"].items()):
-            p = by_name[name]
-            check_packed(name, tensor, (p.to_local() if any_sharded([p]) else p).numel())  # type: ignore[attr-defined]
-        self._calls = dict(state_dict["calls"])
-        for key, bits in (("last", self._last), ("ever", self._ever)):
-            bits.clear()
-            bits.update({name: tensor.to(by_name[name].device) for name, tensor in state_dict[key].items()})
+        shards = {bare[name]: ranges for name, ranges in (state_dict.get("shards") or {}).items()}
+        last, ever = ({bare[n]: bits for n, bits in state_dict[key].items()} for key in ("last", "ever"))
+        for name, bits in (*last.items(), *ever.items()):
+            check_saved_bits(name, bits, by_name[name], shards)
+        self._calls = {bare[name]: count for name, count in state_dict["calls"].items()}
+        self._last, self._ever = (
+            {name: bits.to(by_name[name].device) for name, bits in saved.items()} for saved in (last, ever)
+        )
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
         if changes_no_weight(optimizer):

@@ -121,3 +121,28 @@ def test_sharded_training_freezes_the_same_tensors(one_process_group):
         _step(sharded, optimizer, step)
     for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
         assert torch.equal(one, other.full_tensor())
+
+
+def test_a_layer_that_is_unfrozen_later_joins_the_draw_and_a_resumed_run_draws_the_same():
+    def make(is_frozen: bool):
+        model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
+        model[0].requires_grad_(not is_frozen)
+        return model, HalfMask(model.named_parameters(), refresh_every=1)
+
+    model, mask = make(is_frozen=True)
+    drawn = []
+    for step in range(12):
+        if step == 1:
+            model[0].requires_grad_(True)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        mask.mask_grads_()
+        drawn.append([p.grad is not None for p in model.parameters()])
+    assert 2 <= sum(updated[0] for updated in drawn) <= 10
+    other, resumed = make(is_frozen=False)
+    resumed.load_state_dict({**mask.state_dict(), "steps": dict.fromkeys(mask.state_dict()["steps"], 5)})
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    resumed.mask_grads_()
+    # The unfrozen layer's own count is one behind in the first mask
+    assert [p.grad is not None for p in list(other.parameters())[1:]] == drawn[5][1:]

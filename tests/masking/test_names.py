@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gmt_tune import GradientMask
 from gmt_tune.masking.names import bare_name, bare_names
+from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 
 def make_model() -> nn.Module:
@@ -113,6 +114,58 @@ def test_states_load_across_wrappers_and_from_names_that_an_earlier_release_save
         assert loaded["steps"] == state["steps"] and loaded["selections"].keys() == state["selections"].keys()
         for name, bits in state["selections"].items():
             assert torch.equal(loaded["selections"][name], bits)
+
+
+class HasModule(nn.Module):
+    """A model with a part of its own that is called as wrappers call what they wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.head = nn.Linear(20, 10), nn.Linear(10, 5)
+
+
+@pytest.mark.parametrize("policy", [{"dense": ["head*"]}, {"frozen": ["head*"]}])
+def test_a_models_own_part_called_module_keeps_its_name_in_states(policy):
+    masks = [GradientMask(HasModule().named_parameters(), density=0.2, **policy) for _ in range(2)]
+    for p in masks[0].masked_parameters.values():
+        p.grad = torch.ones_like(p)
+    masks[0].mask_grads_()
+    masks[1].load_state_dict(masks[0].state_dict())
+    assert masks[1].state_dict()["steps"] == {"module.weight": 1, "module.bias": 1}
+
+
+@pytest.mark.parametrize("pattern", ["2.*", "module.2.*"])
+def test_a_pattern_matches_a_name_as_it_is_and_as_it_was_given(pattern):
+    mask = GradientMask(nn.DataParallel(make_model()).named_parameters(), density=0.2, dense=[pattern])
+    assert mask.masked_parameters.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert mask.policy()["dense"] == [pattern]
+
+
+def test_a_wrapper_that_changed_random_selections_in_an_earlier_release_is_said():
+    mask = GradientMask(make_model().named_parameters(), density=0.2, score="random")
+    state = mask.state_dict()
+    state["steps"] = {f"module.{name}": count for name, count in state["steps"].items()}
+    with pytest.warns(UserWarning, match="from here on, other entries are drawn"):
+        mask.load_state_dict(state)
+
+
+def test_a_trackers_state_loads_from_names_that_an_earlier_release_saved():
+    mask = GradientMask(make_model().named_parameters(), density=0.2)
+    tracker = SelectionTracker(mask)
+    optimizer = torch.optim.SGD(mask.masked_parameters.values(), lr=0.1)
+    mask.register(optimizer)
+    tracker.register(optimizer)
+    for p in mask.masked_parameters.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = tracker.state_dict()
+    old = {key: {f"module.{n}": v for n, v in state[key].items()} for key in ("calls", "last", "ever")}
+    other = SelectionTracker(GradientMask(make_model().named_parameters(), density=0.2))
+    other.load_state_dict(old)
+    assert other.state_dict()["calls"] == state["calls"] and state["calls"]["0.weight"] == 1
+    old["last"]["module.0.weight"] = old["last"]["module.0.weight"][:-1]
+    with pytest.raises(ValueError, match=r"the saved selection of '0\.weight' does not fit"):
+        other.load_state_dict(old)
 
 
 def test_tied_parameters_under_two_names_count_once():

@@ -1,6 +1,7 @@
 """On which optimizers a mask acts, on which of their parameters, and what it does with a step's arguments."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from gmt_tune import GradientMask
+from gmt_tune.masking.momentum import MomentumResetMask
 from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 
@@ -51,8 +53,40 @@ def test_a_second_mask_on_an_optimizer_is_refused():
     model = make_model()
     optimizer = sgd(model)
     GradientMask(model.named_parameters(), density=0.2, score="random").register(optimizer)
-    with pytest.raises(ValueError, match="another gradient mask is registered on the SGD already"):
+    with pytest.raises(
+        ValueError, match="another gradient mask of the same parameters is registered on the SGD already"
+    ):
         GradientMask(model.named_parameters(), density=0.5).register(optimizer)
+
+
+def test_two_masks_of_different_parameters_share_an_optimizer():
+    model = make_model()
+    optimizer = sgd(model)
+    GradientMask(model.named_parameters(), density=0.1, dense=["2.*"]).register(optimizer)
+    GradientMask(model.named_parameters(), density=0.5, dense=["0.*"]).register(optimizer)
+    backward(model)
+    optimizer.step()
+    assert kept(model[0].weight) == pytest.approx(0.1) and kept(model[2].weight) == pytest.approx(0.5)
+
+
+def test_a_mask_and_its_handle_can_be_copied_and_pickled():
+    model = make_model()
+    optimizer = sgd(model)
+    mask = GradientMask(model.named_parameters(), density=0.2, refresh_every=None)
+    handle = mask.register(optimizer)
+    backward(model)
+    optimizer.step()
+    assert isinstance(handle.id, int)
+    copy.deepcopy(handle)
+    pickle.loads(pickle.dumps(mask))
+    other, copied = copy.deepcopy((model, mask))
+    for p, own in zip(other.parameters(), model.parameters(), strict=True):
+        p.grad = torch.ones_like(p)
+        own.grad = torch.ones_like(own)
+    copied.mask_grads_()  # it is registered nowhere
+    optimizer.step()
+    for p, own in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p.grad, own.grad)
 
 
 def test_masking_by_hand_beside_the_hook_is_refused():
@@ -109,6 +143,39 @@ def test_a_parameter_added_to_the_optimizer_later_is_refused_before_any_weight_c
     with pytest.raises(ValueError, match=r"parameter 0 of group 1, shape \(3,\)"):
         optimizer.step()
     assert len(before) == 4 and all(torch.equal(before[name], w) for name, w in model.state_dict().items())
+
+
+def test_parameters_beside_the_model_are_updated_in_full_where_their_group_says_so():
+    model, temperature = make_model(), nn.Parameter(torch.ones(2))
+    groups = [{"params": model.parameters()}, {"params": [temperature], "gradient_mask": False}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    GradientMask(model.named_parameters(), density=0.1).register(optimizer)
+    backward(model)
+    temperature.grad = torch.ones(2)
+    optimizer.step()
+    assert temperature.tolist() == pytest.approx([0.9, 0.9]) and kept(model[0].weight) == pytest.approx(0.1)
+
+
+def test_a_state_from_before_a_layer_was_unfrozen_loads_after_it():
+    model = make_model()
+    model[0].requires_grad_(False)
+    mask = GradientMask(model.named_parameters(), density=0.1)
+    backward(model)
+    mask.mask_grads_()
+    other = GradientMask(make_model().named_parameters(), density=0.1)
+    other.load_state_dict(mask.state_dict())
+    assert other.state_dict()["steps"] == {"0.weight": 0, "0.bias": 0, "2.weight": 1, "2.bias": 1}
+
+
+def test_a_sparse_gradient_of_a_dense_parameter_is_looked_at():
+    for dtype in (torch.float32, torch.float16):
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=True, dtype=dtype), nn.Linear(4, 3, dtype=dtype))
+        mask = GradientMask(model.named_parameters(), density=0.5, dense=["0.*"])
+        model(torch.tensor([1, 2])).sum().backward()
+        mask.mask_grads_()
+        model[0].weight.grad._values()[0, 0] = float("nan")
+        with pytest.raises(RuntimeError, match=r"'0\.weight' holds NaN"):
+            mask.mask_grads_()
 
 
 def test_what_the_optimizer_holds_and_does_not_train_is_no_concern():
@@ -203,6 +270,10 @@ def test_an_optimizer_without_hooks_is_refused_with_the_way_out():
     mask = GradientMask(model.named_parameters(), density=0.1)
     with pytest.raises(TypeError, match=r"HoldsAnother runs no step hooks: .*register\(optimizer\.base\)"):
         mask.register(HoldsAnother(sgd(model)))
+    holder = type("Wrapper", (), {})()
+    holder.base = sgd(model)
+    with pytest.raises(TypeError, match=r"Wrapper runs no step hooks: .*register\(optimizer\.base\)"):
+        mask.register(holder)
     with pytest.raises(TypeError, match=r"HasNoHooks runs no step hooks, .*call mask_grads_\(\) before its step"):
         mask.register(HasNoHooks(model.parameters()))
 
@@ -220,9 +291,13 @@ def test_scope_global_names_a_masked_parameter_that_the_optimizer_lacks():
 class TakesMore(torch.optim.SGD):
     """An optimizer whose step has further arguments."""
 
+    grad_scale = 1.0  # no GradScaler's
+
     def step(self, closure=None, factor=1.0, *, offset=0.0):
         self.got = (factor, offset)
-        return super().step(closure)
+        if closure is not None:
+            return super().step(lambda: closure(backward=True))
+        return super().step()
 
 
 def test_a_step_that_calls_its_base_classs_step_is_one_step():
@@ -247,8 +322,8 @@ def test_a_steps_further_arguments_reach_it(by_keyword):
     mask = GradientMask(model.named_parameters(), density=0.1)
     mask.register(optimizer)
 
-    def closure():
-        return backward(model)
+    def closure(backward):
+        return globals()["backward"](model) if backward else None
 
     if by_keyword:
         loss = optimizer.step(factor=3.0, offset=1.0, closure=closure)
@@ -258,6 +333,36 @@ def test_a_steps_further_arguments_reach_it(by_keyword):
     assert kept(model[0].weight) == pytest.approx(0.1)
     optimizer.step(None, 4.0)
     assert optimizer.got == (4.0, 0.0) and mask.step == 2
+
+
+def test_a_closure_that_is_called_once_costs_no_bits():
+    model = make_model()
+    optimizer = sgd(model)
+    mask = GradientMask(model.named_parameters(), density=0.1)
+    mask.register(optimizer)
+    optimizer.step(lambda: backward(model))
+    assert mask._selections == {} and mask.step == 1
+
+
+def test_an_unselected_weight_stands_still_also_where_a_closure_computes_the_gradient():
+    """MomentumResetMask empties the momentum of what this step's selection leaves out."""
+    moved = []
+    for with_closure in (False, True):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        mask = MomentumResetMask(model.named_parameters(), density=0.1)
+        mask.register(optimizer)
+        moved.append([])
+        for _ in range(3):
+            before = model[0].weight.detach().clone()
+            optimizer.zero_grad()
+            if with_closure:
+                optimizer.step(lambda model=model: backward(model))
+            else:
+                backward(model)
+                optimizer.step()
+            moved[-1].append((model[0].weight != before).sum().item())
+    assert moved[0] == moved[1] == [60, 60, 60]
 
 
 @pytest.mark.parametrize("refresh_every", [1, 2, None])
@@ -341,3 +446,22 @@ def test_thresholds_are_those_of_the_unscaled_gradient_whoever_unscales_it(score
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
     for a, b in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_score_of_ones_own_is_not_rounded_to_zero_in_float16():
+    class Own(GradientMask):
+        def compute_score(self, name, parameter, grad):
+            return grad
+
+    torch.manual_seed(0)
+    model = nn.Linear(400, 50).half()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    mask = Own(model.named_parameters(), density=0.1)
+    mask.register(optimizer)
+    for p in model.parameters():
+        p.grad = (torch.randn(p.shape) * 1e-2).half()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+    wanted = model.weight.grad.abs().float()
+    wanted = wanted >= wanted.flatten().sort(descending=True).values[2000 - 1]
+    optimizer.step()
+    assert torch.equal(model.weight.grad != 0, wanted)

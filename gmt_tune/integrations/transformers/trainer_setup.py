@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from gmt_tune.masking.gradient_mask import registered_mask
+from gmt_tune.masking.gradient_mask import registered_masks
 
 # Optimizers that step inside the backward pass, a parameter at a time, and drop each gradient at once.
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -56,7 +56,7 @@ def refuse_masked_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: for two callbacks in one Trainer, or a callback beside a ``GradientMask.register`` by hand.
     """
-    if registered_mask(optimizer) is not None:
+    if registered_masks(optimizer):
         raise ValueError(
             "the optimizer already has a gradient mask, and a second one would select from what the first one left: "
             "give the Trainer one GradientMaskCallback (trainer.remove_callback(GradientMaskCallback) takes one "
