@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from gmt_tune.masking.half import HalfMask
 

@@ -291,8 +291,6 @@ def test_scope_global_names_a_masked_parameter_that_the_optimizer_lacks():
 class TakesMore(torch.optim.SGD):
     """An optimizer whose step has further arguments."""
 
-    grad_scale = 1.0  # no GradScaler's
-
     def step(self, closure=None, factor=1.0, *, offset=0.0):
         self.got = (factor, offset)
         if closure is not None:
@@ -313,6 +311,27 @@ def test_a_step_that_calls_its_base_classs_step_is_one_step():
     optimizer.step()
     assert kept(model[0].weight) == pytest.approx(0.3, abs=0.05)
     assert mask.step == 1 and tracker.state_dict()["calls"]["0.weight"] == 1
+
+
+class HasScale(torch.optim.Optimizer):
+    """An optimizer with an attribute that is called as GradScaler calls its scale, and is none."""
+
+    grad_scale = 1.0
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        return None
+
+
+def test_an_optimizers_own_number_called_grad_scale_is_no_gradscalers():
+    model = make_model()
+    optimizer = HasScale(model.parameters())
+    GradientMask(model.named_parameters(), density=0.1).register(optimizer)
+    backward(model)
+    optimizer.step()
+    assert kept(model[0].weight) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("by_keyword", [False, True])

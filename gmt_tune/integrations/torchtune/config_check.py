@@ -13,6 +13,7 @@ from torch import nn
 from torchtune import config, utils
 
 from gmt_tune.errors import UserError, one_line
+from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.config_components import (
     check_component,
     check_metric_logger,
@@ -142,7 +143,7 @@ def check_machine(cfg: DictConfig) -> None:
                 f"device is {cfg.device}, but torch {torch.__version__} sees no CUDA device here: set device: cpu, or "
                 "install a driver and a torch build that fit the card (nvidia-smi shows it)"
             )
-        local_rank = os.environ.get("LOCAL_RANK", None)
+        local_rank = process_group.local_rank()
         if index and local_rank is not None and index != local_rank:
             raise UserError(
                 f"device is {cfg.device}, but under torchrun each process takes the device of its own rank, here "

@@ -108,7 +108,7 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
 
 def _is_first_of_node() -> bool:
     """Whether this process says what is wrong: often it is wrong for all ranks, but a file can lack on one node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return process_group.local_rank() in (None, "0")
 
 
 def _show(message: str) -> None:

@@ -114,7 +114,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         """
         if has_failed and self.world_size > 1 and self._is_profiling:
             self._profiler.on_trace_ready = None  # torchtune's waits for all ranks
-        close = [self._stop_profiler]
+        close = [self._stop.uninstall, self._stop_profiler]
         if self._is_rank_zero and hasattr(self, "_metric_logger"):
             close.append(self._metric_logger.close)
         close.append(self._checkpoints.close)

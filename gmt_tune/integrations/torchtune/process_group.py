@@ -19,6 +19,7 @@ import torch
 from torchtune import training
 
 _GLOO_THREAD = "pt_gloo_runloop"
+_OURS = "GMT_TUNE_SINGLE_PROCESS"  # id of the process that has set torchrun's variables for itself
 _GLOO_S = 10.0  # for gloo's threads to finish
 _LEAVE_S = 360.0  # for the end of a process that has failed, more than it waits for a checkpoint to be written
 _LOOK_EVERY_S = 0.02  # several times what a thread waits for the GIL before it asks again
@@ -31,13 +32,26 @@ def ensure_rendezvous(device_index: str = "") -> None:
     takes any free port, so that several runs on one machine do not meet.
 
     Args:
-        device_index: of the config's ``device: cuda:1``; it becomes LOCAL_RANK, unless torchrun has set that.
+        device_index: of the config's ``device: cuda:1``; it becomes LOCAL_RANK, unless a launcher has set that.
     """
-    if device_index:
-        os.environ.setdefault("LOCAL_RANK", device_index)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not _is_ours():
+        if device_index:
+            os.environ.setdefault("LOCAL_RANK", device_index)
         return
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # An earlier run of this process may have set them, for another device
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK=device_index)
+    if not device_index:
+        del os.environ["LOCAL_RANK"]
+    os.environ[_OURS] = str(os.getpid())
+
+
+def local_rank() -> str | None:
+    """LOCAL_RANK as a launcher has set it; None in a process that was started by itself."""
+    return None if _is_ours() else os.environ.get("LOCAL_RANK")
+
+
+def _is_ours() -> bool:
+    return os.environ.get(_OURS) == str(os.getpid())  # child processes inherit the variable
 
 
 @contextlib.contextmanager
@@ -121,13 +135,12 @@ def leave(*, has_failed: bool = False) -> None:
     threads only if nothing else holds it, and DTensor's caches do.
 
     Args:
-        has_failed: this process leaves alone. The group stays: NCCL's would wait for the other processes to finish
-            what they have begun together, and they wait for this one.
+        has_failed: this process leaves alone. A group of several processes stays: NCCL's would wait for the others to
+            finish what they have begun together, and they wait for this one.
     """
-    if torch.distributed.is_initialized() and has_failed:
-        if torch.distributed.get_world_size() > 1:
-            # Whatever still waits for another process by then waits in vain
-            faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
+    if torch.distributed.is_initialized() and has_failed and torch.distributed.get_world_size() > 1:
+        # Whatever still waits for another process by then waits in vain
+        faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
     elif torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     deadline = time.monotonic() + _GLOO_S

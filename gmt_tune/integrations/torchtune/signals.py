@@ -54,11 +54,13 @@ class StopSignal:
         self._socket: socket.socket | None = None
 
     def install(self, ended_ranks: Callable[[], list[int]] = lambda: []) -> None:
-        """Take over the signals; only the main thread may.
+        """Take over the signals. Only the main thread may: in another one, nothing changes.
 
         Args:
             ended_ranks: says which other processes of the run have ended.
         """
+        if threading.current_thread() is not threading.main_thread():
+            return
         ours, self._socket = socket.socketpair()
         self._socket.setblocking(False)
         threading.Thread(target=self._listen, args=(ours, ended_ranks), daemon=True).start()

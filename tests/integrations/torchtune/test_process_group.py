@@ -1,5 +1,6 @@
 """A process ends with the exit status that it has earned, whatever gloo's threads are still at."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from gmt_tune.integrations.torchtune.process_group import leave, waiting_longer
+from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous, leave, local_rank, waiting_longer
 
 # What a training leaves to chance, made certain: process 1 waits until process 0 has begun, so that by the end of the
 # collective gloo's thread holds the last reference to process 0's tensor, and is busy with it for a second. Something
@@ -133,3 +134,36 @@ sys.exit(1)
         )
         assert done.stdout == "[]\n[1]\n"
         assert done.returncode == 1, done.stderr
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """An environment in which no torchrun has set anything, given back as it was."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GMT_TUNE_SINGLE_PROCESS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_the_device_of_one_run_is_not_that_of_the_next_in_the_same_process(no_launcher):
+    for index, seen in (("1", "1"), ("0", "0"), ("", None), ("2", "2")):
+        ensure_rendezvous(index)
+        assert os.environ.get("LOCAL_RANK") == seen and local_rank() is None
+
+
+def test_a_launcher_in_a_process_that_has_trained_by_itself_keeps_its_say(no_launcher, monkeypatch):
+    ensure_rendezvous("1")
+    check = (
+        "import os; from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous, local_rank;"
+        "ensure_rendezvous(); print(os.environ['RANK'], os.environ['WORLD_SIZE'], local_rank())"
+    )
+    launched = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    done = subprocess.run([sys.executable, "-c", check], env=launched, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["3", "4", "3"], done.stderr
+
+
+def test_after_a_run_that_failed_the_next_one_in_the_process_can_begin(no_launcher):
+    for _ in range(2):
+        ensure_rendezvous()
+        torch.distributed.init_process_group("gloo")
+        leave(has_failed=True)
+    assert not torch.distributed.is_initialized()

@@ -1,5 +1,6 @@
 """Signals act at once, also on a process that waits in a collective for another one."""
 
+import concurrent.futures
 import os
 import signal
 import subprocess
@@ -135,3 +136,12 @@ def test_uninstall_gives_the_signals_back():
     fd = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(fd)
     assert fd == -1
+
+
+def test_a_run_in_another_thread_leaves_the_signals_alone():
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    stop = signals.StopSignal()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(stop.install).result()
+        pool.submit(stop.uninstall).result()
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before and stop.received == 0
