@@ -109,21 +109,25 @@ def test_a_process_that_has_saved_no_longer_needs_the_others(start):
 
 
 def test_a_signal_to_a_child_ends_the_child_and_is_not_one_to_the_run():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     stop = signals.StopSignal()
     stop.install()
     try:
         out, into = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(into, b"forked")
-            time.sleep(60)
-            os._exit(0)
+            try:
+                os.write(into, b"forked")
+                time.sleep(60)
+            finally:
+                os._exit(0)
         os.read(out, 6)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert stop.received == 0
     finally:
         stop.uninstall()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_uninstall_gives_the_signals_back():
