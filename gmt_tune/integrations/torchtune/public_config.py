@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 from collections.abc import Iterator
@@ -20,9 +21,7 @@ def public_config(cfg: DictConfig) -> dict:
     A number or a truth value is written also where it comes from the environment.
     """
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    with _environment_by_name():
-        named = _container(cfg)
-    return without_secrets(_numbers_of(resolved, named))
+    return without_secrets(_numbers_of(resolved, _named(cfg)))
 
 
 def environment_checks(cfg: DictConfig) -> dict[str, str]:
@@ -45,8 +44,7 @@ def without_secrets_of(cfg: DictConfig, text: str) -> str:
     values: set[str] = set()
     with contextlib.suppress(Exception):  # a config that cannot be resolved must not hide the error at hand
         values.update(hidden_values(OmegaConf.to_container(cfg, resolve=True)))
-        with _environment_by_name(values):
-            _container(cfg)
+        _named(cfg, values)
     return scrub(text, values)
 
 
@@ -66,6 +64,14 @@ class PublicConfigLogger:
 
     def __getattr__(self, name: str):
         return getattr(self._logger, name)
+
+
+def _named(cfg: DictConfig, values: set[str] | None = None):
+    """A config with its interpolations resolved, except ``${oc.env:...}``, of which ``values`` collects the values."""
+    own = copy.deepcopy(cfg)
+    OmegaConf.clear_cache(own)  # of what resolvers that keep their results made of the environment
+    with _environment_by_name(values):
+        return _container(own)
 
 
 @contextlib.contextmanager

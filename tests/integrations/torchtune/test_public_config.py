@@ -89,3 +89,11 @@ def test_a_config_of_an_earlier_version_that_was_saved_with_its_values_is_the_sa
     assert _differences({**saved, "first": "other"}, public, resolved) == [
         "first comes from the environment and is not what it was"
     ]
+
+
+def test_a_resolver_that_keeps_its_results_gives_no_secret_away(cfg):
+    OmegaConf.register_new_resolver("test_kept", lambda text: f"<{text}>", use_cache=True, replace=True)
+    cfg.kept = "${test_kept:${first}}"
+    assert cfg.kept == "<from-the-environment>"
+    assert public_config(cfg)["kept"] == "<${oc.env:TEST_TOKEN}>"
+    assert cfg.kept == "<from-the-environment>"
