@@ -85,6 +85,11 @@ def is_secret_key(key: str) -> bool:
     return "_".join(words) in _SECRET_WHOLE_KEYS or words[-1] in _SECRET_LAST_WORDS
 
 
+def is_credential(key: str) -> bool:
+    """Whether a value that is hidden is a secret itself, by its own key, rather than beside one."""
+    return is_secret_key(key) or _words(key)[-1:] in (["key"], ["keys"], ["id"], ["user"], ["username"])
+
+
 def _words(key: str) -> list[str]:
     """The words of a key in lower case, without a number at its end."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", key)

@@ -27,8 +27,8 @@ _FINAL_NAME = re.compile(r"(step|epoch)_\d+")
 # What a manifest must say of the run, and the types that the values may have: a manifest without it is damaged.
 _PROGRESS = {
     "global_step": int, "epoch": int, "samples": int, "steps_in_epoch": int, "rows_of_a_step": int,
-    "steps_per_epoch": int, "dataset_rows": int, "total_epochs": int, "skipped_steps": int, "world_size": int, "seed": int, "is_final": bool,
-    "config": dict, "model_files": list,
+    "steps_per_epoch": int, "dataset_rows": int, "total_epochs": int, "skipped_steps": int, "world_size": int,
+    "seed": int, "is_final": bool, "config": dict, "model_files": list,
 }  # fmt: skip
 
 
