@@ -27,8 +27,8 @@ _FINAL_NAME = re.compile(r"(step|epoch)_\d+")
 # What a manifest must say of the run, and the types that the values may have: a manifest without it is damaged.
 _PROGRESS = {
     "global_step": int, "epoch": int, "samples": int, "steps_in_epoch": int, "rows_of_a_step": int,
-    "dataset_rows": int, "total_epochs": int, "skipped_steps": int, "world_size": int, "seed": int, "is_final": bool,
-    "config": dict, "model_files": list,
+    "steps_per_epoch": int, "dataset_rows": int, "total_epochs": int, "skipped_steps": int, "world_size": int,
+    "seed": int, "is_final": bool, "config": dict, "model_files": list,
 }  # fmt: skip
 
 
@@ -301,7 +301,9 @@ def _read_manifest(folder: Path) -> dict | None:
     progress, files = manifest.get("progress"), manifest.get("files")
     if not isinstance(progress, dict) or not isinstance(files, dict):
         return None
-    if not all(isinstance(progress.get(key), kind) for key, kind in _PROGRESS.items()):
+    if not all(type(progress.get(key)) is kind for key, kind in _PROGRESS.items()):  # True is no number
+        return None
+    if any(progress[key] < (key == "world_size") for key, kind in _PROGRESS.items() if kind is int):
         return None
     if not all(isinstance(entry, list) and [type(n) for n in entry] == [int, int] for entry in files.values()):
         return None

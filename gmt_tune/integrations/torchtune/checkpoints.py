@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from gmt_tune.integrations.torchtune.checkpoint_writer import (
 )
 from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
 from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
-from gmt_tune.integrations.torchtune.public_config import environment_checks, public_config
+from gmt_tune.integrations.torchtune.public_config import check_of, environment_checks, leaves, public_config
 from gmt_tune.integrations.torchtune.run_inputs import inputs_in
 from gmt_tune.reporting.redaction import without_secrets
 
@@ -166,12 +167,7 @@ class RunCheckpoints:
                 log.info(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
             return None
         progress = checkpoint.progress
-        # Earlier versions saved what is now left out of the file: passwords, and values from the environment
-        now = json.loads(json.dumps([self._public_config, without_secrets(config)]))
-        differing = _differences(without_secrets(progress["config"]), *now)
-        for key, was in progress.get("environment", {}).items():
-            if self._environment.get(key, was) != was and not _may_differ(key):
-                differing.append(f"{key} {_FROM_ENVIRONMENT}")
+        differing = config_differences(progress["config"], progress.get("environment", {}), self._cfg)
         if progress["world_size"] != self._world_size and progress["rows_of_a_step"] == self._rows_of_a_step:
             # What makes the same steps on another number of ranks
             differing = [d for d in differing if not d.startswith(("batch_size ", "gradient_accumulation_steps "))]
@@ -403,23 +399,42 @@ def _state_bytes_per_entry(optimizer, p) -> float:
     return (2 if "adam" in kind else 1) * p.element_size()
 
 
-def _differences(saved: dict, now: dict, resolved: dict, prefix: str = "") -> list[str]:
-    """Every key whose value changes the training and is not what it was.
+def config_differences(saved: dict, checks: Mapping[str, str], cfg: DictConfig) -> list[str]:
+    """Every key whose value changes the training and is not what it was, in words.
 
     Args:
-        saved: config of the run that saved a checkpoint.
-        now: this run's, as it is saved.
-        resolved: the same, with values from the environment.
-        prefix: of the keys.
+        saved: config of the run that saved a checkpoint, as it is in the checkpoint.
+        checks: of that run, as ``environment_checks`` made them.
+        cfg: this run's config.
     """
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    # Earlier versions saved what is now left out of the file: passwords, and values from the environment
+    configs = [without_secrets(saved), public_config(cfg), without_secrets(resolved)]
+    saved, now, plain = json.loads(json.dumps(configs))
+    found = []
+    before, known, values = leaves(saved), leaves(plain), leaves(resolved)
+    # The same value may have come from the environment then and not now, or the other way round
+    for key, leaf in leaves(now).items():
+        old = before.get(key)
+        if old is None or _may_differ(key):
+            continue
+        if key in checks and checks[key] != check_of(values[key]):
+            is_from_environment = "${oc.env:" in f"{old.value}{leaf.value}"
+            found.append(f"{key} " + (_FROM_ENVIRONMENT if is_from_environment else "is not what it was"))
+        if key in checks or old.value == known[key].value:
+            old.holder[old.name] = leaf.value
+    return found + _differences(saved, now)
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
     found = []
     for key in {**saved, **now}:
         if _may_differ(f"{prefix}{key}"):
             continue
-        a, b, c = saved.get(key), now.get(key), resolved.get(key)
+        a, b = saved.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, c if isinstance(c, dict) else b, f"{prefix}{key}.")
-        elif a not in (b, c):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
             is_secret = isinstance(b, str) and "${oc.env:" in b  # and a is it, where an earlier version saved it
             found.append(f"{prefix}{key} " + (_FROM_ENVIRONMENT if is_secret else f"is {b!r}, was {a!r}"))
     return found

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from gmt_tune.reporting.redaction import hidden_values, scrub, without_secrets
+from gmt_tune.reporting.redaction import HIDDEN, hidden_values, is_credential, scrub, without_secrets
 
 
 def public_config(cfg: DictConfig) -> dict:
@@ -20,17 +23,47 @@ def public_config(cfg: DictConfig) -> dict:
     A number or a truth value is written also where it comes from the environment.
     """
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    with _environment_by_name():
-        named = _container(cfg)
-    return without_secrets(_numbers_of(resolved, named))
+    return without_secrets(_numbers_of(resolved, _named(cfg)))
 
 
 def environment_checks(cfg: DictConfig) -> dict[str, str]:
-    """Twelve bits of a checksum of each value that :func:`public_config` leaves to the environment, by its key.
+    """:func:`check_of` each value that :func:`public_config` leaves to the environment or hides, by its key.
 
-    They are enough to see that a value is another one, and too few to find out which.
+    Credentials are left out: a run may go on with new ones.
     """
-    return dict(_checks(public_config(cfg), OmegaConf.to_container(cfg, resolve=True)))
+    resolved = leaves(OmegaConf.to_container(cfg, resolve=True))
+    return {key: check_of(resolved[key]) for key, leaf in leaves(public_config(cfg)).items() if _is_left_out(key, leaf)}
+
+
+def check_of(leaf: Leaf) -> str:
+    """Twelve bits of a checksum: enough to see that a value is another one, and too few to find out which."""
+    return hashlib.sha256(repr(leaf.value).encode()).hexdigest()[:3]
+
+
+@dataclass
+class Leaf:
+    """A value of a config that is no section and no list, in the section or list that holds it."""
+
+    holder: Any
+    name: Any
+
+    @property
+    def value(self):
+        """The value."""
+        return self.holder[self.name]
+
+
+def leaves(config, prefix: str = "") -> dict[str, Leaf]:
+    """Every leaf of plain dicts and lists, by a key such as ``dataset.data_files[0]``."""
+    found: dict[str, Leaf] = {}
+    is_list = isinstance(config, list)
+    for name in range(len(config)) if is_list else config:
+        key = f"{prefix}[{name}]" if is_list else f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(config[name], (dict, list)):
+            found |= leaves(config[name], key)
+        else:
+            found[key] = Leaf(config, name)
+    return found
 
 
 def config_to_log(cfg: DictConfig) -> DictConfig:
@@ -45,8 +78,7 @@ def without_secrets_of(cfg: DictConfig, text: str) -> str:
     values: set[str] = set()
     with contextlib.suppress(Exception):  # a config that cannot be resolved must not hide the error at hand
         values.update(hidden_values(OmegaConf.to_container(cfg, resolve=True)))
-        with _environment_by_name(values):
-            _container(cfg)
+        _named(cfg, values)
     return scrub(text, values)
 
 
@@ -66,6 +98,14 @@ class PublicConfigLogger:
 
     def __getattr__(self, name: str):
         return getattr(self._logger, name)
+
+
+def _named(cfg: DictConfig, values: set[str] | None = None):
+    """A config with its interpolations resolved, except ``${oc.env:...}``, of which ``values`` collects the values."""
+    own = copy.deepcopy(cfg)
+    OmegaConf.clear_cache(own)  # of what resolvers that keep their results made of the environment
+    with _environment_by_name(values):
+        return _container(own)
 
 
 @contextlib.contextmanager
@@ -109,15 +149,11 @@ def _numbers_of(resolved, named):
     return named if isinstance(resolved, (str, dict, list)) else resolved
 
 
-def _checks(public, resolved, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(public, dict) and isinstance(resolved, dict):
-        for name in public:
-            yield from _checks(public[name], resolved.get(name), f"{key}.{name}" if key else name)
-    elif isinstance(public, list) and isinstance(resolved, list):
-        for i, pair in enumerate(zip(public, resolved, strict=True)):
-            yield from _checks(*pair, f"{key}[{i}]")
-    elif isinstance(public, str) and "${oc.env:" in public:
-        yield key, hashlib.sha256(repr(resolved).encode()).hexdigest()[:3]
+def _is_left_out(key: str, leaf: Leaf) -> bool:
+    if not isinstance(leaf.value, str):
+        return False
+    name = re.sub(r"\[\d+\]", "", key).rpartition(".")[2]
+    return "${oc.env:" in leaf.value or leaf.value == HIDDEN and not is_credential(name)
 
 
 def _escaped(value):

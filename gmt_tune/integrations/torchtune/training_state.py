@@ -157,12 +157,21 @@ def _plain(value):
     return value.item() if isinstance(value, Tensor) else value
 
 
+def _clone(tensor):
+    """A copy in memory of its own, also of torchao's quantized states, which have no ``clone``."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.clone()
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: getattr(tensor, name).clone() for name in names}
+    return type(tensor).__tensor_unflatten__(inner, context, None, None)
+
+
 def _to_cpu(value, copy: bool):
     """One entry of an optimizer's state as (tensor, was it sharded, was it on an accelerator), or the plain value."""
     if not isinstance(value, Tensor):
         return value
     local = _local(value).detach()
-    on_cpu = local.cpu() if not local.is_cpu else local.clone() if copy else local
+    on_cpu = local.cpu() if not local.is_cpu else _clone(local) if copy else local
     return (on_cpu, isinstance(value, DTensor), not local.is_cpu)
 
 

@@ -10,6 +10,7 @@ from gmt_tune.integrations.torchtune import checkpoint_folder as folders
 
 PROGRESS = {
     "global_step": 0, "epoch": 0, "samples": 0, "steps_in_epoch": 0, "rows_of_a_step": 4, "dataset_rows": 8,
+    "steps_per_epoch": 2,
     "total_epochs": 1, "skipped_steps": 0, "world_size": 1, "seed": 5, "is_final": False, "config": {},
     "model_files": ["weights"],
 }  # fmt: skip
@@ -52,6 +53,10 @@ MANIFESTS = {
     "a file without its size": lambda folder: write_manifest(folder, PROGRESS, files={"weights": [1]}),
     "a file of the model without checksum": lambda folder: write_manifest(folder, PROGRESS, files={"other": [1, 1]}),
     "the step is text": lambda folder: write_manifest(folder, {**PROGRESS, "global_step": "2"}),
+    **{
+        f"{key} is {value}": lambda folder, key=key, value=value: write_manifest(folder, {**PROGRESS, key: value})
+        for key, value in (("global_step", True), ("global_step", -1), ("world_size", 0), ("steps_per_epoch", None))
+    },
     "model files are lists": lambda folder: write_manifest(folder, {**PROGRESS, "model_files": [["weights"]]}),
     **{
         f"without {key}": lambda folder, key=key: write_manifest(

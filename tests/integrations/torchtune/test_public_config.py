@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from torchtune.training.metric_logging import DiskLogger
 
-from gmt_tune.integrations.torchtune.checkpoints import _differences
+from gmt_tune.integrations.torchtune.checkpoints import config_differences
 from gmt_tune.integrations.torchtune.public_config import (
     PublicConfigLogger,
     config_to_log,
@@ -84,8 +84,49 @@ def test_a_config_of_an_earlier_version_that_was_saved_with_its_values_is_the_sa
     resolved = OmegaConf.to_container(cfg, resolve=True)
     public = public_config(cfg)
     saved = {**resolved, "metric_logger": {"api_key": "***", "project": "p"}}
-    assert _differences(saved, public, resolved) == []
-    assert _differences(public, public, resolved) == []
-    assert _differences({**saved, "first": "other"}, public, resolved) == [
+    assert config_differences(saved, {}, cfg) == []
+    assert config_differences(public, environment_checks(cfg), cfg) == []
+    assert config_differences({**saved, "first": "other"}, {}, cfg) == [
         "first comes from the environment and is not what it was"
     ]
+
+
+FROM_TOKEN = {"data_files": ["${oc.env:TEST_TOKEN,/data}/x", "b"]}
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (FROM_TOKEN, {"data_files": ["from-the-environment/x", "b"]}),
+        ({"data_files": ["from-the-environment/x", "b"]}, FROM_TOKEN),
+        (FROM_TOKEN, {"data_files": ["${oc.env:TEST_UNSET,from-the-environment}/x", "b"]}),
+    ],
+)
+def test_the_same_value_that_is_reached_another_way_is_no_difference(before, after, cfg):
+    before, after = OmegaConf.create(before), OmegaConf.create(after)
+    saved = public_config(before), environment_checks(before)
+    assert config_differences(*saved, after) == []
+    after.data_files[0] = "another"
+    assert len(config_differences(*saved, after)) == 1
+
+
+def test_a_hidden_value_that_changes_is_seen_unless_it_is_a_credential():
+    def options(key: str, url: str):
+        return OmegaConf.create({"dataset": {"storage_options": {"key": key, "token": key, "endpoint_urls": [url]}}})
+
+    before = options("s3cret-key", "https://one")
+    saved = public_config(before), environment_checks(before)
+    assert "one" not in str(saved)
+    assert config_differences(*saved, options("another-key", "https://one")) == []
+    assert config_differences(*saved, options("s3cret-key", "https://two")) == [
+        "dataset.storage_options.endpoint_urls[0] is not what it was"
+    ]
+
+
+def test_a_resolver_that_keeps_its_results_gives_no_secret_away(cfg):
+    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+    register("test_kept", lambda text: f"<{text}>", use_cache=True, replace=True)
+    cfg.kept = "${test_kept:${first}}"
+    assert cfg.kept == "<from-the-environment>"
+    assert public_config(cfg)["kept"] == "<${oc.env:TEST_TOKEN}>"
+    assert cfg.kept == "<from-the-environment>"

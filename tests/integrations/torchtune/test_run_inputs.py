@@ -65,3 +65,26 @@ def test_names_and_paths_elsewhere_are_not_found(out, tmp_path, monkeypatch):
         "none": None,
     }
     assert inputs_in(config, out) == {}
+
+
+@pytest.mark.parametrize("cwd", ["epoch_0", "."])
+def test_names_of_parameters_and_files_of_another_folder_are_not_looked_for_here(cwd, out, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "rows.jsonl").touch()
+    monkeypatch.chdir(out / cwd)
+    config = {
+        "gradient_mask": {"frozen": ["*"], "dense": ["**"]},
+        "checkpointer": {"checkpoint_dir": str(tmp_path / "model"), "checkpoint_files": ["rows.jsonl", "*.jsonl"]},
+    }
+    assert inputs_in(config, out) == {}
+
+
+def test_files_that_cannot_be_in_the_folder_are_not_looked_at_one_by_one(out, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for i in range(100):
+        (tmp_path / "data" / f"{i}.json").touch()
+    seen = []
+    realpath = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: seen.append(path) or realpath(path))
+    assert inputs_in({"data_files": f"{tmp_path}/data/*.json"}, out) == {}
+    assert len(seen) < 10

@@ -1,5 +1,6 @@
 """A state that several ranks saved, on another number of ranks: the same values, and only those that are needed."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_a_quantized_state_is_made_whole_by_rows():
         parts.append(state)
         wanted.append(state.dequantize())
     assert torch.equal(training_state._own_rows(parts, 10, 40), torch.cat(wanted)[10:40])
+
+
+@pytest.mark.parametrize(
+    "kind", ["subclass_8bit.OptimState8bit", "subclass_4bit.OptimState4bit", "subclass_fp8.OptimStateFp8"]
+)
+def test_a_copy_of_a_quantized_state_does_not_change_with_it(kind):
+    module, _, name = kind.partition(".")
+    state = getattr(importlib.import_module(f"torchao.optim.{module}"), name).zeros((4096,))
+    state.copy_(torch.randn(4096))
+    wanted = state.dequantize()
+    saved, _, _ = training_state._to_cpu(state, True)
+    state.copy_(torch.zeros(4096))
+    assert type(saved) is type(state) and torch.equal(saved.dequantize(), wanted) and wanted.ne(0).any()
 
 
 def test_a_tensor_that_is_not_sharded_is_taken_from_one_rank():
