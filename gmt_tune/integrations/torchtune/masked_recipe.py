@@ -376,12 +376,13 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._tokens_of_step = counts[0]
         return counts[0], running, counts[1]
 
-    def _check_finite(self, model: nn.Module | None, loss: Tensor) -> bool:
+    def _check_finite(self, model: nn.Module | None, loss: Tensor, idx: int | None = None) -> bool:
         """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree.
 
         Args:
             model: with its gradients; None where there are none yet.
             loss: of the step, summed or a mean; what :meth:`_reduce` gave.
+            idx: unused; users' copies of the first recipes pass it.
         """
         loss = loss / self._tokens_of_step  # the mean over no token is NaN
         if model is not None:
@@ -548,12 +549,19 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
                 print(f"{name} {when}: {value:.4g}", flush=True)
         self._log({f"{name}_{when}": value for name, value in results.items()})
 
-    def _record_memory_history(self) -> None:
-        """Record CUDA allocations while the profiler's first active steps last; call it before each micro-batch."""
+    def _record_memory_history(self, idx: int | None = None) -> None:
+        """Record CUDA allocations while the profiler's first active steps last; call it before each micro-batch.
+
+        Args:
+            idx: unused; users' copies of the first recipes pass it.
+        """
         if not (self._is_rank_zero and self.profiler_profile_memory and self._device.type == "cuda"):
             return
         steps = self.global_step - self._first_step - self.profiler_wait_steps - self.profiler_warmup_steps
         self._set_memory_history(0 <= steps < self.profiler_active_steps)
+
+    def _stop_memory_history(self, idx: int) -> None:
+        """Do nothing, for users' copies of the first recipes; :meth:`_record_memory_history` stops by itself."""
 
     def _set_memory_history(self, is_on: bool) -> None:
         if is_on != self._is_recording_memory:
