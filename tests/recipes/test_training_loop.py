@@ -324,6 +324,15 @@ def test_what_one_rank_alone_has_met_is_shown_by_it(error, is_shown, tiny_config
     assert ("row 5 of dataset: answer is null" in capsys.readouterr().err) == is_shown
 
 
+def test_the_traceback_of_a_row_is_kept_in_a_file(tiny_config, tmp_path, capsys):
+    def fail(cfg):
+        raise UserErrorOfOneRank("row 5 of dataset: KeyError: 'answer'") from KeyError("answer")
+
+    assert entry.run_recipe(OmegaConf.create(tiny_config(tmp_path)), fail) == 1
+    file = tmp_path / "error_of_rank0.txt"
+    assert f"'answer' (its traceback is in {file})" in capsys.readouterr().err and "KeyError" in file.read_text()
+
+
 def test_a_line_of_progress_that_does_not_fit_on_the_disk_is_left_out(monkeypatch):
     from gmt_tune.integrations.torchtune.progress import Progress
 
