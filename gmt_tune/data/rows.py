@@ -56,6 +56,7 @@ class _Columns(NamedTuple):
     content: str = "content"
     assistant: str = "assistant"  # the role of the model's own messages
     needs_answer: bool = False
+    skips_system: bool = False  # the config's new_system_prompt stands for the messages of the system
 
 
 class CheckedRows(Dataset):
@@ -301,7 +302,8 @@ def _columns_of(dataset: Dataset) -> _Columns:
     names = ("from", "value", "gpt") if isinstance(transform, ShareGPTToMessages) else ("role", "content", "assistant")
     # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
     needs_answer = isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True)
-    return _Columns(texts, formatted, conversations, *names, needs_answer)
+    skips_system = getattr(transform, "new_system_prompt", None) is not None
+    return _Columns(texts, formatted, conversations, *names, needs_answer, skips_system)
 
 
 def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> str | None:
@@ -317,6 +319,8 @@ def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> 
             return f"{where} is {_short(message)}, not an object with {columns.role} and {columns.content}"
         if not isinstance(message.get(columns.role), str):
             return f"{columns.role} of {where} {_not_text(message.get(columns.role))}"
+        if columns.skips_system and message[columns.role] == "system":
+            continue
         content = message.get(columns.content)
         if not isinstance(content, (str, list)):  # a list holds parts of text and images
             return f"{columns.content} of {where} {_not_text(content)}"

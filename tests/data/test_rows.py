@@ -129,6 +129,16 @@ def test_a_number_as_alpacas_instruction_is_text(build):
     assert list(numbers) == list(texts)
 
 
+@pytest.mark.parametrize("kind", ["chat", "sharegpt", "pairs"])
+def test_a_system_message_that_new_system_prompt_replaces_may_be_null(kind, build):
+    role, content = ("from", "value") if kind == "sharegpt" else ("role", "content")
+    with_null = {name: [{role: "system", content: None}, *messages] for name, messages in RIGHT[kind].items()}
+    dataset = build(SECTIONS[kind], lines(RIGHT[kind], with_null), new_system_prompt="Be brief.")
+    assert dataset[0] == dataset[1]
+    with pytest.raises(UserError, match=f"row 1 .*{content} of message 0 of .* is null"):
+        build(SECTIONS[kind], lines(RIGHT[kind], with_null))
+
+
 def test_a_row_beyond_those_that_are_checked_ahead_is_named_alike_when_its_turn_comes(build):
     inner = build(INSTRUCT, lines(*[RIGHT["instruct"]] * 3))._dataset
     inner._data = inner._data.map(lambda row, i: {"answer": None if i == 2 else "a"}, with_indices=True)
