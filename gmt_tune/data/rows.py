@@ -199,13 +199,13 @@ def fault_of_files(files: object, kind: object) -> str | None:
     """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
 
     Args:
-        files: a path, with or without wildcards, or a list of paths, as ``datasets.load_dataset`` takes them.
+        files: a path, with or without wildcards, a list of paths, or either by split, as ``datasets.load_dataset``
+            takes them.
         kind: "json", "csv" or "text"; files of others are not looked at.
     """
     if kind not in ("json", "csv", "text"):
         return None
-    patterns = [files] if isinstance(files, str) else files if isinstance(files, (list, tuple)) else []
-    found = {str(pattern): sorted(glob.glob(str(pattern), recursive=True)) for pattern in patterns}
+    found = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in paths_in(files)}
     for pattern, paths in found.items():
         if glob.has_magic(pattern) and "://" not in pattern and not paths:
             return f"no file matches {pattern}"
@@ -215,6 +215,15 @@ def fault_of_files(files: object, kind: object) -> str | None:
             if fault is not None:
                 return fault
     return None
+
+
+def paths_in(files: object) -> list[str]:
+    """The paths of a ``data_files``: one, a list of them, or either by split."""
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, (list, tuple)):
+        return [path for part in files for path in paths_in(part)]
+    return [] if files is None else [str(files)]
 
 
 def cause_in_words(error: BaseException) -> str:

@@ -221,6 +221,16 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(file, content, fault,
     assert "\n" not in str(error.value)
 
 
+TWO_FILES = ["ok.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("data_files", [TWO_FILES, {"train": "rows.jsonl"}, {"test": "ok.jsonl", "train": TWO_FILES}])
+def test_of_several_files_the_one_that_is_cut_off_is_named(data_files, build):
+    build(INSTRUCT, RIGHT_LINE * 3, "ok.jsonl")
+    with pytest.raises(UserError, match=r"dataset: line 4 of rows\.jsonl is no valid JSON .*: the file is cut off"):
+        build(INSTRUCT, RIGHT_LINE * 3 + '{"question": "q', data_files=data_files)
+
+
 def test_files_in_any_form_that_datasets_reads_are_taken(build):
     assert len(build(INSTRUCT, "\ufeff" + RIGHT_LINE * 3)) == 3
     assert len(build(INSTRUCT, json.dumps([RIGHT["instruct"]] * 3, indent=1), "rows.json")) == 3
