@@ -30,13 +30,15 @@ from gmt_tune.errors import UserError, UserErrorOfOneRank
 
 # So many rows are looked at before training, about ten seconds' worth; further ones when their turn comes.
 ROWS_CHECKED_AHEAD = 100_000
+_REMEDY = "correct it or delete the row"
 
 # What torchtune's transforms read of a row, by the names that their column_map may replace.
 _TEXTS: dict[type, tuple[str, ...]] = {
     InputOutputToMessages: ("input", "output"),
-    AlpacaToMessages: ("instruction", "output"),
+    AlpacaToMessages: ("output",),
     StackExchangePairedToMessages: ("prompt", "chosen", "rejected"),
 }
+_FORMATTED: dict[type, tuple[str, ...]] = {AlpacaToMessages: ("instruction",)}
 _CONVERSATIONS: dict[type, tuple[str, ...]] = {
     OpenAIToMessages: ("messages",),
     ShareGPTToMessages: ("conversations",),
@@ -48,11 +50,13 @@ class _Columns(NamedTuple):
     """What a data set reads of each row."""
 
     texts: tuple[str, ...] = ()
+    formatted: tuple[str, ...] = ()  # columns that are put in a template, which makes text of numbers
     conversations: tuple[str, ...] = ()  # columns with lists of messages
     role: str = "role"  # the key of a message's role
     content: str = "content"
     assistant: str = "assistant"  # the role of the model's own messages
     needs_answer: bool = False
+    skips_system: bool = False  # the config's new_system_prompt stands for the messages of the system
 
 
 class CheckedRows(Dataset):
@@ -72,6 +76,8 @@ class CheckedRows(Dataset):
         self._raw: Any = raw if is_torchtunes and isinstance(raw, datasets.Dataset) else None
         self._transform: Any = getattr(dataset, "_message_transform", None)
         self._columns = _columns_of(dataset)
+        code = [part for part in (dataset, self._transform) if part is not None]
+        self._is_torchtunes = all(type(part).__module__.startswith("torchtune.") for part in code)
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]
@@ -89,7 +95,8 @@ class CheckedRows(Dataset):
         except (UserError, OSError):
             raise
         except Exception as error:
-            fault = _in_words(error)
+            remedy = _REMEDY if self._is_torchtunes else "the data set's own code failed on it"
+            raise UserErrorOfOneRank(self._sentence(index, _in_words(error), remedy)) from error
         raise UserErrorOfOneRank(self._sentence(index, fault))
 
     def check(self, rows: int | None = ROWS_CHECKED_AHEAD) -> None:
@@ -100,7 +107,8 @@ class CheckedRows(Dataset):
         """
         if self._raw is None:
             return
-        missing = [name for name in self._columns.texts + self._columns.conversations if name not in self._names()]
+        read = self._columns.texts + self._columns.formatted + self._columns.conversations
+        missing = [name for name in read if name not in self._names()]
         if missing:
             raise UserError(
                 f"{self._name}: its rows have no column '{missing[0]}': set column_map to those that there are "
@@ -112,21 +120,24 @@ class CheckedRows(Dataset):
                 sample = next(samples)
                 fault = self._fault_of(sample) or self._fault_of_messages(sample)
             except Exception as error:
-                fault = _in_words(error)
+                raise UserError(self._sentence(index, _in_words(error))) from error
             if fault is not None:
                 raise UserError(self._sentence(index, fault))
 
     def _names(self) -> list[str]:
         return list(self._raw.column_names)
 
-    def _sentence(self, index: int, fault: str) -> str:
-        return f"row {index} of {self._name}: {fault}: correct it or delete the row (rows are counted from 0)"
+    def _sentence(self, index: int, fault: str, remedy: str = _REMEDY) -> str:
+        return f"row {index} of {self._name}: {fault}: {remedy} (rows are counted from 0)"
 
     def _fault_of(self, sample: Mapping) -> str | None:
         """What is wrong with a row as it was loaded; None if it is fine."""
         for column in self._columns.texts:
             if not isinstance(sample[column], str):
                 return f"{column} {_not_text(sample[column])}"
+        for column in self._columns.formatted:
+            if sample[column] is None:
+                return f"{column} is null"
         for column in self._columns.conversations:
             fault = _fault_of_conversation(sample[column], column, self._columns)
             if fault is not None:
@@ -188,13 +199,13 @@ def fault_of_files(files: object, kind: object) -> str | None:
     """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
 
     Args:
-        files: a path, with or without wildcards, or a list of paths, as ``datasets.load_dataset`` takes them.
+        files: a path, with or without wildcards, a list of paths, or either by split, as ``datasets.load_dataset``
+            takes them.
         kind: "json", "csv" or "text"; files of others are not looked at.
     """
     if kind not in ("json", "csv", "text"):
         return None
-    patterns = [files] if isinstance(files, str) else files if isinstance(files, (list, tuple)) else []
-    found = {str(pattern): sorted(glob.glob(str(pattern), recursive=True)) for pattern in patterns}
+    found = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in paths_in(files)}
     for pattern, paths in found.items():
         if glob.has_magic(pattern) and "://" not in pattern and not paths:
             return f"no file matches {pattern}"
@@ -204,6 +215,15 @@ def fault_of_files(files: object, kind: object) -> str | None:
             if fault is not None:
                 return fault
     return None
+
+
+def paths_in(files: object) -> list[str]:
+    """The paths of a ``data_files``: one, a list of them, or either by split."""
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, (list, tuple)):
+        return [path for part in files for path in paths_in(part)]
+    return [] if files is None else [str(files)]
 
 
 def cause_in_words(error: BaseException) -> str:
@@ -284,12 +304,15 @@ def _columns_of(dataset: Dataset) -> _Columns:
         return _Columns(texts=(dataset._column,))
     transform = getattr(dataset, "_message_transform", None)
     mapped = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
-    texts = tuple(mapped.get(name, name) for name in _TEXTS.get(type(transform), ()))
-    conversations = tuple(mapped.get(name, name) for name in _CONVERSATIONS.get(type(transform), ()))
+    texts, formatted, conversations = (
+        tuple(mapped.get(name, name) for name in names.get(type(transform), ()))
+        for names in (_TEXTS, _FORMATTED, _CONVERSATIONS)
+    )
     names = ("from", "value", "gpt") if isinstance(transform, ShareGPTToMessages) else ("role", "content", "assistant")
     # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
     needs_answer = isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True)
-    return _Columns(texts, conversations, *names, needs_answer)
+    skips_system = getattr(transform, "new_system_prompt", None) is not None
+    return _Columns(texts, formatted, conversations, *names, needs_answer, skips_system)
 
 
 def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> str | None:
@@ -305,6 +328,8 @@ def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> 
             return f"{where} is {_short(message)}, not an object with {columns.role} and {columns.content}"
         if not isinstance(message.get(columns.role), str):
             return f"{columns.role} of {where} {_not_text(message.get(columns.role))}"
+        if columns.skips_system and message[columns.role] == "system":
+            continue
         content = message.get(columns.content)
         if not isinstance(content, (str, list)):  # a list holds parts of text and images
             return f"{columns.content} of {where} {_not_text(content)}"

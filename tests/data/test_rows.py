@@ -1,13 +1,14 @@
 """Wrong rows and files are named, with what is wrong with them, before training where that costs little."""
 
 import json
+import traceback
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from tiny_gguf import tiny_tokenizer
 from torch.utils.data import Dataset
-from torchtune.datasets import ConcatDataset, PackedDataset
+from torchtune.datasets import ConcatDataset, PackedDataset, SFTDataset
 
 from gmt_tune.data.preference_accuracy import PreferenceAccuracy
 from gmt_tune.data.rows import CheckedRows, rows_of_packs
@@ -120,6 +121,24 @@ def test_right_rows_are_as_torchtune_gives_them(kind, build, tokenizer):
     assert len(wanted) == len(dataset) == 3 and [dataset[i] for i in range(3)] == wanted
 
 
+def test_a_number_as_alpacas_instruction_is_text(build):
+    numbers, texts = (
+        build(ALPACA, lines(*[{"instruction": kind(i), "input": "", "output": "o"} for i in range(3)]))
+        for kind in (int, str)
+    )
+    assert list(numbers) == list(texts)
+
+
+@pytest.mark.parametrize("kind", ["chat", "sharegpt", "pairs"])
+def test_a_system_message_that_new_system_prompt_replaces_may_be_null(kind, build):
+    role, content = ("from", "value") if kind == "sharegpt" else ("role", "content")
+    with_null = {name: [{role: "system", content: None}, *messages] for name, messages in RIGHT[kind].items()}
+    dataset = build(SECTIONS[kind], lines(RIGHT[kind], with_null), new_system_prompt="Be brief.")
+    assert dataset[0] == dataset[1]
+    with pytest.raises(UserError, match=f"row 1 .*{content} of message 0 of .* is null"):
+        build(SECTIONS[kind], lines(RIGHT[kind], with_null))
+
+
 def test_a_row_beyond_those_that_are_checked_ahead_is_named_alike_when_its_turn_comes(build):
     inner = build(INSTRUCT, lines(*[RIGHT["instruct"]] * 3))._dataset
     inner._data = inner._data.map(lambda row, i: {"answer": None if i == 2 else "a"}, with_indices=True)
@@ -143,10 +162,29 @@ def test_a_row_that_a_data_set_of_ones_own_fails_at_is_named():
 
     dataset = CheckedRows(Own(), "dataset")
     assert dataset[0] == {"tokens": [1]}
-    with pytest.raises(UserError, match="row 1 of dataset: KeyError: 'no such column'"):
+    with pytest.raises(UserError, match="row 1 of dataset: KeyError: 'no such column': the data set's own") as error:
         dataset[1]
+    assert isinstance(error.value.__cause__, KeyError)  # with its traceback
     with pytest.raises(IndexError):  # where iteration ends
         dataset[2]
+
+
+def test_an_error_in_a_transform_of_ones_own_keeps_its_traceback(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(lines(RIGHT["instruct"], RIGHT["instruct"]))
+    inner = SFTDataset(
+        source="json", split="train", data_files=str(tmp_path / "rows.jsonl"), model_transform=tokenizer,
+        message_transform=lambda row: row["answer"].stripp(),
+    )  # fmt: skip
+    with pytest.raises(UserErrorOfOneRank, match="row 1 .*'stripp': the data set's own code failed on it") as error:
+        CheckedRows(inner, "dataset")[1]
+    frames = traceback.extract_tb(error.value.__cause__.__traceback__)
+    assert frames[-1].filename == __file__
+
+
+def test_the_traceback_of_a_row_that_torchtune_cannot_prepare_is_kept(build):
+    with pytest.raises(UserError, match="row 0 .*Two consecutive user messages .*correct it or delete") as error:
+        build(CHAT, lines({"messages": [QUESTION, QUESTION, ANSWER]}))
+    assert isinstance(error.value.__cause__, ValueError)
 
 
 def test_of_several_data_sets_the_one_with_the_wrong_row_is_named(tokenizer, tmp_path):
@@ -181,6 +219,16 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(file, content, fault,
     with pytest.raises(UserError, match=fault) as error:
         build(INSTRUCT, content, file)
     assert "\n" not in str(error.value)
+
+
+TWO_FILES = ["ok.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("data_files", [TWO_FILES, {"train": "rows.jsonl"}, {"test": "ok.jsonl", "train": TWO_FILES}])
+def test_of_several_files_the_one_that_is_cut_off_is_named(data_files, build):
+    build(INSTRUCT, RIGHT_LINE * 3, "ok.jsonl")
+    with pytest.raises(UserError, match=r"dataset: line 4 of rows\.jsonl is no valid JSON .*: the file is cut off"):
+        build(INSTRUCT, RIGHT_LINE * 3 + '{"question": "q', data_files=data_files)
 
 
 def test_files_in_any_form_that_datasets_reads_are_taken(build):

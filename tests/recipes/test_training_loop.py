@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune import entry
 from gmt_tune.integrations.torchtune.entry import StopRun
+from gmt_tune.integrations.torchtune.registry import recipe_path
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 UNCHUNKED = {"_component_": "torch.nn.CrossEntropyLoss"}
@@ -155,6 +156,24 @@ def test_the_masks_time_is_a_share_of_the_steps_only_where_the_host_waits_for_it
     recipe, shown = make_recipe(gmt_recipe, _device=torch.device(device), _mask=SimpleNamespace(seconds=0.5)), []
     recipe._log_step(SimpleNamespace(update=lambda *args: shown.append(args)), 1.0, 400, 2.0, None)
     assert shown == [(1, 1.0, 200.0, share)]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_users_copy_of_the_first_recipe_still_runs(in_backward, tmp_path, tiny_config, train_by, logged_metrics):
+    """Its loop called some methods of the base class with the number of the batch."""
+    source = recipe_path("gmt_full_finetune").read_text()
+    for call, call_then in {
+        "self._record_memory_history()": "self._record_memory_history(idx)",
+        "running_loss)\n                    loss =": "running_loss, idx)\n                    loss =",
+        "self._check_finite(self._model, running_loss)": "self._check_finite(self._model, running_loss, idx)",
+        "self._profiler.step()": "self._stop_memory_history(idx); self._profiler.step()",
+    }.items():
+        assert source.count(call) == 1
+        source = source.replace(call, call_then)
+    copied: dict = {"__name__": "my_recipe"}
+    exec(source, copied)
+    train_by(copied["GMTFullFinetuneRecipe"], tiny_config(tmp_path, optimizer_in_bwd=in_backward))
+    assert len([step for step in logged_metrics(tmp_path) if "loss" in step]) == 4
 
 
 @pytest.mark.parametrize("accumulation", [1, 8])
@@ -303,6 +322,15 @@ def test_what_one_rank_alone_has_met_is_shown_by_it(error, is_shown, tiny_config
 
     assert entry.run_recipe(OmegaConf.create(tiny_config(tmp_path)), fail) == 1
     assert ("row 5 of dataset: answer is null" in capsys.readouterr().err) == is_shown
+
+
+def test_the_traceback_of_a_row_is_kept_in_a_file(tiny_config, tmp_path, capsys):
+    def fail(cfg):
+        raise UserErrorOfOneRank("row 5 of dataset: KeyError: 'answer'") from KeyError("answer")
+
+    assert entry.run_recipe(OmegaConf.create(tiny_config(tmp_path)), fail) == 1
+    file = tmp_path / "error_of_rank0.txt"
+    assert f"'answer' (its traceback is in {file})" in capsys.readouterr().err and "KeyError" in file.read_text()
 
 
 def test_a_line_of_progress_that_does_not_fit_on_the_disk_is_left_out(monkeypatch):

@@ -67,7 +67,7 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
 def _build_part(part: DictConfig, tokenizer, key: str):
     """The data set of one section: packed, or with rows that say what is wrong with them."""
     files = part.get("data_files", None)
-    if isinstance(files, ListConfig):
+    if isinstance(files, (ListConfig, DictConfig)):
         files = OmegaConf.to_container(files)
     origin = files if isinstance(files, str) else part.get("source", None)
     name = key if origin is None else f"{key} ({origin})"

@@ -90,7 +90,9 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         status = 128 + stop.signal_number
     except UserError as error:
         if is_first_of_node or isinstance(error, UserErrorOfOneRank):
-            _show(str(error))
+            # It may come after hours, from code of the user's own
+            kept = _keep_traceback(cfg) if isinstance(error, UserErrorOfOneRank) and error.__cause__ else ""
+            _show(f"{error}{kept}")
         status = 1
     except torch.OutOfMemoryError as error:
         _show(

@@ -561,7 +561,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._set_memory_history(0 <= steps < self.profiler_active_steps)
 
     def _stop_memory_history(self, idx: int) -> None:
-        """Do nothing: users' copies of the first recipes call it, and :meth:`_record_memory_history` stops by itself."""
+        """Do nothing, for users' copies of the first recipes; :meth:`_record_memory_history` stops by itself."""
 
     def _set_memory_history(self, is_on: bool) -> None:
         if is_on != self._is_recording_memory:
