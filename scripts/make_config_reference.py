@@ -121,10 +121,12 @@ checked before the model is loaded: a key that is misspelt, or a value that is o
 
 Any key can be overridden on the command line (`gradient_mask.density=0.1`), and added. `~key` removes one, and
 `~section` or `section=null` leaves out a section that the column below says may be null. Name patterns need quotes for
-YAML, and quotes around them for the shell: `'gradient_mask.dense=["*norm*"]'`. In every path, `~` is your home folder.
+YAML, and quotes around them for the shell: `'gradient_mask.dense=["*norm*"]'`. In paths, which are the
+keys that end in `dir`, `path`, `file`, `files`, `folder`, `root` or `source`, `~/` is your home folder.
 
-A key that other values refer to as `${key}` is a variable of your own, and may have any name. One that nothing refers
-to any more, since an override has replaced what did, has no effect, which the log says.
+A key that other values refer to as `${key}` is a variable of your own, and may have any name. One in the file that
+nothing refers to any more, since an override has replaced what did, has no effect, which the log says, unless it looks
+like a misspelt key, which is refused. So is any other unknown key on the command line.
 
 A config is code: [what that means](configs.md#a-config-is-code).
 

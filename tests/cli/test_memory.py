@@ -420,7 +420,7 @@ def test_wrong_requests_get_one_sentence(arguments, sentence, capsys):
 @pytest.mark.parametrize(
     ("config", "override", "sentence"),
     [
-        ("quickstart", "batch_sise=1", "batch_sise (1) is no key of this recipe: did you mean batch_size?"),
+        ("quickstart", "batch_sise=1", "is no key of this recipe: did you mean batch_size?"),
         ("quickstart", "tokenizer.max_seqlen=16", "tokenizer.max_seqlen (16) is no key of"),
         ("quickstart", "evaluation.sise=16", "evaluation.sise (16) is no key of gmt_tune.data.ExactMatch"),
         ("quickstart", "gradient_mask.densty=1", "did you mean gradient_mask.density?"),

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
+from gmt_tune.integrations.torchtune.config_check import check_config, check_keys, check_machine
 from gmt_tune.integrations.torchtune.config_files import _check_data_files
+from gmt_tune.integrations.torchtune.config_reading import apply_overrides
 from gmt_tune.integrations.torchtune.optimizers import warn_of_long_warmup
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
@@ -188,12 +189,17 @@ def test_optimizer_in_backward_with_cpu_offload_needs_a_torch_that_waits(
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("model_dir", "/models/llama"),
         ("base_output_dir", "/runs"),
         ("checkpoint_dir", "/models/llama"),
         ("dataset_name", "gsm8k"),
         ("lr", 0.5),
         ("run_number", 3),
+        ("run_name", "a"),
+        ("date", "today"),
+        ("model_dir", "/models"),
+        ("dataset_size", 100),
+        ("project", "x"),
+        ("experiment", "x"),
         ("is_a_trial", True),
         ("note", None),
         ("shards", ["a.safetensors", "b.safetensors"]),
@@ -204,14 +210,58 @@ def test_a_users_own_variable_is_no_wrong_key(key, value, tmp_path, tiny_config,
     assert (f"{key} has no effect" in caplog.text) == (value is not None)
 
 
-@pytest.mark.parametrize("reference", ["${models}", "${models.base}", "${ models.base }", "${models[base]}"])
+@pytest.mark.parametrize("reference", ["${devices}", "${devices.base}", "${ devices.base }", "${devices[base]}"])
 def test_a_variable_that_something_refers_to_may_have_any_name_and_kind(reference, tmp_path, tiny_config):
     value = {"base": str(tmp_path)} if "base" in reference else str(tmp_path)
-    config = tiny_config(tmp_path / "out", models=value)  # which looks like the key "model"
+    config = tiny_config(tmp_path / "out", devices=value)  # which looks like the key "device"
     check_config(OmegaConf.create(changed(config, "output_dir", f"{reference}/out")))
-    config = changed({**config, "models_2": str(tmp_path)}, "output_dir", "${models_2}/out")
-    with pytest.raises(UserError, match=r"models \(.*\) is no key of this recipe: did you mean model\?"):
+    config = changed({**config, "devices_2": str(tmp_path)}, "output_dir", "${devices_2}/out")
+    with pytest.raises(UserError, match=r"devices \(.*\) is no key of this recipe: did you mean device\?"):
         check_config(OmegaConf.create(config))
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        ("grad_accumulation_steps", "gradient_accumulation_steps"),
+        ("gradient_accumulations", "gradient_accumulation_steps"),
+        ("micro_batch_size", "batch_size"),
+        ("num_epochs", "epochs"),
+        ("max_step", "max_steps_per_epoch"),
+        ("max_grad_norm", "clip_grad_norm"),
+        ("on_nan", "on_nonfinite"),
+        ("scheduler", "lr_scheduler"),
+        ("gradientmask", "gradient_mask"),
+    ],
+)
+def test_a_key_of_another_name_is_refused_in_the_file_and_on_the_command_line(key, right, tmp_path, tiny_config):
+    config = tiny_config(tmp_path / "out")
+    for given, overrides in (({**config, key: 8}, []), (config, [f"{key}=8"])):
+        with pytest.raises(UserError, match=rf"{key} \(8\) .*is no key of this recipe: did you mean {right}\?"):
+            check_keys(apply_overrides(given, overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "right"),
+    [
+        ("density=0.01", r"gradient_mask\.density"),
+        ("densty=0.01", r"gradient_mask\.density"),
+        ("lr=1e-3", r"optimizer\.lr"),
+        ("batch_sise=2", "batch_size"),
+        ("warmup_steps=10", r"lr_scheduler\.num_warmup_steps"),
+        ("output_directory=x", "output_dir"),
+        ("model_dir=x", "model"),
+        ("my_key={a: 1}", ""),
+    ],
+)
+def test_a_new_key_on_the_command_line_is_a_known_one_or_a_variable(override, right, tmp_path, tiny_config):
+    config = tiny_config(tmp_path / "out", gradient_mask=MASK)
+    config["profiler"] = {"enabled": False, "warmup_steps": 1}
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{key} \(.*\) on the command line is no key of this recipe: .*{right}"):
+        check_keys(apply_overrides(config, [override]))
+    check_keys(apply_overrides(config, [override]), own_keys=[key])  # of a customised recipe
+    check_keys(apply_overrides(config, [override, f"metric_logger.filename=${{{key}}}"]))
 
 
 def test_a_variable_without_effect_names_the_key_that_may_be_meant(tmp_path, tiny_config, caplog):

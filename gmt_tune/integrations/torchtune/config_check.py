@@ -45,6 +45,24 @@ _OPTIONAL = (
 
 KEYS = (*_REQUIRED, *_OPTIONAL)
 
+# What other trainers call a key, where the names are not alike.
+_SYNONYMS = {
+    "grad_clip": "clip_grad_norm",
+    "learning_rate": "optimizer.lr",
+    "on_nan": "on_nonfinite",
+    "precision": "dtype",
+    "random_seed": "seed",
+    "resume": "resume_from_checkpoint",
+    "tp_dim": "tensor_parallel_dim",
+    "warmup_steps": "lr_scheduler.num_warmup_steps",
+}
+
+# How a variable of the user's often ends; no optional key does.
+_VARIABLE_ENDS = ("_dir", "_name", "_path", "_root")
+
+# Begins a flag of a config that marks one of its keys.
+_IS_NEW = "gmt_tune_new_key:"
+
 _WHOLE = "a whole number from 1 on"
 _BOOLS = (
     "shuffle", "resume_from_checkpoint", "optimizer_in_bwd", "compile", "enable_activation_checkpointing",
@@ -184,14 +202,35 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
             continue
         if key == "ref_checkpointer" and value is not None:
             raise UserError(f"{key} is no key of this recipe: tune run gmt_full_dpo is the one for this config")
-        right = meant(str(key), known)
-        if right is not None or not _is_plain(value):
+        right = _meant_key(str(key), known, cfg)
+        is_new = cfg._get_flag(f"{_IS_NEW}{key}")
+        if is_new or not _is_plain(value) or right in known and not _may_be_variable(str(key), right):
+            where = " on the command line" if is_new else ""
             hint = f"did you mean {right}?" if right is not None else nearest(str(key), known)
-            raise UserError(f"{key} ({value!r}) is no key of this recipe: {hint}")
+            raise UserError(f"{key} ({value!r}){where} is no key of this recipe: {hint}")
         if value is not None and os.environ.get("RANK", "0") == "0":
-            inner = [f"{name}.{key}" for name, section in cfg.items() if OmegaConf.is_dict(section) and key in section]
-            hint = f": did you mean {inner[0]}?" if inner else "."
+            hint = "." if right is None or right in known else f": did you mean {right}?"
             log.warning(f"{key} has no effect: it is no key of this recipe, and no value refers to it{hint}")
+
+
+def _may_be_variable(key: str, right: str) -> bool:
+    """Whether a plain value with a name like that of a known key may be a variable of the user's all the same."""
+    return key.endswith(_VARIABLE_ENDS) or right in _GIVEN and right in _REQUIRED  # the section itself is there
+
+
+def mark_new(cfg: DictConfig, keys: Sequence[str]) -> None:
+    """Remember that a config's file lacks these top-level keys, so that they are no variables of its author."""
+    cfg._set_flag([_IS_NEW + key for key in keys], True)
+
+
+def _meant_key(key: str, known: Sequence[str], cfg: DictConfig) -> str | None:
+    """The known key, or the key of a section, that a top-level key may be meant to be; None if it is like none."""
+    if key in _SYNONYMS:
+        return _SYNONYMS[key]
+    inner = {str(name): section for section in cfg if OmegaConf.is_dict(cfg[section]) for name in cfg[section]}
+    right = None if key in inner else meant(key, known)
+    in_section = meant(key, list(inner)) if right is None else None
+    return right if in_section is None else f"{inner[in_section]}.{in_section}"
 
 
 def refers_to(raw: str, key: str) -> bool:

@@ -159,13 +159,12 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def meant(key: str, known: Sequence[str]) -> str | None:
-    """The known key that another is a misspelling of, or has words of in its order; None if it is like none."""
-    close = get_close_matches(key.lower(), known, n=3, cutoff=0.8)
+    """The known key that another has words of in its order, cut short or not, or is like; None if it is like none."""
     words = key.lower().split("_")
     in_part = [name for name in known if len(words) > 1 and _in_order(words, name.split("_"))]
-    return next(iter([name for name in close if abs(len(name) - len(key)) <= 1] + in_part), None)
+    return next(iter(in_part + get_close_matches(key.lower(), known, n=1, cutoff=0.7)), None)
 
 
 def _in_order(words: Sequence[str], others: Sequence[str]) -> bool:
     rest = iter(others)
-    return all(word in rest for word in words)
+    return all(any(other.startswith(word) for other in rest) for word in words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torchtune.config._utils import _get_component_from_path
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from gmt_tune.errors import UserError, one_line
@@ -38,6 +40,9 @@ _FAMILIES = {
 
 # The rotary base of a config.json that names none, as Llama 2's first ones: transformers' default for these families.
 _ROPE_THETA = 10000.0
+
+# Keys of a config.json to what torchtune's builders call them, where they take them.
+_KEYS_OF_BUILDERS = {"rope_theta": "rope_base", "rms_norm_eps": "norm_eps"}
 
 # What stretches positions in Llama 3.1 and 3.2: key in a config.json, torchtune's name, and the releases' value.
 _LLAMA3_SCALING = {
@@ -212,8 +217,16 @@ def _check_family(cfg: DictConfig, section: str, model: Any) -> None:
         if value is not None and read is not None and not _is_equal(read, value):
             raise UserError(
                 f"the model in {config_json.parent} has {key} {read}, but model ({cfg.model._component_}) "
-                f"builds {value}: choose the builder that fits, or another {section}.checkpoint_dir"
+                f"builds {value}: {_way_out(cfg.model, key, read)}, or choose another {section}.checkpoint_dir"
             )
+
+
+def _way_out(cfg_model: DictConfig, key: str, value: Any) -> str:
+    """How to build a model with a value of a config.json: by a key of its builder, or else by another builder."""
+    name = _KEYS_OF_BUILDERS.get(key)
+    if name is not None and name in inspect.signature(_get_component_from_path(cfg_model._component_)).parameters:
+        return f"set model.{name}: {value}"
+    return "choose torchtune's builder of this release, if it has one"
 
 
 def _built(model: Any) -> dict[str, Any]:

@@ -15,14 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _has_component
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config_check import KEYS, refers_to
-from gmt_tune.integrations.torchtune.config_components import meant
+from gmt_tune.integrations.torchtune.config_check import mark_new
 
 # What YAML reads as something else than text at the beginning of a value: an alias, an anchor, a tag, ...
 _INDICATORS = "*&!%@`|>?"
 
 # Keys that take a list of texts.
 _LISTS = ("dense", "frozen", "custom_sharded_layers", "checkpoint_files")
+
+# Keys that hold paths, by their names.
+_PATH_KEY = re.compile(r"(.+_)?(dir|path|paths|file|files|folder|root|source)")
+
+# References that lead to references, up to which a path is followed: those in a circle have no end.
+_MOST_REFERENCES = 10
 
 # How null is written: YAML's ways, and Python's.
 _NULL = ("null", "Null", "NULL", "~", "None")
@@ -50,7 +55,7 @@ def apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> DictConf
 
     As torchtune does it, and besides: ``~section`` and ``section=null`` leave a whole section out, a value may contain
     ``=``, text that YAML takes for something else is an error that shows the quoting, and ``None`` is null in the file
-    too.
+    too. Top-level keys that the file lacks are marked for the config check, which knows the recipe's own.
 
     Args:
         given: what the file says; it is changed.
@@ -78,32 +83,53 @@ def apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> DictConf
     cfg = OmegaConf.merge(OmegaConf.create(given), changes)
     for key in [key for key, value in OmegaConf.to_container(cfg).items() if value == "None"]:
         cfg[key] = None
-    _check_new_keys([str(key) for key in changes if key not in given], cfg)
+    mark_new(cfg, [str(key) for key in changes if key not in given])
     return cfg
 
 
-def expand_home(cfg: DictConfig | ListConfig) -> None:
-    """Replace ``~`` by the home folder in every path of a config: all values that begin with ``~/`` or ``~user/``."""
-    for key in range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg):
-        try:
-            value = cfg[key]
-        except Exception:  # of an interpolation that leads nowhere or of its resolver: the config check names it
-            continue
-        if isinstance(value, (DictConfig, ListConfig)):
-            expand_home(value)
-        elif isinstance(value, str) and re.match(r"~[\w.-]*(/|$)", value):
-            cfg[key] = os.path.expanduser(value)
+def expand_home(cfg: DictConfig) -> None:
+    """Replace ``~/`` and ``~user/`` by the home folder in the paths of a config, which are known by their keys' names.
+
+    What a path begins with a reference to (``${models}/x``) is a path too. Interpolations stay as they are written, so
+    that no value of an environment variable gets into the config.
+    """
+    _expand_paths(cfg, cfg, "")
 
 
-def _check_new_keys(keys: Sequence[str], cfg: DictConfig) -> None:
-    """Raise UserError for a key on the command line that the file lacks, if it is meant to be one of a section."""
-    values = OmegaConf.to_container(cfg, resolve=False)
-    inner = {str(key): name for name, section in values.items() if isinstance(section, dict) for key in section}
-    for key in keys:
-        right = meant(key, list(inner))
-        is_variable = isinstance(values[key], dict) or refers_to(OmegaConf.to_yaml(cfg), key)
-        if right is not None and not is_variable and meant(key, KEYS) is None:
-            raise UserError(f"{key} on the command line is no key of the config: did you mean {inner[right]}.{right}?")
+def _expand_paths(cfg: DictConfig, section: DictConfig | ListConfig, name: str, is_path: bool = False) -> None:
+    for key in range(len(section)) if isinstance(section, ListConfig) else list(section):
+        if not OmegaConf.is_missing(section, key):
+            is_path_here = is_path or _PATH_KEY.fullmatch(str(key)) is not None
+            _expand_one(cfg, section, key, f"{name}.{key}", is_path_here)
+
+
+def _expand_one(
+    cfg: DictConfig, section: DictConfig | ListConfig, key: str | int, name: str, is_path: bool, depth: int = 0
+) -> None:
+    written = OmegaConf.to_container(section, resolve=False)[key]  # with its interpolations
+    if isinstance(written, (dict, list)):
+        _expand_paths(cfg, section[key], name, is_path)
+    if not is_path or not isinstance(written, str):
+        return
+    reference = re.match(r"\$\{\s*(\.*)([^:{}\s]+)\s*\}", written)
+    if re.match(r"~[\w.-]*/", written):
+        section[key] = os.path.expanduser(written)
+    elif reference is not None and depth < _MOST_REFERENCES:
+        above = name.split(".")[: -len(reference[1])] if reference[1] else [""]
+        target = ".".join([*above, re.sub(r"\[(\w+)\]", r".\1", reference[2])])
+        parent, _, last = target.rpartition(".")
+        _expand_target(cfg, parent, last, depth)
+
+
+def _expand_target(cfg: DictConfig, parent: str, last: str, depth: int) -> None:
+    """Expand what a path refers to; a reference that leads nowhere is left to the config check."""
+    try:
+        section = OmegaConf.select(cfg, parent.lstrip(".")) if parent else cfg
+        key = int(last) if isinstance(section, ListConfig) else last
+        if OmegaConf.is_config(section) and not OmegaConf.is_missing(section, key):
+            _expand_one(cfg, section, key, f"{parent}.{last}", True, depth + 1)
+    except Exception:  # of the path to it, or of a resolver
+        return
 
 
 def _is_section(given: dict[str, Any], key: str) -> bool:

@@ -177,6 +177,18 @@ def test_a_release_of_the_same_sizes_that_computes_otherwise_is_refused(name, ch
         check(builder, model_type, as_transformers_5(theirs) if later else theirs, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("builder", "way_out"),
+    [
+        (TINYLLAMA, r"set model\.rope_base: 250000, or choose another checkpointer\.checkpoint_dir"),
+        ("llama2.llama2_7b", r"choose torchtune's builder of this release, if it has one, or .*checkpoint_dir"),
+    ],
+)
+def test_another_rotary_base_names_the_key_where_the_builder_takes_it(builder, way_out, tmp_path):
+    with pytest.raises(UserError, match=rf"rope_theta 250000, .* builds 10000\.0: {way_out}"):
+        check(builder, "LLAMA2", {"model_type": "llama", "rope_theta": 250000}, tmp_path)
+
+
 @pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"type": "linear", "factor": 1.0}, {"type": "dynamic"}])
 def test_scaling_that_changes_nothing_within_the_trained_positions_is_none(scaling, tmp_path):
     builder, model_type, theirs = PUBLISHED["Llama-2-7b-hf"]

@@ -60,25 +60,6 @@ def test_a_value_may_hold_an_equals_sign_and_a_section_within_a_section_can_go()
     assert read("~tokenizer.prompt")["tokenizer"] == {k: v for k, v in FILE["tokenizer"].items() if k != "prompt"}
 
 
-@pytest.mark.parametrize(
-    ("override", "right"),
-    [
-        ("density=0.01", "gradient_mask.density"),
-        ("densty=0.01", "gradient_mask.density"),
-        ("lr=1e-3", "optimizer.lr"),
-    ],
-)
-def test_a_key_of_a_section_without_its_section_is_named(override, right):
-    with pytest.raises(UserError, match=f"on the command line is no key of the config: did you mean {right}?"):
-        read(override)
-    assert read(override, f"{right}=${{{override.partition('=')[0]}}}")  # a variable that something refers to
-
-
-def test_a_new_key_that_is_like_none_of_a_section_is_let_through():
-    new = {"compile": True, "my_key": 3, "batch_sise": 2}  # the last is left to the check of top-level keys
-    assert read("compile=True", "my_key=3", "batch_sise=2") == {**FILE, **new}
-
-
 def test_the_text_none_is_null_in_a_file_too():
     cfg = apply_overrides({"clip_grad_norm": "None", "seed": 1}, [])
     assert cfg == {"clip_grad_norm": None, "seed": 1}
@@ -139,35 +120,59 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
 
 def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("GIVEN_BY_A_JOB", "~/jobs")
     cfg = OmegaConf.create(
         {
             "output_dir": "~/runs/${name}",
             "name": "a~b",
-            "metric_logger": {"log_dir": "${output_dir}/logs", "other": "${oc.env:GIVEN_BY_A_JOB}"},
-            "checkpointer": {"checkpoint_dir": "~/model", "checkpoint_files": ["~/a", "b~"], "n": 3, "x": None},
-            "dataset": [{"data_files": ["~/one.jsonl"]}, {"source": "~"}],
-            "prompt": "~ 5 words",
+            "models": {"base": "~/models", "all": ["~/first"]},
+            "also_models": "${models.base}",
+            "metric_logger": {"log_dir": "${output_dir}/logs"},
+            "checkpointer": {
+                "checkpoint_dir": "${also_models}/a",
+                "checkpoint_files": ["~/a", "b~"],
+                "n": 3,
+                "x": None,
+            },
+            "tokenizer": {"base": "~/tokens", "path": "${.base}/t.json", "merges_file": "${models[all][0]}"},
+            "dataset": [{"data_files": {"train": "~/one.jsonl"}}, {"source": "~/two"}],
         }
     )
     expand_home(cfg)
     assert OmegaConf.to_container(cfg, resolve=True) == {
         "output_dir": "/home/me/runs/a~b",
         "name": "a~b",
-        "metric_logger": {"log_dir": "/home/me/runs/a~b/logs", "other": "/home/me/jobs"},
+        "models": {"base": "/home/me/models", "all": ["/home/me/first"]},
+        "also_models": "/home/me/models",
+        "metric_logger": {"log_dir": "/home/me/runs/a~b/logs"},
         "checkpointer": {
-            "checkpoint_dir": "/home/me/model",
+            "checkpoint_dir": "/home/me/models/a",
             "checkpoint_files": ["/home/me/a", "b~"],
             "n": 3,
             "x": None,
         },
-        "dataset": [{"data_files": ["/home/me/one.jsonl"]}, {"source": "/home/me"}],
-        "prompt": "~ 5 words",
+        "tokenizer": {"base": "/home/me/tokens", "path": "/home/me/tokens/t.json", "merges_file": "/home/me/first"},
+        "dataset": [{"data_files": {"train": "/home/me/one.jsonl"}}, {"source": "/home/me/two"}],
     }
+
+
+def test_what_is_no_path_and_what_an_environment_variable_holds_stays_as_it_is_written(monkeypatch):
+    monkeypatch.setenv("GIVEN_BY_A_JOB", "~/jobs")
+    values = {
+        "dataset": {"sep": "~", "prompt": ["~/x is home"], "source": "~", "data_dir": "???"},
+        "metric_logger": {"log_dir": "${oc.env:GIVEN_BY_A_JOB}", "filename": "${oc.env:GIVEN_BY_A_JOB}/x"},
+        "output_dir": "${metric_logger.log_dir}/y",
+        "a_dir": "${b_dir}/in_a_circle",
+        "b_dir": "${a_dir}",
+    }
+    cfg = OmegaConf.create(values)
+    expand_home(cfg)
+    assert OmegaConf.to_container(cfg, resolve=False) == values
 
 
 def test_an_interpolation_that_leads_nowhere_is_left_to_the_check():
     register_resolver()
-    cfg = apply_overrides({"a": "${no_such_key}", "b": "~/x", "c": "${gmt_asset:none}"}, ["d=${nothing}"])
+    cfg = apply_overrides(
+        {"a_dir": "${no.such_key}", "b_dir": "~/x", "c_dir": "${gmt_asset:none}"}, ["d_dir=${nothing}"]
+    )
     expand_home(cfg)
-    assert OmegaConf.to_container(cfg)["a"] == "${no_such_key}" and "~" not in cfg.b
+    assert OmegaConf.to_container(cfg)["a_dir"] == "${no.such_key}" and "~" not in cfg.b_dir
