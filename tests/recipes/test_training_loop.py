@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune import entry
 from gmt_tune.integrations.torchtune.entry import StopRun
 from gmt_tune.integrations.torchtune.registry import recipe_path
+from gmt_tune.integrations.torchtune.signals import SIGNALS, StopSignal
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 UNCHUNKED = {"_component_": "torch.nn.CrossEntropyLoss"}
@@ -138,8 +140,10 @@ def make_recipe(gmt_recipe, **attributes):
     defaults = dict(
         world_size=1, rank=0, tensor_parallel_dim=1, global_step=1, _first_step=0, _is_rank_zero=True, _mask=None,
         _device=torch.device("cpu"), _is_profiling=False, _is_recording_memory=False, _log_every_n_steps=100,
+        _stop=StopSignal(), _checkpoints=SimpleNamespace(close=lambda: None),
     )  # fmt: skip
-    vars(recipe).update({**defaults, **attributes})
+    for name, value in {**defaults, **attributes}.items():
+        setattr(recipe, name, value)
     return recipe
 
 
@@ -231,6 +235,7 @@ def test_however_a_run_ends_its_profiler_and_its_logger_are_closed(
 
     monkeypatch.setattr(gmt_recipe, "_reduce", interfere)
     cfg = OmegaConf.create(tiny_config(tmp_path, profiler=profiler_of(tmp_path)))
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     raised = {"complete": None, "told to stop": StopRun, "error": UserError}[end]
     try:
         if raised is None:
@@ -239,10 +244,10 @@ def test_however_a_run_ends_its_profiler_and_its_logger_are_closed(
             with pytest.raises(raised, match="Stopped after step 2" if raised is StopRun else "what has ended"):
                 gmt_recipe(cfg).run(cfg)
     finally:
-        if opened:
-            opened[0]._stop.uninstall()
+        handlers_after = [signal.getsignal(number) for number in SIGNALS]
         torch.distributed.destroy_process_group()
     assert opened[0]._metric_logger._file.closed
+    assert handlers == handlers_after, "the signals were not given back"
     assert list((tmp_path / "traces").rglob("*.json.gz"))  # a trace of the steps so far, written when it was stopped
 
 
@@ -281,7 +286,7 @@ def test_a_disk_that_fills_between_two_checkpoints_costs_numbers_and_not_the_run
 
     def on_a_full_disk(self, *args, **kwargs):
         if self.global_step == 2:
-            self._metric_logger._file = open("/dev/full", "w")  # noqa: SIM115
+            self._metric_logger._logger._file = open("/dev/full", "w")  # noqa: SIM115
         return log_step(self, *args, **kwargs)
 
     monkeypatch.setattr(gmt_recipe, "_log_step", on_a_full_disk)
@@ -316,6 +321,7 @@ def test_going_on_with_more_epochs_says_how_the_learning_rate_changes(
 def test_what_one_rank_alone_has_met_is_shown_by_it(error, is_shown, tiny_config, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("GMT_TUNE_SINGLE_PROCESS", raising=False)  # of a test before
 
     def fail(cfg):
         raise error("row 5 of dataset: answer is null")

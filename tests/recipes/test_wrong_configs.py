@@ -337,6 +337,7 @@ def test_an_index_under_torchrun_is_named(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for local_rank, device, is_refused in [("0", "cuda:1", True), ("1", "cuda:1", False), ("1", "cuda", False)]:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.delenv("GMT_TUNE_SINGLE_PROCESS", raising=False)  # of a test before
         cfg = OmegaConf.create(tiny_config(tmp_path / "out", device=device))
         if not is_refused:
             check_machine(cfg)
