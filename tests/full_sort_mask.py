@@ -12,11 +12,11 @@ from gmt_tune import GradientMask
 class FullSortMask(GradientMask):
     """Zeroes what a full sort does not select; scope "tensor", score "magnitude", a selection at each step."""
 
-    def _mask(self, parameters, call):
+    def _mask(self, masked, dense, call, *, is_repeated=False):
         with torch.no_grad():
-            for p in parameters:
+            for p in masked:
                 name = self._names[p]
-                (masked,) = full_sort.mask([p.grad], self.density)
-                p.grad.copy_(masked)
-                self._record(name, p.grad, torch.count_nonzero(masked), masked[masked != 0].abs().min())
+                (kept,) = full_sort.mask([p.grad], self.density)
+                p.grad.copy_(kept)
+                self._record(name, p.grad, torch.count_nonzero(kept), kept[kept != 0].abs().min())
                 self._steps[name] += 1

@@ -446,6 +446,7 @@ class GradientMask:
             self._flags.raise_if_set()
         self._repeats = is_repeated
         names = [self._names[p] for p in masked]
+        of_selections = {name: t for name, t in self.statistics.thresholds.items() if name in self._selections}
         if len(masked) == len(self._names):
             self.statistics = sel.MaskStatistics()  # what was given out before stays as it is
         for name in names:
@@ -460,6 +461,8 @@ class GradientMask:
             self._mask_whole(with_grad)
         for name in names:
             self._steps[name] += not is_repeated
+            if name in self.statistics.selected and name in of_selections:  # a kept selection keeps its threshold
+                self.statistics.thresholds.setdefault(name, of_selections[name])
         self._seconds[call] = time.perf_counter() - start
 
     def _check_dense(self, parameters: dict[str, Tensor]) -> None:

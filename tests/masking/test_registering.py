@@ -484,3 +484,16 @@ def test_a_score_of_ones_own_is_not_rounded_to_zero_in_float16():
     wanted = wanted >= wanted.flatten().sort(descending=True).values[2000 - 1]
     optimizer.step()
     assert torch.equal(model.weight.grad != 0, wanted)
+
+
+@pytest.mark.parametrize("refresh_every", [3, None])
+def test_a_selection_that_is_kept_shows_its_threshold_at_every_step(refresh_every):
+    model = make_model()
+    mask = GradientMask(model.named_parameters(), density=0.2, refresh_every=refresh_every)
+    found = []
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        found.append(mask.mask_grads_().thresholds)
+    assert len(found[0]) == 4 and found[1] == found[2] == found[0]
+    assert "mask/threshold_median" in mask.metrics()

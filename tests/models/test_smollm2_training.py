@@ -19,6 +19,9 @@ SMOLLM2_135M = {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "vocab_size": 49152,
+    "rope_theta": 100000,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": True,
 }
 
 

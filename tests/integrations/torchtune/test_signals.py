@@ -132,6 +132,7 @@ def test_a_signal_to_a_child_ends_the_child_and_is_not_one_to_the_run():
 
 def test_uninstall_gives_the_signals_back():
     before = [signal.getsignal(number) for number in signals.SIGNALS]
+    assert signals._leave_it_to_the_thread not in before, "a run before has kept the signals"
     stop = signals.StopSignal()
     stop.install()
     assert [signal.getsignal(number) for number in signals.SIGNALS] != before
