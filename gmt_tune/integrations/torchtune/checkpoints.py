@@ -34,7 +34,7 @@ from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
 from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
 from gmt_tune.integrations.torchtune.public_config import check_of, environment_checks, leaves, public_config
 from gmt_tune.integrations.torchtune.run_inputs import inputs_in
-from gmt_tune.reporting.redaction import without_secrets
+from gmt_tune.reporting.redaction import HIDDEN, without_secrets
 
 log = utils.get_logger("INFO")
 
@@ -421,7 +421,7 @@ def config_differences(saved: dict, checks: Mapping[str, str], cfg: DictConfig) 
         if key in checks and checks[key] != check_of(values[key]):
             is_from_environment = "${oc.env:" in f"{old.value}{leaf.value}"
             found.append(f"{key} " + (_FROM_ENVIRONMENT if is_from_environment else "is not what it was"))
-        if key in checks or old.value == known[key].value:
+        if key in checks or old.value in (known[key].value, HIDDEN):  # what was hidden then need not be hidden now
             old.holder[old.name] = leaf.value
     return found + _differences(saved, now)
 
