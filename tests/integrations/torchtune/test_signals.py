@@ -131,16 +131,19 @@ def test_a_signal_to_a_child_ends_the_child_and_is_not_one_to_the_run():
 
 
 def test_uninstall_gives_the_signals_back():
-    before = [signal.getsignal(number) for number in signals.SIGNALS]
-    assert signals._leave_it_to_the_thread not in before, "a run before has kept the signals"
-    stop = signals.StopSignal()
-    stop.install()
-    assert [signal.getsignal(number) for number in signals.SIGNALS] != before
-    stop.uninstall()
-    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
-    fd = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(fd)
-    assert fd == -1
+    given = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
+    given_fd = signal.set_wakeup_fd(-1)
+    try:
+        stop = signals.StopSignal()
+        stop.install()
+        assert signal.SIG_DFL not in [signal.getsignal(number) for number in signals.SIGNALS]
+        stop.uninstall()
+        assert [signal.getsignal(number) for number in signals.SIGNALS] == [signal.SIG_DFL] * len(given)
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.set_wakeup_fd(given_fd)
+        for number, handler in given.items():
+            signal.signal(number, handler)
 
 
 def test_a_run_in_another_thread_leaves_the_signals_alone():
