@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
@@ -58,23 +58,19 @@ def to_grid(numbers: Mapping[str, float]) -> Grid:
     layers = sorted({layer for layer, _ in cells})
     modules = sorted({module for _, module in cells}, key=_position)
     values = [[cells.get((layer, module), math.nan) for module in modules] for layer in layers]
-    return Grid(layers, short_names(modules), values, outside)
+    short = [".".join(ending) for ending in distinct_endings([tuple(module.split(".")) for module in modules])]
+    return Grid(layers, short, values, outside)
 
 
-def short_names(modules: Iterable[str]) -> list[str]:
-    """Last parts of dotted module names, as many as it takes to tell each from the others."""
-    parts = [module.split(".") for module in modules]
-    short = []
-    for own in parts:
-        length = 1
-        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
-            length += 1
-        short.append(".".join(own[-length:]))
-    return short
+def distinct_endings(names: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Of names in parts, as many last parts as it takes to tell each from the others."""
+    endings = []
+    for name in names:
+        lengths = range(1, len(name) + 1)
+        length = next((n for n in lengths if len({other for other in names if other[-n:] == name[-n:]}) == 1), 0)
+        endings.append(name[-length:])
+    return endings
 
 
 def _position(module: str) -> tuple[int, str]:
-    for position, part in enumerate(_ORDER):
-        if part in module:
-            return position, module
-    return len(_ORDER), module
+    return next((i for i, part in enumerate(_ORDER) if part in module), len(_ORDER)), module
