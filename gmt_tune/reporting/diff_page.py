@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-from functools import partial
 from pathlib import Path
 
-from gmt_tune._version import __version__
 from gmt_tune.reporting.diff import Change, Diff
 from gmt_tune.reporting.drawing import Figure, Table, to_png
-from gmt_tune.reporting.figures import grid_table
-from gmt_tune.reporting.page import build_page, write_page
+from gmt_tune.reporting.figures import grid_figure
+from gmt_tune.reporting.page import Section, write_page
 from gmt_tune.reporting.parameter_names import to_grid
-from gmt_tune.reporting.plots import draw_bars, draw_grid, grid_height
+from gmt_tune.reporting.plots import draw_bars
 
 _HEADER = ("entries", "changed", "norm of change", "relative", "largest")
 
@@ -28,24 +25,11 @@ def diff_figures(diff: Diff, top: int = 10) -> list[Figure]:
     for key, title, note, attribute in maps:
         numbers = {name: getattr(change, attribute) for name, change in diff.tensors.items()}
         grid = to_grid(numbers)
-        values = [value for row in grid.values for value in row if math.isfinite(value)]
+        values = [value for value, _, _ in grid.cells()]
         if not values:
             continue
-        alt = (
-            f"Heat map of {len(grid.layers)} layers by {len(grid.modules)} modules, "
-            f"from {min(values):.3g} to {max(values):.3g}."
-        )
-        figures.append(
-            Figure(
-                key=key,
-                title=title,
-                note=note,
-                alt=alt,
-                draw=partial(draw_grid, grid=grid, label=key),
-                height=grid_height(grid),
-                table=grid_table(grid),
-            )
-        )
+        seen = f", from {min(values):.3g} to {max(values):.3g}."
+        figures.append(grid_figure(key, title, note, seen, grid, label=key))
     moved = [(name, change) for name, change in diff.moved_most(top) if math.isfinite(change.relative)]
     if moved:
         labels = [_label(name) for name, _ in moved]
@@ -78,16 +62,16 @@ def write_diff_page(diff: Diff, base: Path, tuned: Path, output: Path, top: int 
         ("By module", _table("module", diff.by_module())),
         ("By layer", _table("layer", {str(layer): change for layer, change in diff.by_layer().items()})),
     ]
-    page = build_page(
+    write_page(
+        output,
         f"What changed from {base.resolve().name} to {tuned.resolve().name}",
         [
-            ("Pictures", diff_figures(diff, top)),
-            ("Numbers", [(caption, table) for caption, table in tables if table.rows]),
+            Section("Pictures", figures=diff_figures(diff, top)),
+            Section("Numbers", tables=[(caption, table) for caption, table in tables if table.rows]),
         ],
-        f"Made {time.strftime('%Y-%m-%d %H:%M')} by gmt-tune {__version__} (gmt-tune diff).",
-        lead=lead,
+        "gmt-tune diff",
+        lead,
     )
-    write_page(output, page)
 
 
 def write_diff_pngs(diff: Diff, folder: Path, top: int = 10) -> list[Path]:

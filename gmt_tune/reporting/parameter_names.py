@@ -44,6 +44,15 @@ class Grid:
     values: list[list[float]]
     outside: dict[str, float]
 
+    def cells(self) -> list[tuple[float, int, str]]:
+        """Finite values with their layer and module."""
+        return [
+            (value, layer, module)
+            for layer, row in zip(self.layers, self.values, strict=True)
+            for module, value in zip(self.modules, row, strict=True)
+            if math.isfinite(value)
+        ]
+
 
 def to_grid(numbers: Mapping[str, float]) -> Grid:
     """Lay out numbers by parameter name as a grid."""

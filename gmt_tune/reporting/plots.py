@@ -128,6 +128,8 @@ def grid_height(grid: Grid) -> int:
 
 def draw_bars(canvas, labels: Sequence[str], values: Sequence[float], *, xlabel: str) -> None:
     """Draw horizontal bars, the first on top, each with its number."""
+    from matplotlib.ticker import MaxNLocator
+
     axes = canvas.add_subplot()
     bars = axes.barh(range(len(labels)), values, color=series_color(0), height=0.66)
     axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9.5, color=LIGHT["ink"])
@@ -137,7 +139,7 @@ def draw_bars(canvas, labels: Sequence[str], values: Sequence[float], *, xlabel:
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(xlabel)
-    axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
 
 
 def _set_log_scale(axes, values: Sequence[float]) -> None:
@@ -165,12 +167,6 @@ def _widen_if_flat(axes) -> None:
     if high - low < least:
         middle = (low + high) / 2
         axes.set_ylim(middle - least / 2, middle + least / 2)
-
-
-def _few_ticks():
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4)
 
 
 def _draw_curve(axes, curve: Curve) -> None:

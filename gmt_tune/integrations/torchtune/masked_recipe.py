@@ -37,7 +37,7 @@ from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, pu
 from gmt_tune.integrations.torchtune.signals import StopSignal
 from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 from gmt_tune.reporting.mask_metrics import MaskMetrics
-from gmt_tune.reporting.report_at_end import report_at_end
+from gmt_tune.reporting.report import report_at_end
 from gmt_tune.reporting.run_log import RunLog
 
 FullFinetuneRecipeDistributed: Any = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
