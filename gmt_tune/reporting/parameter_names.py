@@ -30,19 +30,12 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 @dataclass
 class Grid:
-    """Numbers per parameter, laid out by layer and module.
+    """Numbers per parameter, laid out by layer and module."""
 
-    Attributes:
-        layers: in rising order.
-        modules: short names, in the order in which a layer uses them.
-        values: one row per layer, one column per module; NaN where the layer has no such module.
-        outside: parameters that belong to no layer, with their numbers.
-    """
-
-    layers: list[int]
-    modules: list[str]
-    values: list[list[float]]
-    outside: dict[str, float]
+    layers: list[int]  # in rising order
+    modules: list[str]  # short names, in the order in which a layer uses them
+    values: list[list[float]]  # one row per layer, one column per module; NaN where the layer has no such module
+    outside: dict[str, float]  # of parameters that belong to no layer
 
     def cells(self) -> list[tuple[float, int, str]]:
         """Finite values with their layer and module."""

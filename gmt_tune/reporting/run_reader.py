@@ -48,23 +48,14 @@ class Series:
 
 @dataclass
 class Run:
-    """What a run left behind.
+    """What a run left behind."""
 
-    Attributes:
-        path: its folder.
-        name: what to call it.
-        config: as the run's header holds it; empty where unknown.
-        series: metric name to its values over the steps.
-        times: unix seconds of logged steps, where known.
-        details: numbers per parameter: kind ("density", "threshold", "overlap", "coverage") to a list of
-            (step, {parameter: value}).
-    """
-
-    path: Path
+    path: Path  # its folder
     name: str
-    config: dict = field(default_factory=dict)
-    series: dict[str, Series] = field(default_factory=dict)
-    times: Series = field(default_factory=Series)
+    config: dict = field(default_factory=dict)  # as the run's header holds it; empty where unknown
+    series: dict[str, Series] = field(default_factory=dict)  # by metric
+    times: Series = field(default_factory=Series)  # unix seconds of logged steps, where known
+    # Kind ("density", "threshold", "overlap", "coverage") to a list of (step, {parameter: value})
     details: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
 
     def has(self, metric: str) -> bool:
