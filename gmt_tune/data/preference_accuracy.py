@@ -14,8 +14,9 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from torchtune.rlhf import get_batch_log_probs
 
 from gmt_tune.data.exact_match import evaluating
+from gmt_tune.data.files import fault_of_files
 from gmt_tune.data.quickstart import quickstart_preference_dataset
-from gmt_tune.data.rows import CheckedRows, cause_in_words, fault_of_files
+from gmt_tune.data.rows import CheckedRows, cause_in_words
 from gmt_tune.data.village import Split
 from gmt_tune.errors import UserError
 

@@ -6,11 +6,7 @@ faults raise no error at all: in a chat, torchtune takes a message whose content
 
 from __future__ import annotations
 
-import csv
-import glob
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
@@ -26,6 +22,7 @@ from torchtune.data import (
 from torchtune.datasets import ConcatDataset, PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
 from torchtune.datasets._stack_exchange_paired import StackExchangePairedToMessages
 
+from gmt_tune.data.files import shortened
 from gmt_tune.errors import UserError, UserErrorOfOneRank
 
 # So many rows are looked at before training, about ten seconds' worth; further ones when their turn comes.
@@ -108,11 +105,10 @@ class CheckedRows(Dataset):
         if self._raw is None:
             return
         read = self._columns.texts + self._columns.formatted + self._columns.conversations
-        missing = [name for name in read if name not in self._names()]
-        if missing:
+        if missing := [name for name in read if name not in self._raw.column_names]:
             raise UserError(
                 f"{self._name}: its rows have no column '{missing[0]}': set column_map to those that there are "
-                f"({', '.join(self._names())})"
+                f"({', '.join(self._raw.column_names)})"
             )
         samples = iter(self._raw)  # in order, which is faster than one by one
         for index in range(len(self) if rows is None else min(rows, len(self))):
@@ -123,9 +119,6 @@ class CheckedRows(Dataset):
                 raise UserError(self._sentence(index, _in_words(error))) from error
             if fault is not None:
                 raise UserError(self._sentence(index, fault))
-
-    def _names(self) -> list[str]:
-        return list(self._raw.column_names)
 
     def _sentence(self, index: int, fault: str, remedy: str = _REMEDY) -> str:
         return f"row {index} of {self._name}: {fault}: {remedy} (rows are counted from 0)"
@@ -146,7 +139,7 @@ class CheckedRows(Dataset):
 
     def _fault_of_messages(self, sample: Mapping) -> str | None:
         """What torchtune says of the row's messages, where finding out neither reads images nor runs others' code."""
-        if type(self._transform) not in {**_TEXTS, **_CONVERSATIONS} or "image" in self._names():
+        if type(self._transform) not in {**_TEXTS, **_CONVERSATIONS} or "image" in self._raw.column_names:
             return None
         conversations = self._transform(sample)
         if "messages" in conversations:
@@ -195,108 +188,11 @@ def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
     return f"packs {list(positions)} of the data set (rows {', '.join(ranges)})"
 
 
-def fault_of_files(files: object, kind: object) -> str | None:
-    """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
-
-    Args:
-        files: a path, with or without wildcards, a list of paths, or either by split, as ``datasets.load_dataset``
-            takes them.
-        kind: "json", "csv" or "text"; files of others are not looked at.
-    """
-    if kind not in ("json", "csv", "text"):
-        return None
-    found = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in paths_in(files)}
-    for pattern, paths in found.items():
-        if glob.has_magic(pattern) and "://" not in pattern and not paths:
-            return f"no file matches {pattern}"
-    for path in (Path(path) for paths in found.values() for path in paths):
-        if path.is_file() and path.suffix not in (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"):
-            fault = _fault_of_file(path, str(kind))
-            if fault is not None:
-                return fault
-    return None
-
-
-def paths_in(files: object) -> list[str]:
-    """The paths of a ``data_files``: one, a list of them, or either by split."""
-    if isinstance(files, Mapping):
-        files = list(files.values())
-    if isinstance(files, (list, tuple)):
-        return [path for part in files for path in paths_in(part)]
-    return [] if files is None else [str(files)]
-
-
 def cause_in_words(error: BaseException) -> str:
     """Why a data set could not be loaded: ``datasets`` often says that there was an error, and which in its cause."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return cause_in_words(error.__cause__)
     return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-def _fault_of_file(path: Path, kind: str) -> str | None:
-    first: list[bytes] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return f"line {number} of {path} is not UTF-8: convert the file"
-            if line.strip() and len(first) < 2:
-                first.append(line.strip().removeprefix(b"\xef\xbb\xbf"))
-    if not first:
-        return f"{path} is empty"
-    if kind == "csv":
-        return f"{path} has a header and no rows" if len(first) == 1 else _fault_of_csv(path)
-    if kind == "json":
-        # A row a line, or one JSON text over all lines, whose second line does not begin an object that the first left
-        is_lines = _is_json(first[0]) or all(line.startswith(b"{") for line in first)
-        return _fault_of_json_lines(path) if is_lines and len(first) == 2 else _fault_of_json(path)
-    return None
-
-
-def _fault_of_csv(path: Path) -> str | None:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        width = len(next(reader))
-        for row in reader:
-            if len(row) > width:
-                return (
-                    f"line {reader.line_num} of {path} has {len(row)} cells, but the header has {width}: put a cell "
-                    "that holds a comma in quotes"
-                )
-    return None
-
-
-def _fault_of_json(path: Path) -> str | None:
-    try:
-        json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        return f"{path} is no valid JSON ({error.msg} in line {error.lineno}): correct it, or copy the file again"
-    return None
-
-
-def _fault_of_json_lines(path: Path) -> str | None:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                is_last = not any(later.strip() for later in file)
-                remedy = "the file is cut off there: copy it again, or delete the line" if is_last else "correct it"
-                return f"line {number} of {path} is no valid JSON ({error.msg}): {remedy}"
-            if not isinstance(row, dict):
-                return f"line {number} of {path} is {_short(row)}, not an object with the row's columns"
-    return None
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def _columns_of(dataset: Dataset) -> _Columns:
@@ -319,13 +215,13 @@ def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> 
     if messages is None:
         return f"{column} is null"
     if not isinstance(messages, (list, tuple)):
-        return f"{column} is {_short(messages)}, not a list of messages"
+        return f"{column} is {shortened(messages)}, not a list of messages"
     if not messages:
         return f"{column} is an empty list"
     for number, message in enumerate(messages):
         where = f"message {number} of {column}"
         if not isinstance(message, Mapping):
-            return f"{where} is {_short(message)}, not an object with {columns.role} and {columns.content}"
+            return f"{where} is {shortened(message)}, not an object with {columns.role} and {columns.content}"
         if not isinstance(message.get(columns.role), str):
             return f"{columns.role} of {where} {_not_text(message.get(columns.role))}"
         if columns.skips_system and message[columns.role] == "system":
@@ -344,12 +240,7 @@ def _not_text(value: object) -> str:
     if value is None:
         return "is null"
     remedy = " (write it in quotes, in a file of JSON Lines)" if isinstance(value, (int, float)) else ""
-    return f"is {_short(value)}, not text{remedy}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"is {shortened(value)}, not text{remedy}"
 
 
 def _in_words(error: Exception) -> str:
