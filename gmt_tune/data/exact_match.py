@@ -84,22 +84,11 @@ class ExactMatch:
         self._max_new_tokens, self._batch_size, self._show = max_new_tokens, batch_size, show
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """
-        Ask ``model`` all questions. Its training mode and the state of all random generators stay as they are.
-
-        Args:
-            model (nn.Module): a torchtune ``TransformerDecoder``.
-
-        Returns:
-            dict[str, float]: ``accuracy``, the fraction of right answers.
-        """
-        answers = self.answers(model)
-        right = [
-            self._extracted(answer) == self._extracted(question.answer)
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        """Ask all questions; the model's training mode and the state of all random generators stay as they are."""
+        asked = list(zip(self.questions, self.answers(model), strict=True))
+        right = [self._extracted(answer) == self._extracted(question.answer) for question, answer in asked]
         utils.log_rank_zero(_log, f"{sum(right)} of {len(right)} {self.name} were answered word for word. Such as:")
-        for question, answer, is_right in list(zip(self.questions, answers, right, strict=True))[: self._show]:
+        for (question, answer), is_right in list(zip(asked, right, strict=True))[: self._show]:
             expected = "right" if is_right else f"expected: {question.answer!r}"
             utils.log_rank_zero(_log, f"  {question.prompt!r} -> {answer!r} ({expected})")
         return {"accuracy": sum(right) / len(right)}
@@ -144,8 +133,7 @@ def generate_greedily(
     stop_tokens: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """
-    Go on from each prompt with the likeliest token until it is a stop token.
+    """Go on from each prompt with the likeliest token until it is a stop token.
 
     Args:
         model (nn.Module): maps tokens [batch, sequence] to logits [batch, sequence, vocabulary], each position
@@ -156,7 +144,7 @@ def generate_greedily(
         pad_id (int): any valid id, for positions that are not looked at.
 
     Returns:
-        list[list[int]]: the new token ids of each prompt, without the stop token.
+        The new token ids of each prompt, without the stop token.
     """
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)

@@ -25,8 +25,8 @@ class PreferenceAccuracy:
     """
     Compares the log probabilities of both answers of each pair, and returns ``{"preference_accuracy": ...}``.
 
-    No reference model takes part, so that it tells of a model before training too: a model that does not know what
-    makes an answer better is right about half of the time.
+    No reference model takes part, so it can judge a model before training too: one that does not know what makes an
+    answer better is right about half of the time.
 
     Without ``data_files`` it takes the quickstart's pairs. Under several processes each must make the same call.
 
@@ -75,15 +75,7 @@ class PreferenceAccuracy:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """
-        Compare all pairs. The model's training mode and the state of all random generators stay as they are.
-
-        Args:
-            model (nn.Module): a torchtune ``TransformerDecoder``, compiled, sharded or neither.
-
-        Returns:
-            dict[str, float]: ``preference_accuracy``, the fraction of pairs whose chosen answer is likelier.
-        """
+        """Compare all pairs; the model's training mode and the state of all random generators stay as they are."""
         device = next(model.parameters()).device
         right = []
         with evaluating(model):

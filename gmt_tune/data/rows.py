@@ -6,7 +6,7 @@ faults raise no error at all: in a chat, torchtune takes a message whose content
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
@@ -29,19 +29,6 @@ from gmt_tune.errors import UserError, UserErrorOfOneRank
 ROWS_CHECKED_AHEAD = 100_000
 _REMEDY = "correct it or delete the row"
 
-# What torchtune's transforms read of a row, by the names that their column_map may replace.
-_TEXTS: dict[type, tuple[str, ...]] = {
-    InputOutputToMessages: ("input", "output"),
-    AlpacaToMessages: ("output",),
-    StackExchangePairedToMessages: ("prompt", "chosen", "rejected"),
-}
-_FORMATTED: dict[type, tuple[str, ...]] = {AlpacaToMessages: ("instruction",)}
-_CONVERSATIONS: dict[type, tuple[str, ...]] = {
-    OpenAIToMessages: ("messages",),
-    ShareGPTToMessages: ("conversations",),
-    ChosenRejectedToMessages: ("chosen", "rejected"),
-}
-
 
 class _Columns(NamedTuple):
     """What a data set reads of each row."""
@@ -54,6 +41,17 @@ class _Columns(NamedTuple):
     assistant: str = "assistant"  # the role of the model's own messages
     needs_answer: bool = False
     skips_system: bool = False  # the config's new_system_prompt stands for the messages of the system
+
+
+# What torchtune's transforms read of a row, by the names that their column_map may replace.
+_READ: dict[type, _Columns] = {
+    InputOutputToMessages: _Columns(texts=("input", "output")),
+    AlpacaToMessages: _Columns(texts=("output",), formatted=("instruction",)),
+    StackExchangePairedToMessages: _Columns(texts=("prompt", "chosen", "rejected")),
+    OpenAIToMessages: _Columns(conversations=("messages",)),
+    ShareGPTToMessages: _Columns(conversations=("conversations",), role="from", content="value", assistant="gpt"),
+    ChosenRejectedToMessages: _Columns(conversations=("chosen", "rejected")),
+}
 
 
 class CheckedRows(Dataset):
@@ -139,7 +137,7 @@ class CheckedRows(Dataset):
 
     def _fault_of_messages(self, sample: Mapping) -> str | None:
         """What torchtune says of the row's messages, where finding out neither reads images nor runs others' code."""
-        if type(self._transform) not in {**_TEXTS, **_CONVERSATIONS} or "image" in self._raw.column_names:
+        if type(self._transform) not in _READ or "image" in self._raw.column_names:
             return None
         conversations = self._transform(sample)
         if "messages" in conversations:
@@ -157,19 +155,12 @@ def check_packed(packed: PackedDataset, name: str) -> None:
     CheckedRows(packed.ds, name).check(None)
 
 
-def rows_of_packs(packed: PackedDataset, packs: Iterable[int]) -> list[int]:
-    """The rows, or parts of rows, that are in some of the packs, ascending."""
-    wanted = set(packs)
-    rows: set[int] = set()
-    begun = 0  # rows that begin in the packs so far
-    for index in range(max(wanted, default=-1) + 1):
-        # Positions count from 0 in each row, and go on behind the last one, in the padding
-        positions = packed.packs[index]["input_pos"]
-        begin_here = int((positions == 0).sum())
-        if index in wanted:
-            rows.update(range(begun - int(positions[0] != 0), begun + begin_here))
-        begun += begin_here
-    return sorted(rows)
+def rows_of_pack(packed: PackedDataset, index: int) -> range:
+    """The rows that are in a pack, wholly or in part."""
+    # Positions count from 0 in each row, and go on behind the last one, in the padding
+    begin = [int((pack["input_pos"] == 0).sum()) for pack in packed.packs[: index + 1]]
+    goes_on = bool(packed.packs[index]["input_pos"][0] != 0)
+    return range(sum(begin[:-1]) - goes_on, sum(begin))
 
 
 def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
@@ -181,7 +172,7 @@ def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
     for part in parts:
         for position in positions:
             if 0 <= position - first_pack < len(part):
-                rows = rows_of_packs(part, [position - first_pack])
+                rows = rows_of_pack(part, position - first_pack)
                 first, last = first_row + rows[0], first_row + rows[-1]
                 ranges.append(f"{first}-{last}" if last > first else f"{first}")
         first_pack, first_row = first_pack + len(part), first_row + len(part.ds)
@@ -199,16 +190,17 @@ def _columns_of(dataset: Dataset) -> _Columns:
     if isinstance(dataset, TextCompletionDataset):
         return _Columns(texts=(dataset._column,))
     transform = getattr(dataset, "_message_transform", None)
+    read = _READ.get(type(transform), _Columns())
     mapped = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
-    texts, formatted, conversations = (
-        tuple(mapped.get(name, name) for name in names.get(type(transform), ()))
-        for names in (_TEXTS, _FORMATTED, _CONVERSATIONS)
+    texts, formatted, conversations = (tuple(mapped.get(name, name) for name in names) for names in read[:3])
+    return read._replace(
+        texts=texts,
+        formatted=formatted,
+        conversations=conversations,
+        # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
+        needs_answer=isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True),
+        skips_system=getattr(transform, "new_system_prompt", None) is not None,
     )
-    names = ("from", "value", "gpt") if isinstance(transform, ShareGPTToMessages) else ("role", "content", "assistant")
-    # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
-    needs_answer = isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True)
-    skips_system = getattr(transform, "new_system_prompt", None) is not None
-    return _Columns(texts, formatted, conversations, *names, needs_answer, skips_system)
 
 
 def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> str | None:

@@ -62,7 +62,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path):
     ]
     assert run.config == {"epochs": 2}
     RunLog(tmp_path).truncate_after(0)
-    assert len((tmp_path / RUN_LOG_FILE).read_text().splitlines()) == 1  # a run that starts anew: the header
+    assert len((tmp_path / RUN_LOG_FILE).read_text().splitlines()) == 1  # a new run: the header
 
 
 def test_detail_grows_with_the_logarithm_of_the_run(tmp_path):
