@@ -52,8 +52,11 @@ def build_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[Figure]]:
         *_heat_maps(runs, "overlap", "Overlap by layer and module", "Fraction selected again", mean=True),
     )
     keys: set[str] = set()
-    of_runs = [_with_unique_key(figure, keys) for figure in over_time if figure is not None]
-    return of_runs, [_with_unique_key(figure, keys) for figure in by_layer]
+    first, second = (
+        [_with_unique_key(figure, keys) for figure in figures if figure is not None]
+        for figures in (over_time, by_layer)
+    )
+    return first, second
 
 
 def _with_unique_key(figure: Figure, keys: set[str]) -> Figure:
@@ -116,7 +119,7 @@ def _other_names(runs: Sequence[Run]) -> list[str]:
     return [name for name in names if name not in known and not is_group_metric(name)]
 
 
-def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:
+def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure | None]:
     """One figure per run, all on the same axes: a line for each module over the layers."""
     last = {i: run.details["threshold"][-1] for i, run in enumerate(runs) if run.details.get("threshold")}
     grids = {i: to_grid(numbers) for i, (_, numbers) in last.items()}
@@ -130,20 +133,20 @@ def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:
         highest = max(cells, key=lambda cell: cell[0])
         columns = zip(*grid.values, strict=True)
         curves = [Curve(name, grid.layers, y, j) for j, (name, y) in enumerate(zip(grid.modules, columns, strict=True))]
-        figure = _curves_figure(
-            f"threshold-by-depth-{i}",
-            f"Thresholds by depth{_of(runs[i], runs)}",
-            f"Score that an entry needed to stay at step {last[i][0]}, for each module.",
-            curves,
-            [f"Highest: {_number(highest[0])} in {highest[2]} of layer {highest[1]}"],
-            log=True,
-            xlabel="layer",
-            limits=(min(values) / 1.3, max(values) * 1.3),
-            columns=2,
-            table=grid_table(grid),
+        figures.append(
+            _curves_figure(
+                f"threshold-by-depth-{i}",
+                f"Thresholds by depth{_of(runs[i], runs)}",
+                f"Score that an entry needed to stay at step {last[i][0]}, for each module.",
+                curves,
+                [f"Highest: {_number(highest[0])} in {highest[2]} of layer {highest[1]}"],
+                log=True,
+                xlabel="layer",
+                limits=(min(values) / 1.3, max(values) * 1.3),
+                columns=2,
+                table=grid_table(grid),
+            )
         )
-        if figure is not None:
-            figures.append(figure)
     return figures
 
 
@@ -227,10 +230,9 @@ def grid_table(grid: Grid) -> Table:
 
 def _mean(rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
-    for _, numbers in rows:
-        for name, value in numbers.items():
-            if math.isfinite(value):
-                values.setdefault(name, []).append(value)
+    for name, value in (item for _, numbers in rows for item in numbers.items()):
+        if math.isfinite(value):
+            values.setdefault(name, []).append(value)
     return {name: sum(own) / len(own) for name, own in values.items()}
 
 

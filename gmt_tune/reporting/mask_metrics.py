@@ -28,28 +28,18 @@ class MaskMetrics:
         self._tracker = tracker
 
     def totals(self) -> dict[str, float]:
-        """Over the whole model, such as ``mask/density``: see ``GradientMask.metrics``, ``SelectionTracker.metrics``.
-
-        Waits for the device.
-        """
+        """Over the whole model, such as ``mask/density``; waits for the device."""
         return self._mask.metrics() | (self._tracker.metrics() if self._tracker is not None else {})
 
     def detail(self) -> dict[str, dict[str, float]]:
-        """By parameter: kind ("density", "threshold", "overlap", "coverage") to ``{parameter: number}``.
-
-        Waits for the device.
-        """
+        """By parameter: kind (of ``_GROUPED``) to ``{parameter: number}``; waits for the device."""
         numel, selected = self._mask.statistics.numel, _to_numbers(self._mask.statistics.selected)
         density = {name: count / numel[name] for name, count in selected.items() if numel[name]}
         of_mask = {"density": density, "threshold": _to_numbers(self._mask.statistics.thresholds)}
         return of_mask | (self._tracker.detail() if self._tracker is not None else {})
 
     def by_group(self, detail: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """By module and by layer, for a metric logger: see :func:`group_metrics`.
-
-        Args:
-            detail: what :meth:`detail` gave; empty where nothing is due.
-        """
+        """By module and by layer, for a metric logger, what :meth:`detail` gave; empty where nothing was due."""
         return group_metrics(detail, self._mask.statistics.numel) if detail else {}
 
 

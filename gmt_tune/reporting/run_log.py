@@ -48,12 +48,9 @@ class RunLog:
         self._is_broken = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line.
+        """Append a line: optimizer steps done, and name to number (anything that ``float`` takes).
 
-        Args:
-            step: optimizer steps done.
-            metrics: name to number (anything that ``float`` takes). A name may come again at the same step in
-                another call; the last value counts.
+        A name may come again at the same step in another call; the last value counts.
         """
         line = {"step": int(step), "time": round(time.time(), 3)}
         self._append(RUN_LOG_FILE, line | {name: _json_number(value) for name, value in metrics.items()})
@@ -65,8 +62,7 @@ class RunLog:
 
         Args:
             step: optimizer steps done.
-            make_detail: gives them, as ``MaskMetrics.detail`` does; called only where they are due, because
-                reading them waits for the device.
+            make_detail: gives them, as ``MaskMetrics.detail`` does, which waits for the device; called where due.
 
         Returns:
             What was written; empty where it was not due.
@@ -82,17 +78,13 @@ class RunLog:
         return detail
 
     def truncate_after(self, step: int) -> None:
-        """Start or resume: keep what was logged up to a step, under this run's header; drop what came later.
-
-        Args:
-            step: the step that the run goes on from; 0 for a new run, which drops everything.
-        """
+        """Go on from a step, 0 for a new run: keep what was logged until then, under this run's header."""
         for name in (RUN_LOG_FILE, MASK_DETAIL_FILE):
             path = self._folder / name
             lines = self._guarded(read_lines, path) if step > 0 else []
             if lines is None:  # it cannot be read, and is not replaced by less
                 continue
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
             if name == MASK_DETAIL_FILE:
                 self._last_detail = kept[-1]["step"] if kept else None
             self._guarded(write_whole, path, b"".join(map(_dumps, [self._header_of(name), *kept])))
@@ -122,22 +114,11 @@ def read_lines(path: Path) -> list[dict]:
 
     What is no file reads as empty. NaN and infinity are the strings that ``float`` takes.
     """
-    lines: list[dict] = []
-    if not path.is_file():
-        return lines
-    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):  # the latter for deep nesting
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
-
-
-def _step_of(line: dict) -> float:
-    step = line.get("step")
-    return step if isinstance(step, int) else math.inf
+    lines = []
+    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):  # the latter for deep nesting
+            lines.append(json.loads(raw))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _json_number(value, digits: int | None = None) -> float | int | str:
