@@ -4,8 +4,6 @@ It generates greedily with the model that is being trained, as it is: a torchtun
 compiled, sharded or neither. There is no key-value cache, which keeps it short, and slow for long answers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Files of rows as ``datasets`` reads them: which line of which cannot be read, and why."""
 
-from __future__ import annotations
-
 import csv
 import glob
 import json

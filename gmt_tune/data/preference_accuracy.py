@@ -1,7 +1,5 @@
 """The share of held-out pairs whose better answer a model finds likelier: a recipe's ``evaluation`` section."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

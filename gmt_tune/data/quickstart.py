@@ -1,7 +1,5 @@
 """The quickstarts' questions, and pairs of answers to them, as torchtune data sets."""
 
-from __future__ import annotations
-
 from torch.utils.data import Dataset
 from torchtune.data import ChosenRejectedToMessages, InputOutputToMessages
 from torchtune.datasets import PackedDataset, PreferenceDataset, SFTDataset

@@ -4,8 +4,6 @@ torchtune prepares a row when its turn comes, which may be hours after the start
 faults raise no error at all: in a chat, torchtune takes a message whose content is null for a copy of the one before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

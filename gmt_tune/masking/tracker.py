@@ -3,8 +3,6 @@
 Costs 2 bits of memory per masked entry and one more pass over the gradient; nothing is tracked unless one is made.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Pictures of how far a checkpoint went from its base: a page, and PNG files."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The figures of a report: which metric is drawn how, for one run or several on the same axes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Reads the logs that torchtune's DiskLogger and Hugging Face's Trainer keep, so that their runs can be drawn too."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 How it looks is in ``page.html``, a Jinja template.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where in a model a parameter sits, from its name, be it torchtune's or Hugging Face's."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

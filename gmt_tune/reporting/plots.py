@@ -1,7 +1,5 @@
 """The kinds of plot that figures are made of: curves over steps, a grid of numbers, bars."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

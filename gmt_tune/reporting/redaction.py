@@ -5,8 +5,6 @@ like (the password in a URL, a token of a well-known service). Values that come 
 business of whoever resolves them: ``public_config`` of the torchtune integration.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

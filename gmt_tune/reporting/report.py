@@ -1,7 +1,5 @@
 """The report of one run or several: puts figures and the summary on a page."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ steps as the run gets longer. Both are appended to line by line, so that a kille
 Standard library only; how they are read is in ``run_reader``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

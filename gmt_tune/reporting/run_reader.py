@@ -1,7 +1,5 @@
 """Reads a run's folder back: its run log, or where there is none, the log of torchtune or of the HF Trainer."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

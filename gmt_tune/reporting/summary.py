@@ -1,7 +1,5 @@
 """A report's first tables: what each run was, and how it went."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -4,8 +4,6 @@ Figures are drawn once, with the light colours; in a page, each of these becomes
 gives another value.
 """
 
-from __future__ import annotations
-
 import re
 
 # Name to (on light screens, on dark ones)

@@ -1,7 +1,5 @@
 """Reads the weights of a Hugging Face folder piece by piece: any sharding, never more than a slice in memory."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
