@@ -98,8 +98,9 @@ def _check_file(path: Path, kind: str) -> None:
         try:
             json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
-            where = f"{error.msg} in line {error.lineno}"
-            raise UserError(f"{path} is no valid JSON ({where}): correct it, or copy the file again") from None
+            raise UserError(
+                f"{path} is no valid JSON ({error.msg} in line {error.lineno}): correct it, or copy the file again"
+            ) from None
 
 
 def _check_csv(path: Path) -> None:
