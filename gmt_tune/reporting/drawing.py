@@ -7,6 +7,7 @@ and the same figure makes the PNG. Interactive libraries would put megabytes of 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Figure:
     draw: Callable[[Canvas], None]  # draws it on an empty matplotlib figure
     height: int = 230  # in CSS pixels
     table: Table | None = None  # its numbers, where they are few
+
+
+def short_number(value: float) -> str:
+    """A number as tables and sentences show it."""
+    return "NaN" if math.isnan(value) else f"{value:.4g}"
 
 
 def require_matplotlib() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from gmt_tune.reporting.drawing import Figure, Table
+from gmt_tune.reporting.drawing import Figure, Table, short_number
 from gmt_tune.reporting.mask_metrics import is_group_metric
 from gmt_tune.reporting.parameter_names import Grid, to_grid
 from gmt_tune.reporting.plots import MAX_POINTS, Curve, draw_curves, draw_grid, grid_height, legend_height, shorten
@@ -137,7 +137,7 @@ def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure | None]:
                 f"Thresholds by depth{_of(runs[i], runs)}",
                 f"Score that an entry needed to stay at step {last[i][0]}, for each module.",
                 curves,
-                [f"Highest: {_number(highest[0])} in {highest[2]} of layer {highest[1]}"],
+                [f"Highest: {short_number(highest[0])} in {highest[2]} of layer {highest[1]}"],
                 log=True,
                 xlabel="layer",
                 limits=(min(values) / 1.3, max(values) * 1.3),
@@ -166,11 +166,11 @@ def _heat_maps(runs: Sequence[Run], kind: str, title: str, meaning: str, mean: b
     for i, (grid, note) in grids.items():
         lowest, highest = min(grid.cells()), max(grid.cells())
         if highest[0] - lowest[0] < 1e-9:
-            seen = f". All cells are {_number(lowest[0])}."
+            seen = f". All cells are {short_number(lowest[0])}."
         else:
             seen = (
-                f". From {_number(lowest[0])} in {lowest[2]} of layer {lowest[1]} "
-                f"to {_number(highest[0])} in {highest[2]} of layer {highest[1]}."
+                f". From {short_number(lowest[0])} in {lowest[2]} of layer {lowest[1]} "
+                f"to {short_number(highest[0])} in {highest[2]} of layer {highest[1]}."
             )
         title_of_run = f"{title}{_of(runs[i], runs)}"
         figures.append(grid_figure(f"{kind}-map-{i}", title_of_run, note, seen, grid, label=kind, low=low, top=top))
@@ -210,19 +210,21 @@ def in_words(series: Series) -> str:
     if not finite:
         return f"has no finite value in {len(series.values)} logged steps"
     if len(series.values) == 1:
-        return f"is {_number(series.last)} at step {series.steps[0]}"
-    first, last = (f"{_number(series.values[i])} at step {series.steps[i]}" for i in (0, -1))
-    return f"goes from {first} to {last}, lowest {_number(min(finite))}, highest {_number(max(finite))}{broken}"
+        return f"is {short_number(series.last)} at step {series.steps[0]}"
+    first, last = (f"{short_number(series.values[i])} at step {series.steps[i]}" for i in (0, -1))
+    return (
+        f"goes from {first} to {last}, lowest {short_number(min(finite))}, highest {short_number(max(finite))}{broken}"
+    )
 
 
 def grid_table(grid: Grid) -> Table:
     """A grid as a table; what lies outside the layers comes last, by name."""
     rows = [
-        [str(layer), *("" if math.isnan(value) else _number(value) for value in row)]
+        [str(layer), *("" if math.isnan(value) else short_number(value) for value in row)]
         for layer, row in zip(grid.layers, grid.values, strict=True)
     ]
     blanks = [""] * (len(grid.modules) - 1)
-    rows += [[name, _number(value), *blanks] for name, value in grid.outside.items()]
+    rows += [[name, short_number(value), *blanks] for name, value in grid.outside.items()]
     return Table(["layer", *grid.modules], rows)
 
 
@@ -240,7 +242,3 @@ def _of(run: Run, runs: Sequence[Run]) -> str:
 
 def _key(metric: str) -> str:
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in metric.lower()).strip("-")
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"

@@ -17,19 +17,12 @@ from gmt_tune.reporting.theme import COLORS
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; left out where it is empty.
-
-    Attributes:
-        heading: what its tables and figures show.
-        tables: each with its caption.
-        figures: stand in a grid below the tables.
-        in_pairs: whether the figures belong together two by two.
-    """
+    """A part of a page; left out where it is empty."""
 
     heading: str
-    tables: Sequence[tuple[str, Table]] = ()
-    figures: Sequence[Figure] = ()
-    in_pairs: bool = False
+    tables: Sequence[tuple[str, Table]] = ()  # each with its caption
+    figures: Sequence[Figure] = ()  # stand in a grid below the tables
+    in_pairs: bool = False  # whether the figures belong together two by two
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], command: str, lead: str = "") -> None:

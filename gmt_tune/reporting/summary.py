@@ -1,11 +1,10 @@
 """A report's first tables: what each run was, and how it went."""
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from gmt_tune.reporting.drawing import Table
+from gmt_tune.reporting.drawing import Table, short_number
 from gmt_tune.reporting.mask_metrics import is_group_metric
 from gmt_tune.reporting.run_reader import Run, Series
 
@@ -26,7 +25,7 @@ def _logged_once(runs: Sequence[Run]) -> list[list[str]]:
     """Numbers that no curve shows, such as those of an evaluation after the run."""
     names = {name: None for run in runs for name in run.series}
     return [
-        [name, *(_number(run.series[name].last) if run.has(name) else "" for run in runs)]
+        [name, *(short_number(run.series[name].last) if run.has(name) else "" for run in runs)]
         for name in names
         if not (name in _PLACED or name.startswith(("mask/", "peak_memory_")) or is_group_metric(name))
         and all(len(run.series[name].steps) == 1 for run in runs if run.has(name))
@@ -90,7 +89,7 @@ def _of(metric: str, describe: Callable[[Series], str]) -> Callable[[Run], str]:
 
 
 def _at(index: int) -> Callable[[Series], str]:
-    return lambda series: f"{_number(series.values[index])} (step\u00a0{series.steps[index]})"
+    return lambda series: f"{short_number(series.values[index])} (step\u00a0{series.steps[index]})"
 
 
 def _lowest(series: Series) -> str:
@@ -98,14 +97,14 @@ def _lowest(series: Series) -> str:
 
 
 def _over_run(reduce: Callable[[list[float]], float], unit: str = "") -> Callable[[Series], str]:
-    return lambda series: f"{_number(reduce(series.finite))}{unit}" if series.finite else ""
+    return lambda series: f"{short_number(reduce(series.finite))}{unit}" if series.finite else ""
 
 
 def _mean_of_last_tenth(series: Series) -> str:
     if len(series.values) < 20:
         return ""
     tenth = series.values[-(len(series.values) // 10) :]
-    return _number(sum(tenth) / len(tenth))
+    return short_number(sum(tenth) / len(tenth))
 
 
 def _not_finite(series: Series) -> str:
@@ -125,10 +124,6 @@ def _duration(run: Run) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
-
-
-def _number(value: float) -> str:
-    return "NaN" if math.isnan(value) else f"{value:.4g}"
 
 
 _Facts = tuple[tuple[str, Callable[[Run], str]], ...]
