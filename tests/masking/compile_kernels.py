@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gmt_tune.masking.kernels import apply, count, narrow, sample
-from gmt_tune.masking.kernels.tables import make_table
+from gmt_tune.masking.search.kernels import apply, count, narrow, sample
+from gmt_tune.masking.search.kernels.tables import make_table
 from gmt_tune.masking.saliency import Saliency
 from gmt_tune.masking.triton_search import BINS
 

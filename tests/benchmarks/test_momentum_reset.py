@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmt_tune import GradientMask
-from gmt_tune.masking.momentum import MomentumResetMask
+from benchmarks.quality.momentum_reset import MomentumResetMask
 
 
 def _moved_and_selected(mask_class, optimizer_class=torch.optim.AdamW, steps=4, **options):

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import INFINITY_BITS, INT_DTYPE, NAN_BITS, magnitude_bits
-from gmt_tune.masking.entries import Entries
-from gmt_tune.masking.histogram import kth_bits
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.search.entries import Entries
+from gmt_tune.masking.search.digits import kth_bits
+from gmt_tune.masking.search.entries import Product
 
 FEW = 1 << 12  # up to so many entries are ranked directly
 BLOCK = 1 << 20  # entries whose keys are held at a time: 2 MB
@@ -168,11 +168,11 @@ class PassingKeys:
         return torch.cat(self._gathered[1])
 
 
-def kth_largest(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[Rank]:
+def kth_largest(sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]) -> list[Rank]:
     """The k-th largest magnitude of each of several sets of entries.
 
     Args:
-        sets: tensors or saliencies whose entries are ranked together; none empty; any shapes and strides;
+        sets: tensors or products whose entries are ranked together; none empty; any shapes and strides;
             float32, bfloat16 or float16.
         ks: for each set the rank from the top, 1 to its number of entries.
     """
