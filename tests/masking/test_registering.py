@@ -10,7 +10,7 @@ from torch import nn
 
 from gmt_tune import GradientMask
 from gmt_tune.masking.momentum import MomentumResetMask
-from gmt_tune.reporting.selection_tracker import SelectionTracker
+from gmt_tune.masking.tracker import SelectionTracker
 
 
 def make_model() -> nn.Sequential:

@@ -31,8 +31,8 @@ from gmt_tune.integrations.transformers.trainer_setup import (
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.gradient_mask import _names_unknown_keys
 from gmt_tune.masking.optimizers import unwrap_optimizer
+from gmt_tune.masking.tracker import SelectionTracker, check_every
 from gmt_tune.reporting.mask_metrics import MaskMetrics
-from gmt_tune.reporting.selection_tracker import SelectionTracker, check_every
 
 
 class GradientMaskCallback(TrainerCallback):

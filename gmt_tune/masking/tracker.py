@@ -51,7 +51,7 @@ class SelectionTracker:
         self._calls = dict.fromkeys(mask.masked_parameters, 0)
         self._last: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], all ranks
+        self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], of all ranks
         self._numel: dict[str, int] = {}
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
@@ -78,9 +78,9 @@ class SelectionTracker:
             ``mask/coverage``, and from the second tracked step on ``mask/overlap``: the fraction of the selection
             before that was selected again. Empty before the first step.
         """
-        if not self._counts:
-            return {}
         counts = self._read_counts()
+        if not counts:
+            return {}
         metrics = {"mask/coverage": sum(ever for _, _, ever in counts.values()) / sum(self._numel.values())}
         before = sum(last for _, last, _ in counts.values())
         if before:
@@ -142,24 +142,23 @@ class SelectionTracker:
 
     @torch.no_grad()
     def _observe(self, parameters: list[tuple[str, Tensor]]) -> None:
-        seen = []
+        seen: dict[str, Tensor] = {}
         for name, p in parameters:
-            is_due = self._calls.get(name, 0) % self._every == 0
-            self._calls[name] = self._calls.get(name, 0) + 1
-            if is_due and p.grad is not None:
-                seen.append((name, p.grad))
-        grads = [grad for _, grad in seen]
+            calls = self._calls.get(name, 0)
+            self._calls[name] = calls + 1
+            if calls % self._every == 0 and p.grad is not None:
+                seen[name] = p.grad
+        grads = list(seen.values())
         if any_sharded(grads):
             from gmt_tune.masking.layout import layouts, sum_over_ranks
 
             where = layouts(grads)
-            rows = [self._count(name, own.local) for (name, _), own in zip(seen, where, strict=True)]
+            rows = [self._count(name, own.local) for name, own in zip(seen, where, strict=True)]
             rows = sum_over_ranks(rows, where, is_small=False)
         else:
-            rows = [self._count(name, grad) for name, grad in seen]
-        for (name, grad), row in zip(seen, rows, strict=True):
-            self._counts[name] = row
-            self._numel[name] = grad.numel()
+            rows = [self._count(name, grad) for name, grad in seen.items()]
+        self._counts.update(zip(seen, rows, strict=True))
+        self._numel.update((name, grad.numel()) for name, grad in seen.items())
 
     def _count(self, name: str, grad: Tensor) -> Tensor:
         """Take in what is selected now; the three counts of ``_counts`` for this rank's entries."""
@@ -173,10 +172,7 @@ class SelectionTracker:
         return torch.stack([*row, _count_bits(self._ever[name])])
 
     def _read_counts(self) -> dict[str, list[int]]:
-        if not self._counts:
-            return {}
-        rows = torch.stack([row.to("cpu", non_blocking=False) for row in self._counts.values()]).tolist()
-        return dict(zip(self._counts, rows, strict=True))
+        return {name: row.tolist() for name, row in self._counts.items()}
 
 
 def check_every(every: object, key: str = "every") -> None:
