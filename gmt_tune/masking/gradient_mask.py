@@ -63,7 +63,7 @@ class GradientMask:
         >>> mask = GradientMask(model.named_parameters(), density=0.2)
         >>> handle = mask.register(optimizer)
 
-    A subclass overrides one method: :meth:`compute_score` for a new score, :meth:`select` for another rule of selection,
+    A subclass overrides :meth:`compute_score` for a new score, :meth:`select` for another rule of selection, or
     :meth:`apply_` for something else than zeroing what is not selected.
     """
 
@@ -224,7 +224,7 @@ class GradientMask:
         return self.statistics
 
     def is_due(self, name: str) -> bool:
-        """Whether a parameter gets a new selection in the next optimizer step; can be asked before the backward pass."""
+        """Whether a parameter gets a new selection in the next step; can be asked before the backward pass."""
         has_none = name not in self._selections and not isinstance(self._score(), Random)
         return has_none or self._schedule.is_due(self._steps.get(name, 0))
 
@@ -366,7 +366,9 @@ class GradientMask:
         """Raise if a gradient is not finite: now on the CPU, behind the step on CUDA."""
         if self.error_if_nonfinite and parts:
             flags = nonfinite_gradients(parts) if flags is None else flags
-            self._flags.add([part.name for part in parts], flags, f" at optimizer step {self.step + (not self._repeats)}")
+            self._flags.add(
+                [part.name for part in parts], flags, f" at optimizer step {self.step + (not self._repeats)}"
+            )
 
     # ------------------------------------------------------------------ state
 

@@ -114,7 +114,7 @@ def own_entries(tensor: Any) -> Tensor:
     return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
 
 
-def index_ranges(tensor: Tensor) -> list[tuple[int, int]]:
+def index_ranges(tensor: Any) -> list[tuple[int, int]]:
     """For each dimension, the range of indices that this process holds; see :meth:`Part.ranges`."""
     if not is_sharded(tensor):
         return [(0, size) for size in tensor.shape]

@@ -17,9 +17,7 @@ from gmt_tune.masking.selection import RandomSelection, Selection, ThresholdSele
 
 
 class Score:
-    """Ranks entries by a magnitude, and selects the largest: see the subclasses.
-
-    """
+    """Ranks entries by a magnitude, and selects the largest: see the subclasses."""
 
     def sees_nonfinite(self, part: Part) -> bool:
         """Whether selecting shows that a gradient holds NaN or infinity, so that nothing else need look."""
@@ -79,7 +77,9 @@ class Random(Score):
         return False
 
     def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
-        return [RandomSelection(part, density, random_key(self._seed, self._draw(part.name), part.name)) for part in parts]
+        return [
+            RandomSelection(part, density, random_key(self._seed, self._draw(part.name), part.name)) for part in parts
+        ]
 
 
 class UserScore(Score):
@@ -154,7 +154,9 @@ def select_largest(
 
 def _select_nothing(score: Tensor | Product) -> ThresholdSelection:
     zero = torch.zeros((), dtype=torch.int64, device=score.device)
-    return ThresholdSelection(score, torch.full((), math.inf, dtype=score.dtype, device=score.device), zero, zero.bool())
+    return ThresholdSelection(
+        score, torch.full((), math.inf, dtype=score.dtype, device=score.device), zero, zero.bool()
+    )
 
 
 def entries_to_keep(n: int, density: float) -> int:

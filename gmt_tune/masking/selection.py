@@ -18,7 +18,6 @@ from gmt_tune.masking.bits import (
     bits_to_float,
     blocks_of_each,
     magnitude_bits,
-    row_major_blocks,
     smallest_selected_bits,
 )
 from gmt_tune.masking.draws import CHUNK, apply_random_, random_selection
@@ -232,18 +231,17 @@ def apply_(parts: Sequence[Part], selections: Sequence[Selection]) -> list[Tenso
 
 def _apply_by_kernels_(parts: Sequence[Part], selections: Sequence[Selection]) -> dict[int, Tensor]:
     """Apply, in a few launches, the thresholds that Triton's kernels can: own counts by position."""
-    pairs = [(i, p.local, s) for i, (p, s) in enumerate(zip(parts, selections, strict=True)) if p.local.numel()]
-    able = []
-    for i, grad, selection in pairs:
-        kernels = kernels_for([grad]) if isinstance(selection, ThresholdSelection) else None
-        if kernels is not None and kernels.can_apply(grad, selection.score):
-            able.append((i, grad, selection))
-    if not able:
+    able: list[tuple[int, Tensor, ThresholdSelection]] = []
+    kernels = None
+    for i, (part, selection) in enumerate(zip(parts, selections, strict=True)):
+        if isinstance(selection, ThresholdSelection) and part.local.numel():
+            serving = kernels_for([part.local])
+            if serving is not None and serving.can_apply(part.local, selection.score):
+                kernels = serving
+                able.append((i, part.local, selection))
+    if kernels is None:
         return {}
-    counts = try_triton(
-        kernels_for([able[0][1]]).apply_thresholds_,
-        [grad for _, grad, _ in able],
-        [selection.threshold for _, _, selection in able],
-        [selection.score for _, _, selection in able],
-    )
-    return {} if counts is None else dict(zip([i for i, _, _ in able], counts, strict=True))
+    positions, grads, chosen = zip(*able, strict=True)
+    thresholds, scores = [s.threshold for s in chosen], [s.score for s in chosen]
+    counts = try_triton(kernels.apply_thresholds_, grads, thresholds, scores)
+    return {} if counts is None else dict(zip(positions, counts, strict=True))

@@ -15,7 +15,7 @@ from test_selection import DTYPES, clone_with_strides, densities, parameters_wit
 
 from gmt_tune import GradientMask, kth_largest_magnitude, mask_grads_
 from gmt_tune.masking.bits import INT_DTYPE, NAN_BITS, from_bits
-from gmt_tune.masking.search import devices, digits
+from gmt_tune.masking.search import devices
 from gmt_tune.masking.search import triton as kernels
 from gmt_tune.masking.search.kernels import apply, count, sample, tables
 

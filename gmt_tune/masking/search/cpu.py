@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import INFINITY_BITS, INT_DTYPE, NAN_BITS, magnitude_bits
-from gmt_tune.masking.search.entries import Entries
 from gmt_tune.masking.search.digits import kth_bits
-from gmt_tune.masking.search.entries import Product
+from gmt_tune.masking.search.entries import Entries, Product
 
 FEW = 1 << 12  # up to so many entries are ranked directly
 BLOCK = 1 << 20  # entries whose keys are held at a time: 2 MB

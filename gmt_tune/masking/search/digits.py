@@ -87,7 +87,7 @@ class _Search:
         self._ks, self._set_of_member = _on_device(tuple(ks), device), _on_device(tuple(set_of_member), device)
         self._prefixes = torch.zeros_like(self._ks)
         self._nonfinite: list[Tensor] = []
-        self._selected = self._ks
+        self._selected = self._set_of_member  # of each member: entries with at least the digits found so far
         # Members that the kernels can read; the others are counted by PyTorch's operations
         self._by_kernels: list[int] = []
         kernels = kernels_for([score for score, _ in self.members])
@@ -97,7 +97,7 @@ class _Search:
             self._counter = kernels.Counter([self.members[i][0] for i in self._by_kernels])
 
     def count(self, depth: int) -> list[Tensor]:
-        """This process's counts of each member, int64; at the first level followed by whether its gradient is finite (0)."""
+        """This process's counts of each member, int64; at the first level, 1 follows if its gradient is not finite."""
         level = self.levels[depth]
         prefixes = self._prefixes[self._set_of_member]
         rows: dict[int, Tensor] = {}
@@ -142,8 +142,11 @@ class _Search:
         digits, self._prefixes = _descend(of_sets, self._prefixes, self._ks)
         if depth == len(self.levels) - 1:
             # Entries equal to a threshold of zero are zeros, which are never selected
-            first = torch.where(self._prefixes == 0, 1, digits)[self._set_of_member]
-            self._selected = _at_least(counts).gather(1, first[:, None]).squeeze(1)
+            digits = torch.where(self._prefixes == 0, 1, digits)
+        digits = digits[self._set_of_member]
+        reached = _at_least(counts).gather(1, digits[:, None]).squeeze(1)
+        # The first bin takes more than digit 0; but what has at least that digit has at least the digits before
+        self._selected = torch.where(digits == 0, self._selected, reached)
 
     def found(self) -> list[Found]:
         thresholds = from_bits(self._prefixes, self._dtype).unbind()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,8 +56,9 @@ class Entries:
     def blocks(self, size: int) -> Iterator[Tensor]:
         """At most ``size`` entries at a time; 1-d where memory has no gaps."""
         for member in self._members:
-            is_small = isinstance(member, Tensor) and member.numel() <= size
-            parts = (member,) if is_small else read_blocks(member, size)
+            parts: Iterable[Tensor] = read_blocks(member, size)
+            if isinstance(member, Tensor) and member.numel() <= size:
+                parts = (member,)
             for part in parts:
                 yield part.to(self.dtype)
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import INFINITY_BITS, MAGNITUDE_MASK, NAN_BITS, from_bits, smallest_selected_bits
+from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.search.kernels.apply import apply_smallest_
 from gmt_tune.masking.search.kernels.count import count_in_windows, zero_counts
 from gmt_tune.masking.search.kernels.narrow import narrow_windows
 from gmt_tune.masking.search.kernels.sample import sample_windows
 from gmt_tune.masking.search.kernels.tables import Table, is_covered, make_table, to_device
-from gmt_tune.masking.search.entries import Product
 
 # A warp of 32 votes on 32 bins as fast as memory delivers 16-bit entries; float32 ones come at half the rate.
 BINS = {torch.float32: 128, torch.bfloat16: 32, torch.float16: 32}
