@@ -109,5 +109,5 @@ def _unpack(packed: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _bytes_of_bits(device: torch.device) -> Tensor:
     """For each byte, 8 bytes that hold its bits from the lowest on, as an int64."""
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return bits.to(torch.uint8).view(torch.int64).view(-1).to(device)
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return bits.to(torch.uint8).view(torch.int64).view(-1)
