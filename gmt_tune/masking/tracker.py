@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gmt_tune.masking import GradientMask
-from gmt_tune.masking.dtensor import any_sharded
+from gmt_tune.masking.gradient_mask import GradientMask
 from gmt_tune.masking.optimizers import after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
-from gmt_tune.masking.packing import pack_selection
-from gmt_tune.masking.shards import check_saved_bits, own_ranges
+from gmt_tune.masking.packing import check_saved_bits, pack_selection
+from gmt_tune.masking.parts import make_parts, own_ranges, sum_over_ranks
 
 _CHUNK = 1 << 24  # entries that are looked at together: bounds what is alive besides the bits
 
@@ -134,23 +133,16 @@ class SelectionTracker:
         for name, p in parameters:
             calls = self._calls.get(name, 0)
             self._calls[name] = calls + 1
-            if calls % self._every == 0 and p.grad is not None:
-                seen[name] = p.grad
-        grads = list(seen.values())
-        if any_sharded(grads):
-            from gmt_tune.masking.layout import layouts, sum_over_ranks
-
-            where = layouts(grads)
-            rows = [self._count(name, own.local) for name, own in zip(seen, where, strict=True)]
-            rows = sum_over_ranks(rows, where, is_small=False)
-        else:
-            rows = [self._count(name, grad) for name, grad in seen.items()]
-        self._counts.update(zip(seen, rows, strict=True))
-        self._numel.update((name, grad.numel()) for name, grad in seen.items())
+            if calls % self._every == 0:
+                seen[name] = p
+        parts = make_parts(seen)
+        rows = sum_over_ranks([self._count(part.name, part.local) for part in parts], parts)
+        self._counts.update(zip([part.name for part in parts], rows, strict=True))
+        self._numel.update((part.name, part.numel) for part in parts)
 
     def _count(self, name: str, grad: Tensor) -> Tensor:
         """Take in what is selected now; the three counts of ``_counts`` for this rank's entries."""
-        now = _pack_nonzero(grad)
+        now = pack_selection(grad, lambda block: block != 0)
         last, ever = self._last.get(name), self._ever.get(name)
         self._last[name] = now
         self._ever[name] = now.clone() if ever is None else ever.bitwise_or_(now)
@@ -165,12 +157,6 @@ def check_every(every: object, key: str = "every") -> None:
     """Raise ValueError, naming the key, unless it is a whole number from 1 on."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"{key} must be a whole number of optimizer steps from 1 on, got {every!r}")
-
-
-def _pack_nonzero(grad: Tensor) -> Tensor:
-    """Bits of the entries that are not zero, as ``pack_selection`` lays them out."""
-    parts = [pack_selection(part != 0) for part in grad.detach().reshape(-1).split(_CHUNK)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=grad.device)
 
 
 def _count_bits(packed: Tensor) -> Tensor:
