@@ -17,7 +17,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from gmt_tune import GradientMask
-from gmt_tune.integrations.torchtune import config_check, preference
+from gmt_tune.integrations.torchtune import preference
+from gmt_tune.integrations.torchtune.config import check as config_check
 from gmt_tune.integrations.torchtune.registry import config_paths
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -87,8 +87,8 @@ def load_config(name: str, overrides: list[str]):
     from omegaconf.errors import OmegaConfBaseException
 
     from gmt_tune.integrations.torchtune.assets import register_resolver
-    from gmt_tune.integrations.torchtune.config_check import check_keys
-    from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
+    from gmt_tune.integrations.torchtune.config.check import check_keys
+    from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
     from gmt_tune.integrations.torchtune.preference import OWN_KEYS
 
     register_resolver()

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from doc_fences import ROOT
 
-from gmt_tune.integrations.torchtune import config_check
+from gmt_tune.integrations.torchtune.config import check as config_check
 
 SCRIPT = ROOT / "scripts" / "make_config_reference.py"
 

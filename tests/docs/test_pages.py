@@ -138,7 +138,8 @@ def _override_problem(overrides: list[str], config: Path) -> str | None:
 
 
 def _keys_of_recipes() -> set[str]:
-    from gmt_tune.integrations.torchtune import config_check, preference
+    from gmt_tune.integrations.torchtune import preference
+    from gmt_tune.integrations.torchtune.config import check as config_check
 
     return {*config_check._REQUIRED, *config_check._OPTIONAL, *preference.OWN_KEYS}
 
@@ -161,7 +162,7 @@ _FRAGMENTS = [f for f in FENCES if f.language == "yaml" and not f.options and "i
 
 @pytest.mark.parametrize("fence", _FRAGMENTS, ids=_ids(_FRAGMENTS))
 def test_part_of_a_config_has_only_keys_of_the_recipe(fence):
-    from gmt_tune.integrations.torchtune import config_check
+    from gmt_tune.integrations.torchtune.config import check as config_check
     from gmt_tune.integrations.torchtune.mask import build_gradient_mask
     from gmt_tune.integrations.torchtune.preference import OWN_KEYS
 

@@ -30,10 +30,10 @@ from gmt_tune.integrations.torchtune.checkpoint_writer import (
     make_marks,
     wait_for_others,
 )
+from gmt_tune.integrations.torchtune.config.inputs import inputs_in
+from gmt_tune.integrations.torchtune.config.public import check_of, environment_checks, leaves, public_config
 from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
 from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
-from gmt_tune.integrations.torchtune.public_config import check_of, environment_checks, leaves, public_config
-from gmt_tune.integrations.torchtune.run_inputs import inputs_in
 from gmt_tune.reporting.redaction import HIDDEN, without_secrets
 
 log = utils.get_logger("INFO")

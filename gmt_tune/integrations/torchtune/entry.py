@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.assets import register_resolver
-from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
-from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
-from gmt_tune.integrations.torchtune.public_config import without_secrets_of
+from gmt_tune.integrations.torchtune.config.check import check_config, check_machine
+from gmt_tune.integrations.torchtune.config.public import without_secrets_of
+from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
 
 # Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
@@ -40,7 +40,7 @@ class StopRun(Exception):
 def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
     """Decorator as ``torchtune.config.parse``, whose errors are one sentence each.
 
-    What the command line may say besides is in :func:`config_reading.apply_overrides`.
+    What the command line may say besides is in :func:`config.reading.apply_overrides`.
     """
 
     @functools.wraps(recipe_main)

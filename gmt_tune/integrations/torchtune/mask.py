@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torchtune import config
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_components import import_component
+from gmt_tune.integrations.torchtune.config.components import import_component
 from gmt_tune.masking import GradientMask
 from gmt_tune.reporting.selection_tracker import SelectionTracker
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _has_component
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config_check import mark_new
+from gmt_tune.integrations.torchtune.config.check import mark_new
 
 # What YAML reads as something else than text at the beginning of a value: an alias, an anchor, a tag, ...
 _INDICATORS = "*&!%@`|>?"

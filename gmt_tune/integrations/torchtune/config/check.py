@@ -14,7 +14,7 @@ from torchtune import config, utils
 
 from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune import process_group
-from gmt_tune.integrations.torchtune.config_components import (
+from gmt_tune.integrations.torchtune.config.components import (
     check_component,
     check_metric_logger,
     import_component,
@@ -23,7 +23,7 @@ from gmt_tune.integrations.torchtune.config_components import (
     nearest,
     try_optimizer,
 )
-from gmt_tune.integrations.torchtune.config_files import check_files
+from gmt_tune.integrations.torchtune.config.files import check_files
 from gmt_tune.integrations.torchtune.mask import build_gradient_mask
 
 log = utils.get_logger("INFO")

@@ -18,7 +18,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config_components import is_number
+from gmt_tune.integrations.torchtune.config.components import is_number
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
