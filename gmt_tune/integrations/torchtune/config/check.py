@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchtune import config, utils
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.config.components import (
     check_component,
@@ -20,7 +20,6 @@ from gmt_tune.integrations.torchtune.config.components import (
     import_component,
     is_number,
     meant,
-    nearest,
     try_optimizer,
 )
 from gmt_tune.integrations.torchtune.config.files import check_files
@@ -206,7 +205,7 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
         is_new = cfg._get_flag(f"{_IS_NEW}{key}")
         if is_new or not _is_plain(value) or right in known and not _may_be_variable(str(key), right):
             where = " on the command line" if is_new else ""
-            hint = f"did you mean {right}?" if right is not None else nearest(str(key), known)
+            hint = f"did you mean {right}?" if right is not None else did_you_mean(str(key), known)
             raise UserError(f"{key} ({value!r}){where} is no key of this recipe: {hint}")
         if value is not None and os.environ.get("RANK", "0") == "0":
             hint = "." if right is None or right in known else f": did you mean {right}?"

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 
 # What torchtune's loggers import when they are made, by the logger's name.
 _PACKAGES_OF_LOGGERS = {
@@ -62,7 +62,7 @@ def check_component(
         names = list(parameters)[positional:]
         for key in cfg:
             if key != "_component_" and key not in names:
-                raise UserError(f"{name}.{key} ({cfg[key]!r}) is no key of {path}: {nearest(str(key), names)}")
+                raise UserError(f"{name}.{key} ({cfg[key]!r}) is no key of {path}: {did_you_mean(str(key), names)}")
     try:
         given = {key: None for key in cfg if key != "_component_"} | dict.fromkeys(keywords)
         given = {k: v for k, v in given.items() if k in parameters or k not in keywords}
@@ -149,13 +149,6 @@ def _written(section: DictConfig) -> str:
 def is_number(value: object) -> bool:
     """Whether it is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """What a wrong key may have meant, or else which keys there are."""
-    known = sorted(known)
-    match = get_close_matches(key, known, n=1)
-    return f"did you mean {match[0]}?" if match else f"it takes {', '.join(known) or 'none'}"
 
 
 def meant(key: str, known: Sequence[str]) -> str | None:
