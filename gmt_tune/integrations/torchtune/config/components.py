@@ -111,9 +111,6 @@ def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None
     Raises:
         UserError: with what they say.
     """
-    lr = cfg_optimizer.get("lr", None)
-    if lr is not None and not (is_number(lr) and lr >= 0):
-        raise UserError(f"optimizer.lr must be a number from 0 on, such as 2e-5, got {lr!r}")
     try:
         optimizer = config.instantiate(cfg_optimizer, [nn.Parameter(torch.zeros(2, 2))])
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -144,11 +141,6 @@ def _written(section: DictConfig) -> str:
     """A section as its user wrote it."""
     values = [f"{key}: {value}" for key, value in OmegaConf.to_container(section).items() if key != "_component_"]
     return ", ".join([section._component_, *values])
-
-
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def meant(key: str, known: Sequence[str]) -> str | None:

@@ -18,7 +18,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config.components import is_number
+from gmt_tune.integrations.torchtune.config.keys import is_number
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -63,7 +63,6 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     Raises:
         UserError: for the first that is wrong.
     """
-    _check_folder("output_dir", cfg.output_dir)
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
             _check_model_files(section, cfg[section])
@@ -106,14 +105,10 @@ def _check_data_files(section: str, dataset: DictConfig) -> None:
         raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
 
 
-def _check_folder(key: str, path: object) -> None:
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{key} must be the path of a folder, got {path!r}")
-
-
 def _check_model_files(section: str, checkpointer: DictConfig) -> None:
     for key in ("output_dir", "checkpoint_dir"):
-        _check_folder(f"{section}.{key}", checkpointer.get(key, None))
+        if key not in checkpointer:
+            raise UserError(f"{section}.{key} is missing in the config: name a folder")
     folder = Path(checkpointer.checkpoint_dir)
     if not folder.is_dir():
         raise UserError(
