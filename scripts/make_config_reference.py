@@ -1,4 +1,4 @@
-"""Writes docs/config_reference.md from the table of keys, gmt_tune/integrations/torchtune/config/keys.py.
+"""Writes docs/config_reference.md from the table of keys, gmt_tune/integrations/torchtune/config/keys.yaml.
 
 python scripts/make_config_reference.py          # writes it
 python scripts/make_config_reference.py --check  # writes nothing; exits with 1 if it differs
@@ -16,7 +16,7 @@ HEAD = """\
 # Every key of a config
 
 Made by `python scripts/make_config_reference.py` from the table that the config check, the configs and resuming read
-(`gmt_tune/integrations/torchtune/config/keys.py`). A config is checked before the model is loaded: a key that is
+(`gmt_tune/integrations/torchtune/config/keys.yaml`). A config is checked before the model is loaded: a key that is
 misspelt, or a value that is out of range, is an error of one sentence.
 
 - **takes**: the values that the check lets through. A *section* has a `_component_`, the dotted path of a class or
@@ -41,7 +41,8 @@ A config is code: [what that means](configs.md#a-config-is-code).
 
 
 def _row(key: Key) -> str:
-    default = {"needed": "*needed*", "": "", "None": "`null`"}.get(str(key.default), f"`{key.default}`")
+    default = "null" if key.default is None else str(key.default)
+    default = "*needed*" if key.needed else default and f"`{default}`"
     differs = "may differ" if may_differ(key.name) else ""
     cells = (f"`{key.name}`", key.takes.words, default, differs, key.comment)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"

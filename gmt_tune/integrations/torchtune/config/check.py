@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -18,11 +19,10 @@ from gmt_tune.integrations.torchtune.config.components import (
     check_component,
     check_metric_logger,
     import_component,
-    meant,
     try_optimizer,
 )
 from gmt_tune.integrations.torchtune.config.files import check_files
-from gmt_tune.integrations.torchtune.config.keys import KEYS, NEEDED, Component, is_number
+from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
 from gmt_tune.integrations.torchtune.mask import build_gradient_mask
 
 log = utils.get_logger("INFO")
@@ -91,9 +91,9 @@ def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: boo
     for key in KEYS.values():
         value = cfg.get(key.name, None)
         for i, part in enumerate(value if isinstance(value, ListConfig) else [value]):
-            if part is not None and isinstance(key.takes, Component):
+            if part is not None and key.gives is not None:
                 name = f"{key.name}[{i}]" if isinstance(value, ListConfig) else key.name
-                check_component(name, part, key.takes.positional, key.takes.names, only_known=only_known)
+                check_component(name, part, **key.gives, only_known=only_known)
     _check_combinations(cfg)
 
 
@@ -140,9 +140,9 @@ def _check_interpolations(cfg: DictConfig) -> None:
 
 def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
     for name, key in KEYS.items():
-        if key.default == NEEDED and "." not in name and name not in cfg:
+        if key.needed and "." not in name and name not in cfg:
             raise UserError(f"{name} is missing in the config: `tune cat quickstart` shows a complete one")
-        if key.default == NEEDED and isinstance(key.takes, Component) and cfg[name] is None:
+        if _is_needed_section(name) and cfg[name] is None:
             raise UserError(f"{name} is null, but every run needs this section: `tune cat quickstart` has one")
     known = [*(name for name, key in KEYS.items() if "." not in name and not key.recipe), *own_keys]
     raw = OmegaConf.to_yaml(cfg)
@@ -153,7 +153,9 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
             raise UserError(f"{name} is no key of this recipe: tune run {KEYS[name].recipe} is the one for this config")
         right = _meant_key(str(name), known, cfg)
         is_new = cfg._get_flag(f"{_IS_NEW}{name}")
-        if is_new or not _is_plain(value) or right in known and not _may_be_variable(str(name), right):
+        # Where the right key is a section that every config has, that section itself is there
+        may_be_variable = str(name).endswith(_VARIABLE_ENDS) or _is_needed_section(right)
+        if is_new or not _is_plain(value) or right in known and not may_be_variable:
             where = " on the command line" if is_new else ""
             hint = f"did you mean {right}?" if right is not None else did_you_mean(str(name), known)
             raise UserError(f"{name} ({value!r}){where} is no key of this recipe: {hint}")
@@ -162,10 +164,9 @@ def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
             log.warning(f"{name} has no effect: it is no key of this recipe, and no value refers to it{hint}")
 
 
-def _may_be_variable(key: str, right: str) -> bool:
-    """Whether a plain value with a name like that of a known key may be a variable of the user's all the same."""
-    # Where the right key is a section that every config has, that section itself is there
-    return key.endswith(_VARIABLE_ENDS) or isinstance(KEYS[right].takes, Component) and KEYS[right].default == NEEDED
+def _is_needed_section(name: str | None) -> bool:
+    key = KEYS.get(name or "")
+    return key is not None and key.needed and key.gives is not None
 
 
 def mark_new(cfg: DictConfig, keys: Sequence[str]) -> None:
@@ -178,9 +179,21 @@ def _meant_key(key: str, known: Sequence[str], cfg: DictConfig) -> str | None:
     if key in _SYNONYMS:
         return _SYNONYMS[key]
     inner = {str(name): section for section in cfg if OmegaConf.is_dict(cfg[section]) for name in cfg[section]}
-    right = None if key in inner else meant(key, known)
-    in_section = meant(key, list(inner)) if right is None else None
+    right = None if key in inner else _meant(key, known)
+    in_section = _meant(key, list(inner)) if right is None else None
     return right if in_section is None else f"{inner[in_section]}.{in_section}"
+
+
+def _meant(key: str, known: Sequence[str]) -> str | None:
+    """The known key that another has words of in its order, cut short or not, or is like; None if it is like none."""
+    words = key.lower().split("_")
+    in_part = [name for name in known if len(words) > 1 and _in_order(words, name.split("_"))]
+    return next(iter(in_part + get_close_matches(key.lower(), known, n=1, cutoff=0.7)), None)
+
+
+def _in_order(words: Sequence[str], others: Sequence[str]) -> bool:
+    rest = iter(others)
+    return all(any(other.startswith(word) for other in rest) for word in words)
 
 
 def refers_to(raw: str, key: str) -> bool:

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from doc_fences import ROOT, _apply_diff, fences_of
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from gmt_tune import GradientMask
 from gmt_tune.integrations.torchtune.config import keys
 from gmt_tune.integrations.torchtune.config.check import refers_to
-from gmt_tune.integrations.torchtune.config.keys import GROUPS, KEYS, NEEDED, find, may_differ
+from gmt_tune.integrations.torchtune.config.keys import GROUPS, KEYS, find, may_differ
 from gmt_tune.integrations.torchtune.registry import config_paths
 
 CONFIGS = config_paths()
@@ -43,8 +44,9 @@ def test_a_key_that_the_table_lacks_is_found_in_a_config(key):
 
 def test_a_new_key_is_one_entry_as_contributing_shows(tmp_path):
     (diff,) = (fence for fence in fences_of(ROOT / "CONTRIBUTING.md") if fence.language == "diff")
-    shutil.copy(keys.__file__, tmp_path)
-    _apply_diff(diff, tmp_path / "keys.py")
+    for suffix in (".py", ".yaml"):
+        shutil.copy(Path(keys.__file__).with_suffix(suffix), tmp_path)
+    _apply_diff(diff, tmp_path / "keys.yaml")
     spec = importlib.util.spec_from_file_location("changed_keys", tmp_path / "keys.py")
     changed = sys.modules["changed_keys"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
     spec.loader.exec_module(changed)
@@ -59,16 +61,17 @@ def test_every_key_stands_once_and_says_what_it_does():
 
 
 def test_a_default_is_a_value_that_the_key_takes():
-    defaults = {key.name: key.default for key in KEYS.values() if "." not in key.name and key.default != NEEDED}
-    assert [name for name, value in defaults.items() if not KEYS[name].takes.allows(value)] == []
+    optional = [key for key in KEYS.values() if "." not in key.name and not key.needed and not key.recipe]
+    assert [key.name for key in optional if key.default == "" or not key.takes.allows(key.default)] == []
 
 
 def test_the_masks_keys_and_defaults_are_those_of_gradient_mask():
     parameters = dict(inspect.signature(GradientMask).parameters)
     del parameters["named_parameters"], parameters["error_if_nonfinite"]  # which the recipe sets
+    assert KEYS["gradient_mask.density"].needed and parameters.pop("density").default is inspect.Parameter.empty
     ours = {name: KEYS[f"gradient_mask.{name}"].default for name in parameters}
-    theirs = {name: NEEDED if p.default is p.empty else p.default for name, p in parameters.items()}
-    assert ours == {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.items()}
+    theirs = {name: list(p.default) if isinstance(p.default, tuple) else p.default for name, p in parameters.items()}
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
