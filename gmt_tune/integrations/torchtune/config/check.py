@@ -27,18 +27,6 @@ from gmt_tune.integrations.torchtune.mask import build_gradient_mask
 
 log = utils.get_logger("INFO")
 
-# What other trainers call a key, where the names are not alike.
-_SYNONYMS = {
-    "grad_clip": "clip_grad_norm",
-    "learning_rate": "optimizer.lr",
-    "on_nan": "on_nonfinite",
-    "precision": "dtype",
-    "random_seed": "seed",
-    "resume": "resume_from_checkpoint",
-    "tp_dim": "tensor_parallel_dim",
-    "warmup_steps": "lr_scheduler.num_warmup_steps",
-}
-
 # How a variable of the user's often ends; no optional key does.
 _VARIABLE_ENDS = ("_dir", "_name", "_path", "_root")
 
@@ -176,8 +164,9 @@ def mark_new(cfg: DictConfig, keys: Sequence[str]) -> None:
 
 def _meant_key(key: str, known: Sequence[str], cfg: DictConfig) -> str | None:
     """The known key, or the key of a section, that a top-level key may be meant to be; None if it is like none."""
-    if key in _SYNONYMS:
-        return _SYNONYMS[key]
+    for entry in KEYS.values():
+        if key in entry.synonyms:
+            return entry.name
     inner = {str(name): section for section in cfg if OmegaConf.is_dict(cfg[section]) for name in cfg[section]}
     right = None if key in inner else _meant(key, known)
     in_section = _meant(key, list(inner)) if right is None else None

@@ -64,14 +64,9 @@ _LLAMA3_SCALING = {
 
 
 def check_files(cfg: DictConfig, model: nn.Module) -> None:
-    """Check the files and folders that a config names, and that the files of a model fit the model that it builds.
+    """Check the files and folders that a config names, and that a model's files fit the model that the config builds.
 
-    Args:
-        cfg: the config.
-        model: that it builds; may be on the meta device.
-
-    Raises:
-        UserError: for the first that is wrong.
+    The model may be on the meta device. Raises UserError for the first that is wrong.
     """
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
@@ -95,17 +90,11 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
 def _check_data_files(section: str, dataset: DictConfig) -> None:
     """As ``datasets.load_dataset`` will look for it: from here, or from a folder that is the source."""
     data_files, source = dataset.get("data_files", None), dataset.get("source", None)
-    if not isinstance(data_files, str) or any(c in data_files for c in "*?[") or "://" in data_files:
+    if not isinstance(data_files, str) or not isinstance(source, str) or dataset.get("data_dir", None) is not None:
         return
-    if dataset.get("data_dir", None) is not None or not isinstance(source, str):
-        return
-    if source in _KINDS_OF_FILES:
-        file = Path(data_files)
-    elif Path(source).is_dir():
-        file = Path(source) / data_files
-    else:  # of a repository on the hub
-        return
-    if not file.is_file():
+    folder = Path() if source in _KINDS_OF_FILES else Path(source)  # which is no folder for a repository on the hub
+    is_pattern = re.search(r"[*?[]|://", data_files) is not None
+    if folder.is_dir() and not is_pattern and not (folder / data_files).is_file():
         raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
 
 
@@ -232,11 +221,14 @@ def _built(model: nn.Module) -> dict[str, Any]:
     embeddings, layers = _part(model, "tok_embeddings.weight"), _part(model, "layers")
     if embeddings is None or not layers:
         return {}
-    built = {key: _part(model, path) for key, path in _PARTS_OF_MODELS.items()}
-    built["vocab_size"], built["hidden_size"] = embeddings.shape
-    built["num_hidden_layers"] = len(layers)
     output = _part(model, "output")
-    built["tie_word_embeddings"] = hasattr(output, "tied_module") or _part(output, "weight") is embeddings
+    built = {
+        "vocab_size": embeddings.shape[0],
+        "hidden_size": embeddings.shape[1],
+        "num_hidden_layers": len(layers),
+        **{key: _part(model, path) for key, path in _PARTS_OF_MODELS.items()},
+        "tie_word_embeddings": hasattr(output, "tied_module") or _part(output, "weight") is embeddings,
+    }
     if built["rope_theta"] is not None:
         positions = _part(model, "layers.0.attn.pos_embeddings")
         scaling = {key: _part(positions, ours) for key, (ours, _) in _LLAMA3_SCALING.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Key:
     may_differ: bool = False
     shown: bool = False
     recipe: str = ""
+    synonyms: Sequence[str] = ()
 
 
 def _key(name: str, entry: str | dict[str, Any]) -> Key:
