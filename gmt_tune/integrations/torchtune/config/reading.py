@@ -91,15 +91,14 @@ def expand_home(cfg: DictConfig) -> None:
     What a path begins with a reference to (``${models}/x``) is a path too. Interpolations stay as they are written, so
     that no value of an environment variable gets into the config.
     """
-    texts = {
-        key: leaf.value for key, leaf in leaves(OmegaConf.to_container(cfg)).items() if isinstance(leaf.value, str)
-    }
+    plain = OmegaConf.to_container(cfg)
+    texts = {key: leaf for key, leaf in leaves(plain).items() if isinstance(leaf.value, str)}
     waiting = [key for key in texts if any(map(_PATH_KEY.fullmatch, re.split(r"[.\[\]]+", key)))]
     seen = set(waiting)
     for key in waiting:  # which grows by what paths begin with a reference to
-        text = texts[key]
+        text = texts[key].value
         if re.match(r"~[\w.-]*/", text):
-            OmegaConf.update(cfg, key, os.path.expanduser(text))
+            texts[key].value = os.path.expanduser(text)
         reference = re.match(r"\$\{\s*(\.*)([^:{}\s]+)\s*\}", text)
         if reference is not None:
             section = "".join(f"{part}." for part in key.split(".")[: -len(reference[1])]) if reference[1] else ""
@@ -107,6 +106,7 @@ def expand_home(cfg: DictConfig) -> None:
             found = [k for k in texts if k == target or k.startswith((f"{target}.", f"{target}["))]
             waiting += [k for k in found if k not in seen]
             seen.update(found)
+    cfg.update(plain)
 
 
 def _is_section(given: dict[str, Any], key: str) -> bool:

@@ -134,7 +134,7 @@ def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
                 "x": None,
             },
             "tokenizer": {"base": "~/tokens", "path": "${.base}/t.json", "merges_file": "${models[all][0]}"},
-            "dataset": [{"data_files": {"train": "~/one.jsonl"}}, {"source": "~/two"}],
+            "dataset": [{"data_files": {"train.v1": "~/one.jsonl"}}, {"source": "~/two"}],
         }
     )
     expand_home(cfg)
@@ -151,7 +151,7 @@ def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
             "x": None,
         },
         "tokenizer": {"base": "/home/me/tokens", "path": "/home/me/tokens/t.json", "merges_file": "/home/me/first"},
-        "dataset": [{"data_files": {"train": "/home/me/one.jsonl"}}, {"source": "/home/me/two"}],
+        "dataset": [{"data_files": {"train.v1": "/home/me/one.jsonl"}}, {"source": "/home/me/two"}],
     }
 
 
