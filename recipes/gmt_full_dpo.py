@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config, rlhf, training
 
+from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.preference import (
@@ -18,7 +19,6 @@ from gmt_tune.integrations.torchtune.preference import (
     check_preference_config,
     check_preference_row,
 )
-from gmt_tune.integrations.torchtune.public_config import config_to_log
 
 
 class PairLogProbs(NamedTuple):

@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from torchtune import config, training, utils
 
 from gmt_tune.integrations.torchtune.chunks import fill_chunks
+from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
-from gmt_tune.integrations.torchtune.public_config import config_to_log
 from gmt_tune.integrations.torchtune.validation import Validation, tokens_in_loss
 
 

@@ -5,12 +5,11 @@ and the stored mask follow from shapes and dtypes; activations, passing needs an
 """
 
 import argparse
-import difflib
 import json
 import re
 from pathlib import Path
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 
 GIB = 2**30
 
@@ -87,8 +86,8 @@ def load_config(name: str, overrides: list[str]):
     from omegaconf.errors import OmegaConfBaseException
 
     from gmt_tune.integrations.torchtune.assets import register_resolver
-    from gmt_tune.integrations.torchtune.config_check import check_keys
-    from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
+    from gmt_tune.integrations.torchtune.config.check import check_keys
+    from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
     from gmt_tune.integrations.torchtune.preference import OWN_KEYS
 
     register_resolver()
@@ -233,6 +232,5 @@ def _path_of(name: str) -> Path:
     for path in (theirs, Path(name).expanduser()):
         if path.is_file():
             return path
-    nearest = difflib.get_close_matches(name, ours, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`tune ls` lists them"
+    hint = did_you_mean(name, ours, "`tune ls` lists them", most=2, cutoff=0.5)
     raise UserError(f"there is no config {name!r}, nor such a file: {hint}")

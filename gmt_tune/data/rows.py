@@ -26,7 +26,7 @@ from torchtune.data import (
 from torchtune.datasets import ConcatDataset, PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
 from torchtune.datasets._stack_exchange_paired import StackExchangePairedToMessages
 
-from gmt_tune.errors import UserError, UserErrorOfOneRank
+from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 # So many rows are looked at before training, about ten seconds' worth; further ones when their turn comes.
 ROWS_CHECKED_AHEAD = 100_000
@@ -230,7 +230,7 @@ def cause_in_words(error: BaseException) -> str:
     """Why a data set could not be loaded: ``datasets`` often says that there was an error, and which in its cause."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return cause_in_words(error.__cause__)
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return one_line(error)[:400]
 
 
 def _fault_of_file(path: Path, kind: str) -> str | None:
@@ -353,6 +353,5 @@ def _short(value: object) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    message = " ".join(str(error).split())
     # torchtune says in a ValueError what it wants of a conversation; other errors say little without their type
-    return message[:400] if message and isinstance(error, ValueError) else f"{type(error).__name__}: {message[:400]}"
+    return one_line(error, with_type=not isinstance(error, ValueError))[:400]

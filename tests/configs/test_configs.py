@@ -98,7 +98,7 @@ def test_configs_and_their_tables_are_what_the_script_writes(make_configs):
 
 
 def _train(recipe_class, cfg) -> None:
-    from gmt_tune.integrations.torchtune.config_check import check_config
+    from gmt_tune.integrations.torchtune.config.check import check_config
     from gmt_tune.integrations.torchtune.preference import OWN_KEYS, check_preference_config
 
     is_dpo = recipe_class.__name__ == "GMTFullDPORecipe"

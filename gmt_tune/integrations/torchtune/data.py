@@ -15,7 +15,7 @@ from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed, fault_of_files
-from gmt_tune.errors import UserError, UserErrorOfOneRank
+from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
@@ -27,8 +27,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
     try:
         return config.instantiate(cfg_tokenizer)
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"tokenizer ({cfg_tokenizer._component_}) cannot be made: {message[:400]}") from error
+        raise UserError(f"tokenizer ({cfg_tokenizer._component_}) cannot be made: {one_line(error)[:400]}") from error
 
 
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):

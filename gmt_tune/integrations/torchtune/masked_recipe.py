@@ -24,6 +24,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import data, process_group, training_state
 from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.config.public import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.entry import StopRun
 from gmt_tune.integrations.torchtune.finite import SteppedGradients, nonfinite_gradients
 from gmt_tune.integrations.torchtune.mask import (
@@ -33,7 +34,6 @@ from gmt_tune.integrations.torchtune.mask import (
 )
 from gmt_tune.integrations.torchtune.optimizers import keep_tensor_lr, warn_of_long_warmup
 from gmt_tune.integrations.torchtune.progress import Progress
-from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.signals import StopSignal
 from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 from gmt_tune.reporting.mask_metrics import MaskMetrics

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from torchtune.training.metric_logging import DiskLogger
 
 from gmt_tune.integrations.torchtune.checkpoints import config_differences
-from gmt_tune.integrations.torchtune.public_config import (
+from gmt_tune.integrations.torchtune.config.public import (
     PublicConfigLogger,
     config_to_log,
     environment_checks,

@@ -8,7 +8,7 @@ from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.assets import register_resolver
-from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
+from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
 
 FILE = {
     "gradient_mask": {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": ["*norm*"]},
@@ -134,7 +134,7 @@ def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
                 "x": None,
             },
             "tokenizer": {"base": "~/tokens", "path": "${.base}/t.json", "merges_file": "${models[all][0]}"},
-            "dataset": [{"data_files": {"train": "~/one.jsonl"}}, {"source": "~/two"}],
+            "dataset": [{"data_files": {"train.v1": "~/one.jsonl"}}, {"source": "~/two"}],
         }
     )
     expand_home(cfg)
@@ -151,7 +151,7 @@ def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
             "x": None,
         },
         "tokenizer": {"base": "/home/me/tokens", "path": "/home/me/tokens/t.json", "merges_file": "/home/me/first"},
-        "dataset": [{"data_files": {"train": "/home/me/one.jsonl"}}, {"source": "/home/me/two"}],
+        "dataset": [{"data_files": {"train.v1": "/home/me/one.jsonl"}}, {"source": "/home/me/two"}],
     }
 
 

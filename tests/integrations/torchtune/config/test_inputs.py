@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gmt_tune.integrations.torchtune.run_inputs import inputs_in
+from gmt_tune.integrations.torchtune.config.inputs import inputs_in
 
 # name: (the key, its section by the folder)
 KEYS = {

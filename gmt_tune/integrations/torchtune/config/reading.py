@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _has_component
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config_check import mark_new
+from gmt_tune.integrations.torchtune.config.check import mark_new
+from gmt_tune.integrations.torchtune.config.public import leaves
 
 # What YAML reads as something else than text at the beginning of a value: an alias, an anchor, a tag, ...
 _INDICATORS = "*&!%@`|>?"
@@ -25,9 +26,6 @@ _LISTS = ("dense", "frozen", "custom_sharded_layers", "checkpoint_files")
 
 # Keys that hold paths, by their names.
 _PATH_KEY = re.compile(r"(.+_)?(dir|path|paths|file|files|folder|root|source)")
-
-# References that lead to references, up to which a path is followed: those in a circle have no end.
-_MOST_REFERENCES = 10
 
 # How null is written: YAML's ways, and Python's.
 _NULL = ("null", "Null", "NULL", "~", "None")
@@ -93,43 +91,22 @@ def expand_home(cfg: DictConfig) -> None:
     What a path begins with a reference to (``${models}/x``) is a path too. Interpolations stay as they are written, so
     that no value of an environment variable gets into the config.
     """
-    _expand_paths(cfg, cfg, "")
-
-
-def _expand_paths(cfg: DictConfig, section: DictConfig | ListConfig, name: str, is_path: bool = False) -> None:
-    for key in range(len(section)) if isinstance(section, ListConfig) else list(section):
-        if not OmegaConf.is_missing(section, key):
-            is_path_here = is_path or _PATH_KEY.fullmatch(str(key)) is not None
-            _expand_one(cfg, section, key, f"{name}.{key}", is_path_here)
-
-
-def _expand_one(
-    cfg: DictConfig, section: DictConfig | ListConfig, key: str | int, name: str, is_path: bool, depth: int = 0
-) -> None:
-    written = OmegaConf.to_container(section, resolve=False)[key]  # with its interpolations
-    if isinstance(written, (dict, list)):
-        _expand_paths(cfg, section[key], name, is_path)
-    if not is_path or not isinstance(written, str):
-        return
-    reference = re.match(r"\$\{\s*(\.*)([^:{}\s]+)\s*\}", written)
-    if re.match(r"~[\w.-]*/", written):
-        section[key] = os.path.expanduser(written)
-    elif reference is not None and depth < _MOST_REFERENCES:
-        above = name.split(".")[: -len(reference[1])] if reference[1] else [""]
-        target = ".".join([*above, re.sub(r"\[(\w+)\]", r".\1", reference[2])])
-        parent, _, last = target.rpartition(".")
-        _expand_target(cfg, parent, last, depth)
-
-
-def _expand_target(cfg: DictConfig, parent: str, last: str, depth: int) -> None:
-    """Expand what a path refers to; a reference that leads nowhere is left to the config check."""
-    try:
-        section = OmegaConf.select(cfg, parent.lstrip(".")) if parent else cfg
-        key = int(last) if isinstance(section, ListConfig) else last
-        if OmegaConf.is_config(section) and not OmegaConf.is_missing(section, key):
-            _expand_one(cfg, section, key, f"{parent}.{last}", True, depth + 1)
-    except Exception:  # of the path to it, or of a resolver
-        return
+    plain = OmegaConf.to_container(cfg)
+    texts = {key: leaf for key, leaf in leaves(plain).items() if isinstance(leaf.value, str)}
+    waiting = [key for key in texts if any(map(_PATH_KEY.fullmatch, re.split(r"[.\[\]]+", key)))]
+    seen = set(waiting)
+    for key in waiting:  # which grows by what paths begin with a reference to
+        text = texts[key].value
+        if re.match(r"~[\w.-]*/", text):
+            texts[key].value = os.path.expanduser(text)
+        reference = re.match(r"\$\{\s*(\.*)([^:{}\s]+)\s*\}", text)
+        if reference is not None:
+            section = "".join(f"{part}." for part in key.split(".")[: -len(reference[1])]) if reference[1] else ""
+            target = section + re.sub(r"\[([a-zA-Z_]\w*)\]", r".\1", reference[2])
+            found = [k for k in texts if k == target or k.startswith((f"{target}.", f"{target}["))]
+            waiting += [k for k in found if k not in seen]
+            seen.update(found)
+    cfg.update(plain)
 
 
 def _is_section(given: dict[str, Any], key: str) -> bool:

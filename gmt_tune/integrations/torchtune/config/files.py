@@ -18,7 +18,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config_components import is_number
+from gmt_tune.integrations.torchtune.config.keys import is_number
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -44,6 +44,16 @@ _ROPE_THETA = 10000.0
 # Keys of a config.json to what torchtune's builders call them, where they take them.
 _KEYS_OF_BUILDERS = {"rope_theta": "rope_base", "rms_norm_eps": "norm_eps"}
 
+# Keys of a config.json to where torchtune's models have them.
+_PARTS_OF_MODELS = {
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "layers.0.attn.num_kv_heads",
+    "head_dim": "layers.0.attn.head_dim",
+    "intermediate_size": "layers.0.mlp.w1.out_features",
+    "rms_norm_eps": "norm.eps",
+    "rope_theta": "layers.0.attn.pos_embeddings.base",
+}
+
 # What stretches positions in Llama 3.1 and 3.2: key in a config.json, torchtune's name, and the releases' value.
 _LLAMA3_SCALING = {
     "factor": ("scale_factor", 8.0),
@@ -54,37 +64,25 @@ _LLAMA3_SCALING = {
 
 
 def check_files(cfg: DictConfig, model: nn.Module) -> None:
-    """Check the files and folders that a config names, and that the files of a model fit the model that it builds.
+    """Check the files and folders that a config names, and that a model's files fit the model that the config builds.
 
-    Args:
-        cfg: the config.
-        model: that it builds; may be on the meta device.
-
-    Raises:
-        UserError: for the first that is wrong.
+    The model may be on the meta device. Raises UserError for the first that is wrong.
     """
-    _check_folder("output_dir", cfg.output_dir)
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
             _check_model_files(section, cfg[section])
+            _check_family(cfg, section, model)
     for key in ("path", "merges_file"):
         path = cfg.tokenizer.get(key, None)
         if isinstance(path, str) and not Path(path).is_file():
             raise UserError(f"tokenizer.{key} {path} does not exist: name the tokenizer file of the model")
     for section in ("dataset", "dataset_val"):
-        part = cfg.get(section, None)
-        for one in part if isinstance(part, ListConfig) else [part]:
-            if one is not None:
-                _check_data_files(section, one)
-    for section in _CHECKPOINTERS:
-        if cfg.get(section, None) is not None:
-            _check_family(cfg, section, model)
-    folders = {
-        "output_dir": cfg.output_dir,
-        "checkpointer.output_dir": cfg.checkpointer.output_dir,
-        "metric_logger.log_dir": cfg.metric_logger.get("log_dir", None),
-    }
-    for key, folder in folders.items():
+        parts = cfg.get(section, None)
+        for part in parts if isinstance(parts, ListConfig) else [parts]:
+            if part is not None:
+                _check_data_files(section, part)
+    for key in ("output_dir", "checkpointer.output_dir", "metric_logger.log_dir"):
+        folder = OmegaConf.select(cfg, key)
         if folder is not None:
             _check_is_writable(key, Path(str(folder)))
 
@@ -92,28 +90,18 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
 def _check_data_files(section: str, dataset: DictConfig) -> None:
     """As ``datasets.load_dataset`` will look for it: from here, or from a folder that is the source."""
     data_files, source = dataset.get("data_files", None), dataset.get("source", None)
-    if not isinstance(data_files, str) or any(c in data_files for c in "*?[") or "://" in data_files:
+    if not isinstance(data_files, str) or not isinstance(source, str) or dataset.get("data_dir", None) is not None:
         return
-    if dataset.get("data_dir", None) is not None or not isinstance(source, str):
-        return
-    if source in _KINDS_OF_FILES:
-        file = Path(data_files)
-    elif Path(source).is_dir():
-        file = Path(source) / data_files
-    else:  # of a repository on the hub
-        return
-    if not file.is_file():
+    folder = Path() if source in _KINDS_OF_FILES else Path(source)  # which is no folder for a repository on the hub
+    is_pattern = re.search(r"[*?[]|://", data_files) is not None
+    if folder.is_dir() and not is_pattern and not (folder / data_files).is_file():
         raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
-
-
-def _check_folder(key: str, path: object) -> None:
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{key} must be the path of a folder, got {path!r}")
 
 
 def _check_model_files(section: str, checkpointer: DictConfig) -> None:
     for key in ("output_dir", "checkpoint_dir"):
-        _check_folder(f"{section}.{key}", checkpointer.get(key, None))
+        if key not in checkpointer:
+            raise UserError(f"{section}.{key} is missing in the config: name a folder")
     folder = Path(checkpointer.checkpoint_dir)
     if not folder.is_dir():
         raise UserError(
@@ -190,17 +178,15 @@ def _check_weights_file(section: str, file: Path, folder: Path) -> None:
             raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from None
 
 
-def _check_family(cfg: DictConfig, section: str, model: Any) -> None:
+def _check_family(cfg: DictConfig, section: str, model: nn.Module) -> None:
     """Compare a Hugging Face config.json, where there is one, with the model that the config builds."""
     config_json = Path(cfg[section].checkpoint_dir) / "config.json"
     if not config_json.is_file():
         return
     try:
-        theirs = json.loads(config_json.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        theirs = dict(json.loads(config_json.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{config_json} is no valid JSON ({one_line(error)}): download the model again") from None
-    if not isinstance(theirs, dict):
-        raise UserError(f"{config_json} is no valid JSON (it holds no keys and values): download the model again")
     allowed = _FAMILIES.get(str(theirs.get("model_type")))
     ours = str(cfg[section].get("model_type", ""))
     if allowed and ours not in (*allowed, "REWARD"):
@@ -214,7 +200,8 @@ def _check_family(cfg: DictConfig, section: str, model: Any) -> None:
     theirs |= _rope_of(theirs)
     for key, value in built.items():
         read = theirs.get(key, None)
-        if value is not None and read is not None and not _is_equal(read, value):
+        is_same = math.isclose(read, value, rel_tol=1e-6) if is_number(read) and is_number(value) else read == value
+        if value is not None and read is not None and not is_same:
             raise UserError(
                 f"the model in {config_json.parent} has {key} {read}, but model ({cfg.model._component_}) "
                 f"builds {value}: {_way_out(cfg.model, key, read)}, or choose another {section}.checkpoint_dir"
@@ -229,29 +216,31 @@ def _way_out(cfg_model: DictConfig, key: str, value: Any) -> str:
     return "choose torchtune's builder of this release, if it has one"
 
 
-def _built(model: Any) -> dict[str, Any]:
+def _built(model: nn.Module) -> dict[str, Any]:
     """What a model is, by the keys of a Hugging Face config.json; empty for one of a kind that we do not know."""
-    embeddings, layers = getattr(getattr(model, "tok_embeddings", None), "weight", None), getattr(model, "layers", None)
+    embeddings, layers = _part(model, "tok_embeddings.weight"), _part(model, "layers")
     if embeddings is None or not layers:
         return {}
-    attention, output = getattr(layers[0], "attn", None), getattr(model, "output", None)
-    positions: Any = getattr(attention, "pos_embeddings", None)
+    output = _part(model, "output")
     built = {
         "vocab_size": embeddings.shape[0],
         "hidden_size": embeddings.shape[1],
         "num_hidden_layers": len(layers),
-        "num_attention_heads": getattr(model, "num_heads", None),
-        "num_key_value_heads": getattr(attention, "num_kv_heads", None),
-        "head_dim": getattr(attention, "head_dim", None),
-        "intermediate_size": getattr(getattr(getattr(layers[0], "mlp", None), "w1", None), "out_features", None),
-        "rms_norm_eps": getattr(getattr(model, "norm", None), "eps", None),
-        "tie_word_embeddings": hasattr(output, "tied_module") or getattr(output, "weight", None) is embeddings,
+        **{key: _part(model, path) for key, path in _PARTS_OF_MODELS.items()},
+        "tie_word_embeddings": hasattr(output, "tied_module") or _part(output, "weight") is embeddings,
     }
-    if hasattr(positions, "base"):
-        built["rope_theta"] = positions.base
-        scaling = {key: getattr(positions, ours, None) for key, (ours, _) in _LLAMA3_SCALING.items()}
+    if built["rope_theta"] is not None:
+        positions = _part(model, "layers.0.attn.pos_embeddings")
+        scaling = {key: _part(positions, ours) for key, (ours, _) in _LLAMA3_SCALING.items()}
         built["rope_scaling"] = _scaling(None if scaling["factor"] is None else "llama3", scaling)
     return built
+
+
+def _part(model: Any, path: str) -> Any:
+    """An attribute of an attribute of a model; None where there is none."""
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
 
 
 def _rope_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,12 +267,6 @@ def _scaling(kind: object, rope: Mapping[str, Any]) -> str:
         return f"{kind}" if factor is None else f"{kind} (factor {factor})"
     values = {key: rope.get(key, default) for key, (_, default) in _LLAMA3_SCALING.items()}
     return f"llama3 ({', '.join(f'{k} {float(v) if is_number(v) else v}' for k, v in values.items())})"
-
-
-def _is_equal(read: Any, built: Any) -> bool:
-    if is_number(read) and is_number(built):
-        return math.isclose(read, built, rel_tol=1e-6)
-    return read == built
 
 
 def _check_is_writable(key: str, folder: Path) -> None:

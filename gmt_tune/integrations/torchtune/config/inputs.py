@@ -7,10 +7,10 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-_NAMES_OF_PARAMETERS = "gradient_mask"  # its patterns are of parameters, not of files
+from gmt_tune.integrations.torchtune.config.public import leaves
 
 
 def inputs_in(config, output_dir: Path) -> dict[str, str]:
@@ -23,26 +23,23 @@ def inputs_in(config, output_dir: Path) -> dict[str, str]:
         output_dir: exists.
     """
     outputs = _spellings(str(output_dir))
+    texts = {key: leaf.value for key, leaf in leaves(config).items() if isinstance(leaf.value, str)}
     found: dict[str, str] = {}
-    for key, text, folder in _texts(config):
-        for name in _names_on_the_way(text, folder, outputs):
-            found.setdefault(name, f"{key} ({text})")
+    for key, text in texts.items():
+        if not key.startswith("gradient_mask."):  # its patterns are of parameters, not of files
+            for name in _names_on_the_way(text, _folder_of(key, texts), outputs):
+                found.setdefault(name, f"{key} ({text})")
     return found
 
 
-def _texts(config, prefix: str = "", folder: str | None = None) -> Iterator[tuple[str, str, str | None]]:
-    """Every text of a config: its key, itself, and the folder that it may be relative to, besides the current one."""
-    if isinstance(config, dict):
-        bases = [config.get(key) for key in ("source", "checkpoint_dir", "data_dir")]
-        folder = next((base for base in bases if isinstance(base, str)), folder)
-        for key, value in config.items():
-            if key != _NAMES_OF_PARAMETERS:
-                yield from _texts(value, f"{prefix}.{key}" if prefix else str(key), folder)
-    elif isinstance(config, list):
-        for i, value in enumerate(config):
-            yield from _texts(value, f"{prefix}[{i}]", folder)
-    elif isinstance(config, str):
-        yield prefix, config, folder
+def _folder_of(key: str, texts: Mapping[str, str]) -> str | None:
+    """The folder that a path may be relative to, besides the current one: that of the nearest section that has one."""
+    while key:
+        key = re.sub(r"(^|\.|\[)[^.[]*$", "", key)
+        for name in ("source", "checkpoint_dir", "data_dir"):
+            if f"{key}.{name}".lstrip(".") in texts:
+                return texts[f"{key}.{name}".lstrip(".")]
+    return None
 
 
 def _names_on_the_way(text: str, folder: str | None, outputs: set[str]) -> Iterator[str]:

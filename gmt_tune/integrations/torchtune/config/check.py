@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -12,89 +13,25 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchtune import config, utils
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 from gmt_tune.integrations.torchtune import process_group
-from gmt_tune.integrations.torchtune.config_components import (
+from gmt_tune.integrations.torchtune.config.components import (
     check_component,
     check_metric_logger,
     import_component,
-    is_number,
-    meant,
-    nearest,
     try_optimizer,
 )
-from gmt_tune.integrations.torchtune.config_files import check_files
+from gmt_tune.integrations.torchtune.config.files import check_files
+from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
 from gmt_tune.integrations.torchtune.mask import build_gradient_mask
 
 log = utils.get_logger("INFO")
-
-_REQUIRED = (
-    "output_dir", "model", "tokenizer", "dataset", "checkpointer", "optimizer", "loss", "metric_logger", "seed",
-    "shuffle", "batch_size", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps", "device", "dtype",
-    "resume_from_checkpoint",
-)  # fmt: skip
-_OPTIONAL = (
-    "gradient_mask", "evaluation", "lr_scheduler", "optimizer_in_bwd", "clip_grad_norm", "compile", "collate_fn",
-    "enable_activation_checkpointing", "enable_activation_offloading", "ac_mode", "ac_option",
-    "custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "enable_async_checkpointing",
-    "tensor_parallel_dim", "tensor_parallel_plan", "cudnn_deterministic_mode", "log_every_n_steps",
-    "log_peak_memory_stats", "log_level", "profiler", "save_every_n_steps", "keep_last_n_checkpoints",
-    "dataset_val", "run_val_every_n_steps", "batch_size_val", "on_nonfinite", "track_selection_every_n_steps",
-    "write_report",
-)  # fmt: skip
-
-KEYS = (*_REQUIRED, *_OPTIONAL)
-
-# What other trainers call a key, where the names are not alike.
-_SYNONYMS = {
-    "grad_clip": "clip_grad_norm",
-    "learning_rate": "optimizer.lr",
-    "on_nan": "on_nonfinite",
-    "precision": "dtype",
-    "random_seed": "seed",
-    "resume": "resume_from_checkpoint",
-    "tp_dim": "tensor_parallel_dim",
-    "warmup_steps": "lr_scheduler.num_warmup_steps",
-}
 
 # How a variable of the user's often ends; no optional key does.
 _VARIABLE_ENDS = ("_dir", "_name", "_path", "_root")
 
 # Begins a flag of a config that marks one of its keys.
 _IS_NEW = "gmt_tune_new_key:"
-
-_WHOLE = "a whole number from 1 on"
-_BOOLS = (
-    "shuffle", "resume_from_checkpoint", "optimizer_in_bwd", "compile", "enable_activation_checkpointing",
-    "enable_activation_offloading", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "log_peak_memory_stats",
-    "write_report", "enable_async_checkpointing",
-)  # fmt: skip
-_COUNTS = ("batch_size", "epochs", "gradient_accumulation_steps", "tensor_parallel_dim", "log_every_n_steps")
-_COUNTS_OR_NULL = (
-    "max_steps_per_epoch", "save_every_n_steps", "keep_last_n_checkpoints", "run_val_every_n_steps", "batch_size_val",
-    "track_selection_every_n_steps",
-)  # fmt: skip
-_CHOICES = {"dtype": ("bf16", "fp32"), "on_nonfinite": ("error", "skip")}
-_CHOICES_OR_NULL = {
-    "ac_mode": ("full", "selective"),
-    "cudnn_deterministic_mode": ("default", "warn", "error", 0, 1, 2),
-}
-
-# What a component is called with besides the config's keys: number of positional arguments, and names.
-_GIVEN = {
-    "tokenizer": (0, ()),
-    "dataset": (1, ()),
-    "dataset_val": (1, ()),
-    "optimizer": (1, ()),
-    "lr_scheduler": (1, ("num_training_steps", "last_epoch")),
-    "loss": (0, ()),
-    "metric_logger": (0, ()),
-    "model": (0, ()),
-    "checkpointer": (0, ("should_load_recipe_state",)),
-    "ref_checkpointer": (0, ("should_load_recipe_state",)),
-    "evaluation": (1, ()),
-    "tensor_parallel_plan": (0, ()),
-}
 
 
 def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
@@ -139,12 +76,12 @@ def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: boo
     _check_interpolations(cfg)
     _check_top_level_keys(cfg, own_keys)
     _check_values(cfg)
-    for section, given in _GIVEN.items():
-        value = cfg.get(section, None)
+    for key in KEYS.values():
+        value = cfg.get(key.name, None)
         for i, part in enumerate(value if isinstance(value, ListConfig) else [value]):
-            name = f"{section}[{i}]" if isinstance(value, ListConfig) else section
-            if part is not None:
-                check_component(name, part, *given, only_known=only_known)
+            if part is not None and key.gives is not None:
+                name = f"{key.name}[{i}]" if isinstance(value, ListConfig) else key.name
+                check_component(name, part, **key.gives, only_known=only_known)
     _check_combinations(cfg)
 
 
@@ -190,32 +127,34 @@ def _check_interpolations(cfg: DictConfig) -> None:
 
 
 def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
-    for key in _REQUIRED:
-        if key not in cfg:
-            raise UserError(f"{key} is missing in the config: `tune cat quickstart` shows a complete one")
-        if key in _GIVEN and cfg[key] is None:
-            raise UserError(f"{key} is null, but every run needs this section: `tune cat quickstart` has one")
-    known = (*KEYS, *own_keys)
+    for name, key in KEYS.items():
+        if key.needed and "." not in name and name not in cfg:
+            raise UserError(f"{name} is missing in the config: `tune cat quickstart` shows a complete one")
+        if _is_needed_section(name) and cfg[name] is None:
+            raise UserError(f"{name} is null, but every run needs this section: `tune cat quickstart` has one")
+    known = [*(name for name, key in KEYS.items() if "." not in name and not key.recipe), *own_keys]
     raw = OmegaConf.to_yaml(cfg)
-    for key, value in cfg.items():
-        if key in known or refers_to(raw, str(key)):  # a key that others refer to is a user's variable
+    for name, value in cfg.items():
+        if name in known or refers_to(raw, str(name)):  # a key that others refer to is a user's variable
             continue
-        if key == "ref_checkpointer" and value is not None:
-            raise UserError(f"{key} is no key of this recipe: tune run gmt_full_dpo is the one for this config")
-        right = _meant_key(str(key), known, cfg)
-        is_new = cfg._get_flag(f"{_IS_NEW}{key}")
-        if is_new or not _is_plain(value) or right in known and not _may_be_variable(str(key), right):
+        if name in KEYS and value is not None:
+            raise UserError(f"{name} is no key of this recipe: tune run {KEYS[name].recipe} is the one for this config")
+        right = _meant_key(str(name), known, cfg)
+        is_new = cfg._get_flag(f"{_IS_NEW}{name}")
+        # Where the right key is a section that every config has, that section itself is there
+        may_be_variable = str(name).endswith(_VARIABLE_ENDS) or _is_needed_section(right)
+        if is_new or not _is_plain(value) or right in known and not may_be_variable:
             where = " on the command line" if is_new else ""
-            hint = f"did you mean {right}?" if right is not None else nearest(str(key), known)
-            raise UserError(f"{key} ({value!r}){where} is no key of this recipe: {hint}")
+            hint = f"did you mean {right}?" if right is not None else did_you_mean(str(name), known)
+            raise UserError(f"{name} ({value!r}){where} is no key of this recipe: {hint}")
         if value is not None and os.environ.get("RANK", "0") == "0":
             hint = "." if right is None or right in known else f": did you mean {right}?"
-            log.warning(f"{key} has no effect: it is no key of this recipe, and no value refers to it{hint}")
+            log.warning(f"{name} has no effect: it is no key of this recipe, and no value refers to it{hint}")
 
 
-def _may_be_variable(key: str, right: str) -> bool:
-    """Whether a plain value with a name like that of a known key may be a variable of the user's all the same."""
-    return key.endswith(_VARIABLE_ENDS) or right in _GIVEN and right in _REQUIRED  # the section itself is there
+def _is_needed_section(name: str | None) -> bool:
+    key = KEYS.get(name or "")
+    return key is not None and key.needed and key.gives is not None
 
 
 def mark_new(cfg: DictConfig, keys: Sequence[str]) -> None:
@@ -225,12 +164,25 @@ def mark_new(cfg: DictConfig, keys: Sequence[str]) -> None:
 
 def _meant_key(key: str, known: Sequence[str], cfg: DictConfig) -> str | None:
     """The known key, or the key of a section, that a top-level key may be meant to be; None if it is like none."""
-    if key in _SYNONYMS:
-        return _SYNONYMS[key]
+    for entry in KEYS.values():
+        if key in entry.synonyms:
+            return entry.name
     inner = {str(name): section for section in cfg if OmegaConf.is_dict(cfg[section]) for name in cfg[section]}
-    right = None if key in inner else meant(key, known)
-    in_section = meant(key, list(inner)) if right is None else None
+    right = None if key in inner else _meant(key, known)
+    in_section = _meant(key, list(inner)) if right is None else None
     return right if in_section is None else f"{inner[in_section]}.{in_section}"
+
+
+def _meant(key: str, known: Sequence[str]) -> str | None:
+    """The known key that another has words of in its order, cut short or not, or is like; None if it is like none."""
+    words = key.lower().split("_")
+    in_part = [name for name in known if len(words) > 1 and _in_order(words, name.split("_"))]
+    return next(iter(in_part + get_close_matches(key.lower(), known, n=1, cutoff=0.7)), None)
+
+
+def _in_order(words: Sequence[str], others: Sequence[str]) -> bool:
+    rest = iter(others)
+    return all(any(other.startswith(word) for other in rest) for word in words)
 
 
 def refers_to(raw: str, key: str) -> bool:
@@ -244,37 +196,11 @@ def _is_plain(value: object) -> bool:
 
 
 def _check_values(cfg: DictConfig) -> None:
-    for key in _BOOLS:
-        if not isinstance(cfg.get(key, False), (bool, type(None))):
-            raise UserError(f"{key} must be True or False, got {cfg.get(key)!r}")
-    for key in _COUNTS:
-        _check_count(key, cfg.get(key, 1))
-    for key in _COUNTS_OR_NULL:
-        if cfg.get(key, None) is not None:
-            _check_count(key, cfg.get(key), " or null")
-    for key, choices in _CHOICES.items():
-        if cfg.get(key, choices[0]) not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, got {cfg.get(key)!r}")
-    for key, choices in _CHOICES_OR_NULL.items():
-        if cfg.get(key, None) not in (None, *choices):
-            raise UserError(f"{key} must be one of {', '.join(map(str, choices))}, or null, got {cfg.get(key)!r}")
-    clip = cfg.get("clip_grad_norm", None)
-    if clip is not None and not (is_number(clip) and clip > 0) and clip != "inf":
-        raise UserError(f"clip_grad_norm must be a positive number, 'inf' to only log the norm, or null, got {clip!r}")
-    if cfg.seed is not None and (
-        isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32
-    ):
-        raise UserError(
-            f"seed must be a whole number from 0 to {2**32 - 1}, or null for a random one, got {cfg.seed!r}"
-        )
-    kind, _, index = str(cfg.device).partition(":")
-    if kind not in ("cpu", "cuda", "xpu", "npu") or (index and not index.isdigit()):
-        raise UserError(f"device must be cuda, cpu, xpu or npu, got {cfg.device!r}")
-
-
-def _check_count(key: str, value: object, or_null: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} must be {_WHOLE}{or_null}, got {value!r}")
+    for key in KEYS.values():
+        section, _, name = key.name.rpartition(".")
+        holder = cfg.get(section, None) if section else cfg
+        if OmegaConf.is_dict(holder) and name in holder and not key.takes.allows(holder[name]):
+            raise UserError(f"{key.name} must be {key.takes.words}, got {holder[name]!r}")
 
 
 def _check_combinations(cfg: DictConfig) -> None:

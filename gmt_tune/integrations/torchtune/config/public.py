@@ -22,8 +22,12 @@ def public_config(cfg: DictConfig) -> dict:
 
     A number or a truth value is written also where it comes from the environment.
     """
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    return without_secrets(_numbers_of(resolved, _named(cfg)))
+    named = _named(cfg)
+    resolved = leaves(OmegaConf.to_container(cfg, resolve=True))
+    for key, leaf in leaves(named).items():
+        if key in resolved and not isinstance(resolved[key].value, str):
+            leaf.value = resolved[key].value
+    return without_secrets(named)
 
 
 def environment_checks(cfg: DictConfig) -> dict[str, str]:
@@ -49,8 +53,12 @@ class Leaf:
 
     @property
     def value(self):
-        """The value."""
+        """The value, which can be set."""
         return self.holder[self.name]
+
+    @value.setter
+    def value(self, value) -> None:
+        self.holder[self.name] = value
 
 
 def leaves(config, prefix: str = "") -> dict[str, Leaf]:
@@ -68,9 +76,11 @@ def leaves(config, prefix: str = "") -> dict[str, Leaf]:
 
 def config_to_log(cfg: DictConfig) -> DictConfig:
     """:func:`public_config` for torchtune's own loggers, which resolve a config and save it in its ``output_dir``."""
-    public = OmegaConf.create(_escaped(public_config(cfg)))
-    public.output_dir = cfg.output_dir
-    return public
+    public = public_config(cfg)
+    for leaf in leaves(public).values():
+        if isinstance(leaf.value, str):
+            leaf.value = leaf.value.replace("${", "\\${")
+    return OmegaConf.create({**public, "output_dir": cfg.output_dir})
 
 
 def without_secrets_of(cfg: DictConfig, text: str) -> str:
@@ -83,11 +93,7 @@ def without_secrets_of(cfg: DictConfig, text: str) -> str:
 
 
 class PublicConfigLogger:
-    """A metric logger that is given the config without its secrets; all else is the logger's own.
-
-    Args:
-        logger: one of torchtune's, or of that kind.
-    """
+    """A metric logger, as torchtune's are, that is given the config without its secrets."""
 
     def __init__(self, logger) -> None:
         self._logger = logger
@@ -140,25 +146,8 @@ def _container(node: DictConfig | ListConfig):
     return plain
 
 
-def _numbers_of(resolved, named):
-    """``named``, with the numbers, truth values and nulls of ``resolved``, which has the same keys."""
-    if isinstance(resolved, dict) and isinstance(named, dict):
-        return {key: _numbers_of(resolved.get(key), value) for key, value in named.items()}
-    if isinstance(resolved, list) and isinstance(named, list) and len(resolved) == len(named):
-        return [_numbers_of(*pair) for pair in zip(resolved, named, strict=True)]
-    return named if isinstance(resolved, (str, dict, list)) else resolved
-
-
 def _is_left_out(key: str, leaf: Leaf) -> bool:
     if not isinstance(leaf.value, str):
         return False
     name = re.sub(r"\[\d+\]", "", key).rpartition(".")[2]
     return "${oc.env:" in leaf.value or leaf.value == HIDDEN and not is_credential(name)
-
-
-def _escaped(value):
-    if isinstance(value, dict):
-        return {key: _escaped(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_escaped(part) for part in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -6,8 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 
 # What torchtune's loggers import when they are made, by the logger's name.
 _PACKAGES_OF_LOGGERS = {
@@ -29,25 +28,16 @@ _PACKAGES_OF_LOGGERS = {
 # Packages whose modules do nothing but define things when they are imported.
 _KNOWN_PACKAGES = ("torch", "torchao", "torchtune", "gmt_tune")
 
-# What is raised by a component that was given a value of a wrong kind or out of its range.
-_OF_WRONG_VALUES = (TypeError, ValueError, IndexError, KeyError, AttributeError)
-
 
 def check_component(
-    name: str, cfg: DictConfig, positional: int, keywords: Sequence[str], *, only_known: bool = False
+    name: str, cfg: DictConfig, positional: int = 0, names: Sequence[str] = (), *, only_known: bool = False
 ) -> None:
     """Check that a section's component can be imported and takes the section's keys.
 
     Args:
-        name: of the section, for messages.
-        cfg: the section.
-        positional: how many arguments the recipe gives by position.
-        keywords: what else it gives, by name.
-        only_known: leave components of other packages than torch, torchao, torchtune and gmt_tune alone, which are
-            imported otherwise.
-
-    Raises:
-        UserError: if not.
+        name, cfg: of the section.
+        positional, names: how many arguments the recipe gives by position, and which by name.
+        only_known: import no component of a package that we do not know, and leave its section unchecked.
     """
     path = component_path(name, cfg)
     if only_known and not is_known_package(path):
@@ -59,13 +49,13 @@ def check_component(
         return
     parameters = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        names = list(parameters)[positional:]
+        known = list(parameters)[positional:]
         for key in cfg:
-            if key != "_component_" and key not in names:
-                raise UserError(f"{name}.{key} ({cfg[key]!r}) is no key of {path}: {nearest(str(key), names)}")
+            if key != "_component_" and key not in known:
+                raise UserError(f"{name}.{key} ({cfg[key]!r}) is no key of {path}: {did_you_mean(str(key), known)}")
     try:
-        given = {key: None for key in cfg if key != "_component_"} | dict.fromkeys(keywords)
-        given = {k: v for k, v in given.items() if k in parameters or k not in keywords}
+        given = {key: None for key in cfg if key != "_component_"}
+        given |= {key: None for key in names if key in parameters}
         signature.bind(*[None] * positional, **given)
     except TypeError as error:
         raise UserError(f"{name} ({path}): {error}") from None
@@ -111,22 +101,21 @@ def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None
     Raises:
         UserError: with what they say.
     """
-    lr = cfg_optimizer.get("lr", None)
-    if lr is not None and not (is_number(lr) and lr >= 0):
-        raise UserError(f"optimizer.lr must be a number from 0 on, such as 2e-5, got {lr!r}")
-    try:
-        optimizer = config.instantiate(cfg_optimizer, [nn.Parameter(torch.zeros(2, 2))])
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    except _OF_WRONG_VALUES as error:
-        raise UserError(f"optimizer ({_written(cfg_optimizer)}) cannot be made: {one_line(error)}") from None
+    optimizer = _make("optimizer", cfg_optimizer, [nn.Parameter(torch.zeros(2, 2))])
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(f"optimizer ({cfg_optimizer._component_}) needs a closure, which no recipe gives: take another")
-    if cfg_lr_scheduler is None:
-        return
+    if cfg_lr_scheduler is not None:
+        _make("lr_scheduler", cfg_lr_scheduler, optimizer, num_training_steps=10, last_epoch=-1)
+
+
+def _make(name: str, section: DictConfig, *args, **kwargs):
     try:
-        config.instantiate(cfg_lr_scheduler, optimizer, num_training_steps=10, last_epoch=-1)
-    except _OF_WRONG_VALUES as error:
-        raise UserError(f"lr_scheduler ({_written(cfg_lr_scheduler)}) cannot be made: {one_line(error)}") from None
+        return config.instantiate(section, *args, **kwargs)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:  # of a wrong kind, or out of range
+        values = [f"{key}: {value}" for key, value in OmegaConf.to_container(section).items() if key != "_component_"]
+        written = ", ".join([section._component_, *values])
+        raise UserError(f"{name} ({written}) cannot be made: {one_line(error)}") from None
 
 
 def check_metric_logger(cfg_logger: DictConfig) -> None:
@@ -138,33 +127,3 @@ def check_metric_logger(cfg_logger: DictConfig) -> None:
             f"metric_logger._component_ {name} needs the package {package}: pip install {package}, or take "
             "torchtune.training.metric_logging.DiskLogger"
         )
-
-
-def _written(section: DictConfig) -> str:
-    """A section as its user wrote it."""
-    values = [f"{key}: {value}" for key, value in OmegaConf.to_container(section).items() if key != "_component_"]
-    return ", ".join([section._component_, *values])
-
-
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """What a wrong key may have meant, or else which keys there are."""
-    known = sorted(known)
-    match = get_close_matches(key, known, n=1)
-    return f"did you mean {match[0]}?" if match else f"it takes {', '.join(known) or 'none'}"
-
-
-def meant(key: str, known: Sequence[str]) -> str | None:
-    """The known key that another has words of in its order, cut short or not, or is like; None if it is like none."""
-    words = key.lower().split("_")
-    in_part = [name for name in known if len(words) > 1 and _in_order(words, name.split("_"))]
-    return next(iter(in_part + get_close_matches(key.lower(), known, n=1, cutoff=0.7)), None)
-
-
-def _in_order(words: Sequence[str], others: Sequence[str]) -> bool:
-    rest = iter(others)
-    return all(any(other.startswith(word) for other in rest) for word in words)
