@@ -41,14 +41,14 @@ class TorchtuneFinder:
     def find_spec(self, fullname, path=None, target=None):
         if fullname.startswith("torchao.") and not self._sees_torchao:
             self._sees_torchao = True
-            from gmt_tune.integrations.torchtune.versions import check_before_torchao
+            from gmt_tune.integrations.torchtune.plugin.versions import check_before_torchao
 
             check_before_torchao()
         if not fullname.startswith("torchtune."):
             return None
         if not self._sees_torchtune:
             self._sees_torchtune = True
-            from gmt_tune.integrations.torchtune.versions import make_torchtune_importable
+            from gmt_tune.integrations.torchtune.plugin.versions import make_torchtune_importable
 
             make_torchtune_importable()
         if fullname != "torchtune._recipe_registry":
@@ -60,7 +60,7 @@ class TorchtuneFinder:
 
 
 def _register(registry) -> None:
-    from gmt_tune.integrations.torchtune.registry import register_recipes
+    from gmt_tune.integrations.torchtune.plugin.registry import register_recipes
 
     register_recipes(registry)
 

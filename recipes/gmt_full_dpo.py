@@ -10,15 +10,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config, rlhf, training
 
-from gmt_tune.integrations.torchtune.entry import parse, run_recipe
-from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
-from gmt_tune.integrations.torchtune.preference import (
+from gmt_tune.integrations.torchtune.plugin.entry import parse, run_recipe
+from gmt_tune.integrations.torchtune.public_config import config_to_log
+from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
+from gmt_tune.integrations.torchtune.run.preference import (
     OWN_KEYS,
     PreferenceValidation,
     check_preference_config,
     check_preference_row,
 )
-from gmt_tune.integrations.torchtune.public_config import config_to_log
 
 
 class PairLogProbs(NamedTuple):

@@ -17,8 +17,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from gmt_tune import GradientMask
-from gmt_tune.integrations.torchtune import config_check, preference
-from gmt_tune.integrations.torchtune.registry import config_paths
+from gmt_tune.integrations.torchtune import config_check
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths
+from gmt_tune.integrations.torchtune.run import preference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "config_reference.md"

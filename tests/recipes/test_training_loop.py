@@ -13,10 +13,10 @@ import torch
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank
-from gmt_tune.integrations.torchtune import entry
-from gmt_tune.integrations.torchtune.entry import StopRun
-from gmt_tune.integrations.torchtune.registry import recipe_path
-from gmt_tune.integrations.torchtune.signals import SIGNALS, StopSignal
+from gmt_tune.integrations.torchtune.plugin import entry
+from gmt_tune.integrations.torchtune.plugin.entry import StopRun
+from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
+from gmt_tune.integrations.torchtune.run.signals import SIGNALS, StopSignal
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 UNCHUNKED = {"_component_": "torch.nn.CrossEntropyLoss"}
@@ -340,7 +340,7 @@ def test_the_traceback_of_a_row_is_kept_in_a_file(tiny_config, tmp_path, capsys)
 
 
 def test_a_line_of_progress_that_does_not_fit_on_the_disk_is_left_out(monkeypatch):
-    from gmt_tune.integrations.torchtune.progress import Progress
+    from gmt_tune.integrations.torchtune.run.progress import Progress
 
     full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
     monkeypatch.setattr("sys.stdout", full)

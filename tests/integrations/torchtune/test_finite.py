@@ -2,7 +2,7 @@
 
 import torch
 
-from gmt_tune.integrations.torchtune.finite import _are_bad
+from gmt_tune.integrations.torchtune.run.finite import _are_bad
 
 
 def test_gradients_may_be_on_the_cpu_and_the_loss_on_a_gpu():

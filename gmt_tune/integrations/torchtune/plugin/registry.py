@@ -8,8 +8,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from gmt_tune.integrations.torchtune.torchrun import shorten_tracebacks
-from gmt_tune.integrations.torchtune.versions import check_torchtune_version, make_torchtune_importable
+from gmt_tune.integrations.torchtune.plugin.torchrun import shorten_tracebacks
+from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_version, make_torchtune_importable
 
 # Recipe name -> whether it runs under torchrun. Each is recipes/<name>.py.
 RECIPES = {"gmt_full_finetune": True, "gmt_full_dpo": True}
@@ -17,7 +17,7 @@ RECIPES = {"gmt_full_finetune": True, "gmt_full_dpo": True}
 
 def _folder(name: str) -> Path:
     """``recipes/`` or ``configs/``: inside the package when installed, at the root of a checkout otherwise."""
-    package = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parents[3]
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
@@ -47,7 +47,7 @@ def register_recipes(registry) -> None:
     if problem is not None:
         print(f"gmt-tune: {problem}", file=sys.stderr)
         return
-    from gmt_tune.integrations.torchtune.assets import register_resolver
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 
     register_resolver()
     if RECIPES.keys() & set(sys.argv):  # `tune run gmt_full_finetune`, perhaps under torchrun

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torchtune
 
-from gmt_tune.integrations.torchtune.versions import check_torchtune_version
+from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_version
 
 
 def load_base_recipe(name: str) -> ModuleType:
