@@ -32,7 +32,7 @@ def train_by():
     from omegaconf import OmegaConf
     from torchtune import training
 
-    from gmt_tune.integrations.torchtune.run.process_group import no_memory_stats_on_cpu
+    from gmt_tune.integrations.torchtune.process_group import no_memory_stats_on_cpu
 
     def train(recipe_class, config: dict):
         cfg = OmegaConf.create(config)
@@ -55,8 +55,8 @@ def train_by():
 @pytest.fixture(scope="session")
 def run_recipe(gmt_recipe, train_by):
     """Function that trains by a recipe's class: ours, or torchtune's "single_device" or "distributed"."""
+    from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous
     from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
-    from gmt_tune.integrations.torchtune.run.process_group import ensure_rendezvous
 
     def run(config: dict, base: str | None = None):
         if base is None:

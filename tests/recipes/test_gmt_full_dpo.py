@@ -107,8 +107,8 @@ def test_losses_and_weights_equal_torchtunes_recipe(
 
 def _torchtunes_recipe():
     """Its full_dpo_distributed, as its main function starts it, on one process of a backend that cannot average."""
+    from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous
     from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
-    from gmt_tune.integrations.torchtune.run.process_group import ensure_rendezvous
 
     class OnOneProcess(load_base_recipe("full_dpo_distributed").FullDPORecipeDistributed):
         def __init__(self, cfg):

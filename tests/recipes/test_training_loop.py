@@ -13,9 +13,9 @@ import torch
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank
-from gmt_tune.integrations.torchtune.plugin import entry
-from gmt_tune.integrations.torchtune.plugin.entry import StopRun
 from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
+from gmt_tune.integrations.torchtune.run import entry
+from gmt_tune.integrations.torchtune.run.entry import StopRun
 from gmt_tune.integrations.torchtune.run.signals import SIGNALS, StopSignal
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}

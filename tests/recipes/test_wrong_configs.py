@@ -16,7 +16,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.config_check import check_config, check_keys, check_machine
 from gmt_tune.integrations.torchtune.config_files import _check_data_files
 from gmt_tune.integrations.torchtune.config_reading import apply_overrides
-from gmt_tune.integrations.torchtune.run.optimizers import warn_of_long_warmup
+from gmt_tune.integrations.torchtune.run.schedule import warn_of_long_warmup
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 REMOVED = "(removed)"

@@ -21,7 +21,7 @@ from torchtune import config, training, utils
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import checkpoint_folder as folders
-from gmt_tune.integrations.torchtune import training_state
+from gmt_tune.integrations.torchtune import process_group, training_state
 from gmt_tune.integrations.torchtune.checkpoint_writer import (
     Mark,
     Writer,
@@ -33,7 +33,6 @@ from gmt_tune.integrations.torchtune.checkpoint_writer import (
 from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
 from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
 from gmt_tune.integrations.torchtune.public_config import check_of, environment_checks, leaves, public_config
-from gmt_tune.integrations.torchtune.run import process_group
 from gmt_tune.integrations.torchtune.run_inputs import inputs_in
 from gmt_tune.reporting.redaction import HIDDEN, without_secrets
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from gmt_tune.integrations.torchtune.run.process_group import ensure_rendezvous, leave, local_rank, waiting_longer
+from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous, leave, local_rank, waiting_longer
 
 # What a training leaves to chance, made certain: process 1 waits until process 0 has begun, so that by the end of the
 # collective gloo's thread holds the last reference to process 0's tensor, and is busy with it for a second. Something
@@ -18,7 +18,7 @@ SCRIPT = """
 import sys, threading, time
 import torch
 import torch.distributed as dist
-from gmt_tune.integrations.torchtune.run.process_group import leave
+from gmt_tune.integrations.torchtune.process_group import leave
 
 being_freed = threading.Event()
 
@@ -109,7 +109,7 @@ def test_the_end_of_another_process_is_seen_and_a_failed_one_ends_without_it(tmp
     script = """
 import os, signal, sys
 import torch.distributed as dist
-from gmt_tune.integrations.torchtune.run import process_group
+from gmt_tune.integrations.torchtune import process_group
 
 child = os.fork()
 rank = 0 if child else 1
@@ -153,7 +153,7 @@ def test_the_device_of_one_run_is_not_that_of_the_next_in_the_same_process(no_la
 def test_a_launcher_in_a_process_that_has_trained_by_itself_keeps_its_say(no_launcher, monkeypatch):
     ensure_rendezvous("1")
     check = (
-        "import os; from gmt_tune.integrations.torchtune.run.process_group import ensure_rendezvous, local_rank;"
+        "import os; from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous, local_rank;"
         "ensure_rendezvous(); print(os.environ['RANK'], os.environ['WORLD_SIZE'], local_rank())"
     )
     launched = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}

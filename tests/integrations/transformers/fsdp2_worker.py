@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from gmt_tune.integrations.torchtune.run.process_group import leave
+from gmt_tune.integrations.torchtune.process_group import leave
 from gmt_tune.integrations.transformers import GradientMaskCallback
 
 BATCH, STEPS, SAVE_STEPS = 4, 5, 3

@@ -21,20 +21,20 @@ from torchtune.training.lr_schedulers import get_lr
 
 from gmt_tune.data.rows import positions_in_words
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import training_state
+from gmt_tune.integrations.torchtune import process_group, training_state
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
-from gmt_tune.integrations.torchtune.plugin.entry import StopRun
 from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
-from gmt_tune.integrations.torchtune.run import data, process_group
+from gmt_tune.integrations.torchtune.run import data
 from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
+from gmt_tune.integrations.torchtune.run.entry import StopRun
 from gmt_tune.integrations.torchtune.run.finite import SteppedGradients, nonfinite_gradients
 from gmt_tune.integrations.torchtune.run.mask import (
     build_gradient_mask,
     register_gradient_mask,
     track_selection,
 )
-from gmt_tune.integrations.torchtune.run.optimizers import keep_tensor_lr, warn_of_long_warmup
 from gmt_tune.integrations.torchtune.run.progress import Progress
+from gmt_tune.integrations.torchtune.run.schedule import keep_tensor_lr, warn_of_long_warmup
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 from gmt_tune.reporting.mask_metrics import MaskMetrics

@@ -14,11 +14,11 @@ import torch
 from omegaconf import DictConfig
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank
+from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
 from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 from gmt_tune.integrations.torchtune.public_config import without_secrets_of
-from gmt_tune.integrations.torchtune.run import process_group
 
 # Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
