@@ -19,22 +19,10 @@ from gmt_tune.integrations.torchtune.config_check import check_config, check_mac
 from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 from gmt_tune.integrations.torchtune.public_config import without_secrets_of
+from gmt_tune.integrations.torchtune.run.signals import StopRun
 
 # Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
-
-
-class StopRun(Exception):
-    """The run was told to stop and has saved.
-
-    Args:
-        message: how to go on.
-        signal_number: of the signal that stopped it.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
@@ -24,27 +25,25 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import process_group, training_state
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
-from gmt_tune.integrations.torchtune.run import data
+from gmt_tune.integrations.torchtune.run import data, schedule
 from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
-from gmt_tune.integrations.torchtune.run.entry import StopRun
-from gmt_tune.integrations.torchtune.run.finite import SteppedGradients, nonfinite_gradients
-from gmt_tune.integrations.torchtune.run.mask import (
-    build_gradient_mask,
-    register_gradient_mask,
-    track_selection,
-)
+from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck
+from gmt_tune.integrations.torchtune.run.logs import RunLogs
+from gmt_tune.integrations.torchtune.run.mask import build_gradient_mask
+from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.progress import Progress
-from gmt_tune.integrations.torchtune.run.schedule import keep_tensor_lr, warn_of_long_warmup
-from gmt_tune.integrations.torchtune.run.signals import StopSignal
+from gmt_tune.integrations.torchtune.run.signals import StopRun, StopSignal
+from gmt_tune.integrations.torchtune.run.validation import Validation
 from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.report_at_end import report_at_end
 from gmt_tune.reporting.run_log import RunLog
+from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 FullFinetuneRecipeDistributed: Any = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
 
-# Saving and resuming is done by RunCheckpoints; torchtune's own knows only the ends of epochs.
-_NOT_TORCHTUNES = {"resume_from_checkpoint": False, "enable_async_checkpointing": False}
+# RunCheckpoints saves and resumes; torchtune's own code, which knows only the ends of epochs, must not.
+_WITHOUT_RESUMING = {"resume_from_checkpoint": False, "enable_async_checkpointing": False}
 
 log = utils.get_logger("INFO")
 
@@ -52,9 +51,9 @@ log = utils.get_logger("INFO")
 class MaskedRecipe(FullFinetuneRecipeDistributed):
     """Full training with a gradient mask, on one device or many, set up as torchtune's own recipe is.
 
-    A recipe gives ``train``, ``_setup_validation`` and ``_validate``, and is started with :meth:`run`. Its loop calls
-    :meth:`_begin_training`, for each epoch :meth:`_begin_epoch`, for each optimizer step :meth:`_reduce`,
-    :meth:`_check_finite`, :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
+    A recipe gives ``train`` and ``_validate``, and is started with :meth:`run`. Its loop calls :meth:`_begin_training`,
+    for each epoch :meth:`_epoch_batches`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
+    :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
 
     Args:
         cfg (DictConfig): OmegaConf object parsed from yaml file
@@ -67,25 +66,25 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         # torchtune compares the device with "cuda", and takes the index from LOCAL_RANK
         device, _, index = str(cfg.device).partition(":")
         process_group.ensure_rendezvous(index)
-        super().__init__(OmegaConf.merge(cfg, _NOT_TORCHTUNES, {"device": device}))
+        super().__init__(OmegaConf.merge(cfg, _WITHOUT_RESUMING, {"device": device}))
         if self._device.type == "cpu" or self.data_parallel_dim == 1:
             # On the CPU all is in the host's memory anyway; and where FSDP2 shards nothing, it brings nothing back
             self.fsdp_cpu_offload = False
         self._checkpoints = RunCheckpoints(cfg, self.rank, self.world_size)
         self._run_val_every_n_steps = cfg.get("run_val_every_n_steps", None)
-        self._on_nonfinite = cfg.get("on_nonfinite", "error")
+        self._skips_nonfinite = cfg.get("on_nonfinite", "error") == "skip"
         self._write_report = cfg.get("write_report", False)
         self._collate_fn = cfg.get("collate_fn", None) or self.default_collate_fn
         self._stop = StopSignal()
-        self._epoch = self._batches_done = self._skipped_steps = 0
-        self._further_steps = 0  # done in the epoch by another number of ranks, besides those that its batches count
+        self._must_stop: Tensor | int = 0  # above 0 if any rank was asked to stop
+        self._profiler = RunProfiler(None)
+        self._epoch = self._batches_done = 0
+        self._further_steps = 0  # steps of this epoch done before resuming, when the world size was different
+        # Those whose gradients the next optimizer step will apply: (epoch, number in it)
+        self._micro_batches: list[tuple[int, int]] = []
+        self._resumed_rng: dict | None = None
         self._validation_seconds = 0.0
         self._is_saved_as_final = False
-        self._resumed_rng: dict | None = None
-        # (epoch, number in it) of those whose gradients the next optimizer step will apply
-        self._micro_batches: list[tuple[int, int]] = []
-        self._is_profiling = self._is_recording_memory = self._has_logger_failed = False
-        self._first_step = 0  # of this process, which goes on behind a checkpoint's
 
     def run(self, cfg: DictConfig) -> None:
         """Set up and train. However that ends, what was opened is closed; the process group stays."""
@@ -113,9 +112,8 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         Args:
             has_failed: this rank ends by an error, and others may not come to where they would wait for it.
         """
-        if has_failed and self.world_size > 1 and self._is_profiling:
-            self._profiler.on_trace_ready = None  # torchtune's waits for all ranks
-        close = [self._stop.uninstall, self._stop_profiler]
+        self._profiler.writes_trace = not has_failed or self.world_size == 1
+        close = [self._stop.uninstall, self._profiler.stop]
         if self._is_rank_zero and hasattr(self, "_metric_logger"):
             close.append(self._metric_logger.close)
         close.append(self._checkpoints.close)
@@ -125,8 +123,14 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             except Exception as error:
                 log.warning(f"At the end of the run, {each.__qualname__} failed: {error}")
 
+    # ------------------------------------------------------------------ what a recipe defines
+
     def train(self) -> None:
         """The training loop."""
+        raise NotImplementedError
+
+    def _validate(self) -> dict[str, float]:
+        """Numbers of the held-out data, the same on all ranks, from ``self._validation``; with ``val_loss``."""
         raise NotImplementedError
 
     def _check_row(self, row: Mapping, key: str) -> None:
@@ -135,13 +139,7 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
     def _setup_reference(self, cfg: DictConfig) -> None:
         """Set up further models, which are not trained."""
 
-    def _setup_validation(self, dataset, *, batch_size: int, collate_fn):
-        """What :meth:`_validate` runs on held-out data."""
-        raise NotImplementedError
-
-    def _validate(self) -> dict[str, float]:
-        """Numbers of the held-out data, the same on all ranks; ``val_loss`` is one."""
-        raise NotImplementedError
+    # ------------------------------------------------------------------ set-up
 
     def setup(self, cfg: DictConfig) -> None:
         """Set up data, model, optimizer, loss and scheduler as torchtune does, then the mask; then resume."""
@@ -152,30 +150,45 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             len(self._dataset), cfg.batch_size, self.data_parallel_dim, self._gradient_accumulation_steps
         )
         held_out = self._build_dataset(cfg, "dataset_val") if cfg.get("dataset_val", None) is not None else None
-        given = cfg
+        original = cfg
         rows_of_a_step = cfg.batch_size * self.data_parallel_dim * self._gradient_accumulation_steps
         checkpointer = self._checkpoints.find(len(self._dataset), rows_of_a_step)
-        cfg = OmegaConf.merge(cfg, _NOT_TORCHTUNES, {"checkpointer": checkpointer})
+        cfg = OmegaConf.merge(cfg, _WITHOUT_RESUMING, {"checkpointer": checkpointer})
         self._checkpoint_client = CheckpointClient(cfg)
         super().setup(cfg)
-        # Not of `cfg`: a value that refers to the checkpointer's means the one that was given, also when resuming.
-        self._setup_reference(given)
+        # Use the original config: ${checkpointer...} must resolve to the user's folder, not to the resumed one
+        self._setup_reference(original)
 
         self._mask = build_gradient_mask(cfg.get("gradient_mask", None), self._model)
         # Before the mask: hooks act in the order in which they are registered
-        self._stepped = SteppedGradients(self._model, self._optimizers) if self._optimizer_in_bwd else None
+        self._finite = FiniteCheck(
+            self._model,
+            self._optimizers if self._optimizer_in_bwd else (),
+            skips=self._skips_nonfinite,
+            rows_of_step=lambda: data.rows_of_batches(self._dataloader, self._micro_batches),
+            in_words=partial(positions_in_words, self._dataset),
+            checkpoints=self._checkpoints,
+            max_seq_len=getattr(self._tokenizer, "max_seq_len", None),
+        )
+        self._selection_tracker = None
         if self._mask is not None:
             self._mask.error_if_nonfinite = False  # the loop checks loss and gradients over all ranks
-            register_gradient_mask(self._mask, self._optimizers)
-        self._selection_tracker = track_selection(
-            self._mask, self._optimizers, cfg.get("track_selection_every_n_steps", None)
-        )
-        self._mask_metrics = MaskMetrics(self._mask, self._selection_tracker) if self._mask is not None else None
+            for optimizer in self._optimizers:
+                self._mask.register(optimizer)
+            every = cfg.get("track_selection_every_n_steps", None)
+            if every is not None:
+                self._selection_tracker = SelectionTracker(self._mask, every)
+                for optimizer in self._optimizers:
+                    self._selection_tracker.register(optimizer)
         self._validation = None
         if held_out is not None:
-            batch_size = cfg.get("batch_size_val", None) or cfg.batch_size
-            self._validation = self._setup_validation(
-                held_out[0], batch_size=batch_size, collate_fn=self._build_collate(held_out[1])
+            dataset, packed = held_out
+            self._validation = Validation(
+                dataset,
+                batch_size=cfg.get("batch_size_val", None) or cfg.batch_size,
+                collate_fn=self._build_collate(packed),
+                rank=self.dp_rank,
+                world_size=self.dp_size,
             )
         self._evaluate = None
         if cfg.get("evaluation", None) is not None:
@@ -183,9 +196,12 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         if self._checkpoints.resumed is not None:
             self._resume(self._checkpoints.resumed)
         self._checkpoints.check_space(self._model, self._optimizers, self.total_epochs, self._steps_per_epoch)
+        self._logs = None
         if self._is_rank_zero:
-            self._run_log = RunLog(self._output_dir, public_config(cfg))
-            self._run_log.truncate_after(self.global_step)
+            run_log = RunLog(self._output_dir, public_config(cfg))
+            run_log.truncate_after(self.global_step)
+            metrics = MaskMetrics(self._mask, self._selection_tracker) if self._mask is not None else None
+            self._logs = RunLogs(self._metric_logger, run_log, metrics)
 
     @property
     def _metric_logger(self):
@@ -201,16 +217,19 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         self._check_row(dataset[0], key)
         return dataset, packed
 
+    def _build_collate(self, packed: bool):
+        return data.build_collate(self._collate_fn, packed, self._tokenizer.pad_id, self._loss_fn.ignore_index)
+
     def _setup_model(self, *args, **kwargs):
         drop_tied_output(kwargs["model_state_dict"], kwargs["cfg_model"])
         with process_group.no_memory_stats_on_cpu(self._device):
             return super()._setup_model(*args, **kwargs)
 
     def _setup_lr_scheduler(self, cfg_lr_scheduler, num_training_steps, last_epoch):
-        warn_of_long_warmup(cfg_lr_scheduler, num_training_steps)
+        schedule.warn_of_long_warmup(cfg_lr_scheduler, num_training_steps)
         lr_scheduler = super()._setup_lr_scheduler(cfg_lr_scheduler, num_training_steps, last_epoch)
         if lr_scheduler is not None and self._optimizer_in_bwd:
-            keep_tensor_lr(lr_scheduler, self._optimizers)
+            schedule.keep_tensor_lr(lr_scheduler, self._optimizers)
         return lr_scheduler
 
     def _setup_data(self, cfg_dataset, shuffle, batch_size, collate_fn, dataloader_state_dict=None):
@@ -225,8 +244,24 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             world_size=self.dp_size,
         )
 
-    def _build_collate(self, packed: bool):
-        return data.build_collate(self._collate_fn, packed, self._tokenizer.pad_id, self._loss_fn.ignore_index)
+    def _setup_profiler(self, cfg_profiler=None) -> RunProfiler:
+        profiler = super()._setup_profiler(cfg_profiler)
+        if self._is_rank_zero and self.profiler_profile_memory and self._device.type == "cuda":
+            first = self.profiler_wait_steps + self.profiler_warmup_steps
+            return RunProfiler(profiler, range(first, first + self.profiler_active_steps))
+        return RunProfiler(profiler)
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """The one optimizer, or with optimizer in backward, one for each parameter."""
+        if self._optimizer_in_bwd:
+            return list(self._optim_ckpt_wrapper.optim_map.values())
+        return [self._optimizer]
+
+    def _lr(self) -> float:
+        return get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer)
+
+    # ------------------------------------------------------------------ checkpoints
 
     def _resume(self, checkpoint) -> None:
         """Continue where a checkpoint was saved; its weights are loaded already."""
@@ -260,39 +295,30 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         steps = progress["samples"] // rows_of_a_step
         self._batches_done = steps * self._gradient_accumulation_steps
         self._further_steps = progress["steps_in_epoch"] - steps
-        self._skipped_steps = progress["skipped_steps"]
-        self._report_new_schedule(progress)
-
-    def _report_new_schedule(self, progress: Mapping) -> None:
-        """Say so where the learning rate's schedule is another than that of the run that saved the checkpoint."""
-        before = progress["total_epochs"] * progress["steps_per_epoch"]
-        now = self.total_epochs * self._steps_per_epoch
-        scheduler = self._lr_scheduler
-        if scheduler is None or before == now:
-            return
-        change = ""
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            # The checkpoint holds the rate of the next step, which still is that of the schedule before
-            next_rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch + 1)
-            change = f": it is {self._lr():.4g} at step {self.global_step + 1} and {next_rate:.4g} at the one after"
-        remedy = (
-            ". To keep the old course, set epochs as it was" if self.total_epochs != progress["total_epochs"] else ""
-        )
-        utils.log_rank_zero(
-            log,
-            f"lr_scheduler spreads the learning rate over {now} steps (epochs is {self.total_epochs}), and did over "
-            f"{before} (epochs was {progress['total_epochs']}){change}{remedy}.",
+        self._finite.skipped_steps = progress["skipped_steps"]
+        schedule.report_new_schedule(
+            self._lr_scheduler,
+            self.global_step + 1,
+            self._lr(),
+            epochs=(progress["total_epochs"], self.total_epochs),
+            steps=(
+                progress["total_epochs"] * progress["steps_per_epoch"],
+                self.total_epochs * self._steps_per_epoch,
+            ),
         )
 
-    def _lr(self) -> float:
-        return get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer)
+    def _save(self, *, ends_epoch: bool, ends_run: bool, val_loss: float | None) -> None:
+        """Save where it is due; complete what is being written before the run ends."""
+        if ends_epoch:
+            self._checkpoints.save(self, f"epoch_{self._epoch}", is_final=ends_run, val_loss=val_loss)
+        elif self._checkpoints.is_due(self.global_step) or self._must_stop:
+            self._checkpoints.save(self, f"step_{self.global_step}", val_loss=val_loss)
+        if ends_run or self._must_stop:
+            self._checkpoints.finish()
+            self._stop.is_saved = True
+        self._is_saved_as_final = ends_run
 
-    @property
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """The one optimizer, or with optimizer in backward, one for each parameter."""
-        if self._optimizer_in_bwd:
-            return list(self._optim_ckpt_wrapper.optim_map.values())
-        return [self._optimizer]
+    # ------------------------------------------------------------------ what a training loop calls
 
     def _begin_training(self) -> bool:
         """Get ready for the first step. False if there is none to do, since the run was resumed and is complete."""
@@ -306,54 +332,141 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self._profiler.start()
-        self._is_profiling, self._first_step = True, self.global_step
-        self._training_start = time.perf_counter()
+        self._training_start = self._step_start = time.perf_counter()
         return True
 
-    def _steps_of(self, batches: int) -> int:
-        """Optimizer steps of this epoch that are done after so many of its batches."""
-        return batches // self._gradient_accumulation_steps + self._further_steps
-
-    def _ends_epoch(self) -> bool:
-        accumulation = self._gradient_accumulation_steps
-        has_seen_all = self._batches_done // accumulation == len(self._dataloader) // accumulation
-        return has_seen_all or self._steps_of(self._batches_done) == self.max_steps_per_epoch
-
-    def _begin_epoch(self, epoch: int, first_batch: int) -> tuple[Progress, Iterator]:
-        """What shows the epoch's progress, and its batches from ``first_batch`` (counted in this epoch) on."""
-        if epoch != self._epoch:
-            self._epoch, self._further_steps = epoch, 0
-        steps_done = self._steps_of(first_batch)
-        progress = Progress(epoch + 1, self._steps_per_epoch, steps_done, self._log_every_n_steps, self._is_rank_zero)
-        self._dataloader.sampler.set_epoch(epoch)
-        batches = self._dataloader
-        if steps_done == self.max_steps_per_epoch:
-            batches = []  # the checkpoint was saved at the last step of this epoch
-        elif first_batch:
-            batches.sampler.load_state_dict({"yielded": first_batch * batches.batch_size})
-
-        iterator = iter(batches)
-        if self._resumed_rng is not None:
-            training_state.set_rng_state(self._resumed_rng, self._device)
-            self._resumed_rng = None
-        return progress, self._noted(iterator, epoch, first_batch)
-
-    def _noted(self, batches: Iterator, epoch: int, first_batch: int) -> Iterator:
-        """The batches as they are, noted as part of the next step.
+    def _epoch_batches(self, epoch: int) -> Iterator[tuple[Any, bool]]:
+        """The batches of an epoch that are to do, and whether each completes an optimizer step.
 
         An epoch's last ones may be too few for a step. As in torchtune's recipes, their gradients stay and are
         applied by the next epoch's first step.
         """
-        for number, batch in enumerate(batches, start=first_batch):
+        if epoch != self._epoch:
+            self._epoch, self._batches_done, self._further_steps = epoch, 0, 0
+        first, steps_done = self._batches_done, self._steps_done()
+        self._progress = Progress(
+            epoch + 1, self._steps_per_epoch, steps_done, self._log_every_n_steps, self._is_rank_zero
+        )
+        self._dataloader.sampler.set_epoch(epoch)
+        batches: Any = self._dataloader
+        if steps_done == self.max_steps_per_epoch:
+            batches = []  # the checkpoint was saved at the last step of this epoch
+        elif first:
+            batches.sampler.load_state_dict({"yielded": first * batches.batch_size})
+        batches = iter(batches)
+        if self._resumed_rng is not None:
+            training_state.set_rng_state(self._resumed_rng, self._device)
+            self._resumed_rng = None
+        for number, batch in enumerate(batches, start=first):
             self._micro_batches.append((epoch, number))
-            yield batch
+            self._batches_done = number + 1
+            yield batch, self._batches_done % self._gradient_accumulation_steps == 0
+            if self._steps_done() == self.max_steps_per_epoch:
+                break
+        self._progress.close()
+        self.epochs_run += 1
+
+    def _steps_done(self) -> int:
+        """Optimizer steps of this epoch that are done."""
+        return self._batches_done // self._gradient_accumulation_steps + self._further_steps
+
+    def _ends_epoch(self) -> bool:
+        accumulation = self._gradient_accumulation_steps
+        has_seen_all = self._batches_done // accumulation == len(self._dataloader) // accumulation
+        return has_seen_all or self._steps_done() == self.max_steps_per_epoch
+
+    def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+        """Token count (0-d) and numbers (any shape) summed over all ranks; all learn whether one is to stop."""
+        self._finite.note_loss(running)
+        counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
+        torch.distributed.all_reduce(counts)
+        torch.distributed.all_reduce(running)
+        self._must_stop = counts[1]
+        return counts[0], running
+
+    def _check_finite(self, loss: Tensor, num_tokens: Tensor) -> bool:
+        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree.
+
+        Args:
+            loss: of the step, summed or a mean; what :meth:`_reduce` gave.
+            num_tokens: what :meth:`_reduce` gave.
+        """
+        return self._finite.allows_step(self.global_step, loss, num_tokens)
+
+    def _clip_gradients(self) -> Tensor | None:
+        """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""
+        if self._clip_grad_norm is None:
+            return None
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=float(self._clip_grad_norm))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _log_step(
+        self, loss: float, num_tokens: int, grad_norm: Tensor | None, more: Mapping[str, float] | None = None
+    ) -> None:
+        """Show the optimizer step that was just done, and log it where that is due.
+
+        Args:
+            loss: of the step.
+            num_tokens: of the step, summed over all ranks.
+            grad_norm: before clipping, of all ranks; None where it was not measured.
+            more: further numbers to log, by name.
+        """
+        seconds = time.perf_counter() - self._step_start
+        # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
+        tokens_per_second = num_tokens / self.tensor_parallel_dim / seconds
+        # An accelerator still works on the mask when the host has gone on: its time is no share of the step's
+        mask_share = None
+        if self._mask is not None and self._device.type == "cpu":
+            mask_share = self._mask.seconds / seconds
+        self._progress.update(self.global_step, loss, tokens_per_second, mask_share)
+        if self._logs is None or self.global_step % self._log_every_n_steps != 0:
+            return
+        metrics = {
+            "loss": loss,
+            "lr": self._lr(),
+            "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
+            **(more or {}),
+        }
+        if self._log_peak_memory_stats:
+            metrics.update(training.get_memory_stats(device=self._device))
+        if grad_norm is not None:
+            metrics["grad_norm"] = grad_norm.item()
+        if self._skips_nonfinite:
+            metrics["skipped_steps"] = self._finite.skipped_steps
+        self._logs.log_step(self.global_step, metrics)
+
+    def _finish_step(self) -> None:
+        """Validate and save where it is due; leave if the run is to stop."""
+        self._finite.check_after_backward(self.global_step)
+        self._micro_batches.clear()
+        ends_epoch = self._ends_epoch()
+        ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
+        val_loss = None
+        every = self._run_val_every_n_steps
+        if self._validation is not None and (ends_run or (every and self.global_step % every == 0)):
+            start = time.perf_counter()
+            numbers = self._validate()
+            val_loss = numbers["val_loss"]
+            self._validation_seconds += time.perf_counter() - start
+            self._progress.show_validation(val_loss)
+            if self._logs is not None:
+                self._logs.log(self.global_step, numbers)
+        self._save(ends_epoch=ends_epoch, ends_run=ends_run, val_loss=val_loss)
+        if self._must_stop and not ends_run:
+            raise StopRun(
+                f"Stopped after step {self.global_step} and saved {self._checkpoints.last_saved}. "
+                "To go on, run the same command with resume_from_checkpoint=True.",
+                self._stop.received or 15,
+            )
+        self._step_start = time.perf_counter()
+        self._profiler.step()
 
     def _end_training(self) -> None:
         """Say how long it took and where the model is; evaluate it."""
         if not self._is_saved_as_final:  # resumed on more ranks, a step of which the rest of the data does not fill
             self._checkpoints.save(self, f"epoch_{self._epoch}", is_final=True)
             self._checkpoints.finish()
-        self._stop_profiler()
+        self._profiler.stop()
         self._stop.uninstall()
         seconds = time.perf_counter() - self._training_start
         saving, validating = self._checkpoints.seconds, self._validation_seconds
@@ -368,215 +481,11 @@ class MaskedRecipe(FullFinetuneRecipeDistributed):
             report = report_at_end(self._output_dir)
         utils.log_rank_zero(log, f"The model is in {self._checkpoints.last_saved}; {report}")
 
-    def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token count (0-d) and numbers (any shape) summed over all ranks, and whether any was told to stop."""
-        self._is_finite_here = torch.isfinite(running).all()  # for a message that names the rows
-        counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
-        torch.distributed.all_reduce(counts)
-        torch.distributed.all_reduce(running)
-        self._tokens_of_step = counts[0]
-        return counts[0], running, counts[1]
-
-    def _check_finite(self, model: nn.Module | None, loss: Tensor, idx: int | None = None) -> bool:
-        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree.
-
-        Args:
-            model: with its gradients; None where there are none yet.
-            loss: of the step, summed or a mean; what :meth:`_reduce` gave.
-            idx: unused; users' copies of the first recipes pass it.
-        """
-        loss = loss / self._tokens_of_step  # the mean over no token is NaN
-        if model is not None:
-            bad = nonfinite_gradients(model, loss)
-        else:
-            bad = None if torch.isfinite(loss).item() else []
-        if bad is None:
-            return True
-        is_empty = not bad and self._tokens_of_step.item() == 0
-        rows = self._rows_of_step(all_ranks=is_empty)
-        if is_empty:
-            where = f"no token of step {self.global_step + 1} is in the loss, {rows}"
-        else:
-            where = f"{_what_is_not_finite(bad, self.global_step + 1)}, {rows}"
-        if self._on_nonfinite == "skip":
-            self._skipped_steps += 1
-            utils.log_rank_zero(log, f"Left out a step: {where}.")
-            return False
-        if is_empty:
-            length = getattr(self._tokenizer, "max_seq_len", None)
-            raise UserError(
-                f"{where}: no answer is left of these rows with tokenizer.max_seq_len {length}: raise it, or delete "
-                f"these rows; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
-            )
-        skip = "" if self._optimizer_in_bwd else ", or set on_nonfinite: skip"
-        self._end_for_nonfinite(f"{where}; no weight was changed by it", skip)
-
-    def _check_stepped(self) -> None:
-        """Optimizer in backward: raise if the step that was just done met a gradient that is not finite."""
-        bad = self._stepped.nonfinite() if self._stepped is not None else None
-        if bad is not None:
-            where = f"{_what_is_not_finite(bad, self.global_step)}, {self._rows_of_step()}"
-            self._end_for_nonfinite(f"{where}; weights have changed by it in backward, and are not saved")
-
-    def _rows_of_step(self, all_ranks: bool = False) -> str:
-        """The rows of the step at hand, in words; all ranks call it.
-
-        Args:
-            all_ranks: also those of ranks whose loss is finite where that of others is not.
-        """
-        own = data.rows_of_batches(self._dataloader, self._micro_batches)
-        of_all: list = [None] * self.world_size
-        torch.distributed.all_gather_object(of_all, (own, bool(self._is_finite_here)))
-        # Reduction has mixed the gradients of all ranks: only a loss tells whose rows they were
-        suspects = [rows for rows, is_finite in of_all if not is_finite and not all_ranks]
-        rows = sorted({row for rows in suspects or [rows for rows, _ in of_all] for row in rows})
-        return positions_in_words(self._dataset, rows)
-
-    def _end_for_nonfinite(self, what: str, remedy: str = "") -> NoReturn:
-        self._checkpoints.finish()
-        raise UserError(
-            f"{what}. Lower the learning rate, set clip_grad_norm, look at these rows{remedy}; "
-            f"the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
-        )
-
-    def _clip_gradients(self) -> Tensor | None:
-        """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""
-        if self._clip_grad_norm is None:
-            return None
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=float(self._clip_grad_norm))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _log_step(
-        self,
-        progress: Progress,
-        loss: float,
-        num_tokens: int,
-        seconds: float,
-        grad_norm: Tensor | None,
-        more: Mapping[str, float] | None = None,
-    ) -> None:
-        """Show the optimizer step that was just done, and log it where that is due.
-
-        Args:
-            progress: of the epoch.
-            loss: of the step.
-            num_tokens: of the step, summed over all ranks.
-            seconds: that the step took.
-            grad_norm: before clipping, of all ranks; None where it was not measured.
-            more: further numbers to log, by name.
-        """
-        # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
-        tokens_per_second = num_tokens / self.tensor_parallel_dim / seconds
-        # An accelerator still works on the mask when the host has gone on: its time is no share of the step's
-        mask_share = None
-        if self._mask is not None and self._device.type == "cpu":
-            mask_share = self._mask.seconds / seconds
-        progress.update(self.global_step, loss, tokens_per_second, mask_share)
-        if not self._is_rank_zero or self.global_step % self._log_every_n_steps != 0:
-            return
-        metrics = {
-            "loss": loss,
-            "lr": self._lr(),
-            "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
-            **(more or {}),
-        }
-        if self._log_peak_memory_stats:
-            metrics.update(training.get_memory_stats(device=self._device))
-        if grad_norm is not None:
-            metrics["grad_norm"] = grad_norm.item()
-        if self._on_nonfinite == "skip":
-            metrics["skipped_steps"] = self._skipped_steps
-        by_group = {}
-        if self._mask_metrics is not None:
-            metrics.update(self._mask_metrics.totals())
-            detail = self._run_log.log_mask(self.global_step, self._mask_metrics.detail)
-            by_group = self._mask_metrics.by_group(detail)
-        self._log(metrics, by_group)
-
-    def _finish_step(self, progress: Progress, must_stop: Tensor) -> None:
-        """Validate and save where it is due; leave if the run was told to stop."""
-        self._check_stepped()
-        self._micro_batches.clear()
-        ends_epoch = self._ends_epoch()
-        ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
-        val_loss = None
-        every = self._run_val_every_n_steps
-        if self._validation is not None and (ends_run or (every and self.global_step % every == 0)):
-            start = time.perf_counter()
-            numbers = self._validate()
-            val_loss = numbers["val_loss"]
-            self._validation_seconds += time.perf_counter() - start
-            progress.show_validation(val_loss)
-            self._log(numbers)
-        if ends_epoch:
-            self._checkpoints.save(self, f"epoch_{self._epoch}", is_final=ends_run, val_loss=val_loss)
-        elif self._checkpoints.is_due(self.global_step) or must_stop:
-            self._checkpoints.save(self, f"step_{self.global_step}", val_loss=val_loss)
-        if ends_run or must_stop:
-            self._checkpoints.finish()
-            self._stop.is_saved = True
-        self._is_saved_as_final = ends_run
-        if must_stop and not ends_run:
-            raise StopRun(
-                f"Stopped after step {self.global_step} and saved {self._checkpoints.last_saved}. "
-                "To go on, run the same command with resume_from_checkpoint=True.",
-                self._stop.received or 15,
-            )
-
-    def _log(self, metrics: Mapping[str, float], by_group: Mapping[str, float] | None = None) -> None:
-        """Numbers of this step, for the config's metric logger and for ``gmt-tune report``.
-
-        Args:
-            metrics: name to number.
-            by_group: the mask's numbers by module and layer, for the metric logger alone: the report has them by
-                parameter.
-        """
-        if not self._is_rank_zero:
-            return
-        try:
-            self._metric_logger.log_dict({**metrics, **(by_group or {})}, step=self.global_step)
-        except OSError as error:  # such as a full disk, which somebody may make room on before the next checkpoint
-            if not self._has_logger_failed:
-                log.warning(f"metric_logger cannot write ({error}): training goes on, and numbers may be missing.")
-            self._has_logger_failed = True
-        self._run_log.log(self.global_step, metrics)
-
     def _run_evaluation(self, when: str) -> None:
         if self._evaluate is None:
             return
         results = self._evaluate(self._model)
-        if self._is_rank_zero:
+        if self._logs is not None:
             for name, value in results.items():
                 print(f"{name} {when}: {value:.4g}", flush=True)
-        self._log({f"{name}_{when}": value for name, value in results.items()})
-
-    def _record_memory_history(self, idx: int | None = None) -> None:
-        """Record CUDA allocations while the profiler's first active steps last; call it before each micro-batch.
-
-        Args:
-            idx: unused; users' copies of the first recipes pass it.
-        """
-        if not (self._is_rank_zero and self.profiler_profile_memory and self._device.type == "cuda"):
-            return
-        steps = self.global_step - self._first_step - self.profiler_wait_steps - self.profiler_warmup_steps
-        self._set_memory_history(0 <= steps < self.profiler_active_steps)
-
-    def _stop_memory_history(self, idx: int) -> None:
-        """Do nothing, for users' copies of the first recipes; :meth:`_record_memory_history` stops by itself."""
-
-    def _set_memory_history(self, is_on: bool) -> None:
-        if is_on != self._is_recording_memory:
-            torch.cuda.memory._record_memory_history(enabled="all" if is_on else None)
-            self._is_recording_memory = is_on
-
-    def _stop_profiler(self) -> None:
-        if self._is_profiling:
-            self._is_profiling = False
-            self._set_memory_history(False)
-            self._profiler.stop()
-
-
-def _what_is_not_finite(bad: list[str], step: int) -> str:
-    more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-    what = f"the gradient of '{bad[0]}'{more}" if bad else "the loss"
-    return f"{what} holds NaN or infinity at step {step}"
+            self._logs.log(self.global_step, {f"{name}_{when}": value for name, value in results.items()})

@@ -1,16 +1,11 @@
-"""What training on pairs of answers needs besides: its own keys of a config, and numbers of held-out pairs."""
+"""What training on pairs of answers needs besides: its own keys of a config, and rows that are pairs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-import torch.distributed as dist
 from omegaconf import DictConfig, ListConfig
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchtune import config
 
 from gmt_tune.errors import UserError
@@ -68,48 +63,3 @@ def check_preference_row(row: object, key: str) -> None:
             f"{key} gives rows without {', '.join(missing)}: it must be a data set of preferences, such as "
             "torchtune.datasets.preference_dataset"
         )
-
-
-class PreferenceValidation:
-    """Means over held-out pairs, each counted once whatever the number of ranks.
-
-    Args:
-        dataset: rows as ``torchtune.datasets.preference_dataset`` gives them.
-        batch_size: pairs per forward pass on each rank.
-        collate_fn: makes a batch of rows.
-        rank, world_size: of the data-parallel group.
-    """
-
-    def __init__(self, dataset, *, batch_size: int, collate_fn, rank: int, world_size: int) -> None:
-        # Sharded models need all ranks in each forward pass: the last row is repeated where one has too few.
-        last, each = len(dataset) - 1, -(-len(dataset) // world_size)
-        share = Subset(dataset, [min(i * world_size + rank, last) for i in range(each)])
-        self._not_repeated = len(range(rank, len(dataset), world_size))
-        # Its own generator: a loader draws a number at each start, which must not be one of the training's.
-        generator = torch.Generator()
-        self._batch_size = batch_size
-        self._loader = DataLoader(share, batch_size=batch_size, collate_fn=collate_fn, generator=generator)
-
-    @torch.no_grad()
-    def run(self, model, numbers_of_batch: Callable[[tuple], Mapping[str, Tensor]], device) -> dict[str, float]:
-        """The mean of each number, the same on all ranks.
-
-        Args:
-            model: left in the mode that it was in; no random numbers are drawn.
-            numbers_of_batch: gives, for a batch, tensors of shape [pairs] by name.
-            device: of the model.
-        """
-        was_training = model.training
-        model.eval()
-        rows_left, names = self._not_repeated, ()
-        totals: Any = 0
-        for batch in self._loader:
-            numbers = numbers_of_batch(batch)
-            names = tuple(numbers)
-            rows_NB = torch.stack(list(numbers.values())).double()[:, :rows_left]
-            rows_left = max(0, rows_left - self._batch_size)
-            totals = totals + torch.cat((rows_NB.sum(dim=1), rows_NB.new_tensor([rows_NB.shape[1]])))
-        model.train(was_training)
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-        return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))

@@ -30,6 +30,19 @@ def is_writing() -> bool:
     return any(thread.name == "checkpoint-writer" for thread in threading.enumerate())
 
 
+class StopRun(Exception):
+    """The run was asked to stop and has saved.
+
+    Args:
+        message: how to go on.
+        signal_number: of the signal that stopped it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 class StopSignal:
     """Notes a first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once.
 
