@@ -18,8 +18,8 @@ def asset(name: str) -> str:
     """
     path = (ASSETS / name).resolve()
     if not path.is_relative_to(ASSETS.resolve()) or not path.exists():
-        there = sorted(entry.name for entry in ASSETS.iterdir()) if ASSETS.is_dir() else []
-        raise FileNotFoundError(f"${{gmt_asset:{name}}}: the package carries no '{name}', only {there}")
+        names = sorted(entry.name for entry in ASSETS.iterdir()) if ASSETS.is_dir() else []
+        raise FileNotFoundError(f"${{gmt_asset:{name}}}: the package carries no '{name}', only {names}")
     return str(path)
 
 

@@ -1,12 +1,8 @@
 """Makes torchtune 0.6.1 importable with today's torchao, or says in one sentence why that cannot be.
 
-torchtune's development ended with 0.6.1. It imports names from torchao that later releases removed or
-moved; each is listed in ``_NEEDED`` below. What is missing is filled in, and nothing that exists is
-touched:
-
-- ``torchao.dtypes.nf4tensor`` (moved in 0.18) becomes an alias of the module's new place;
-- the removed post-training quantization functions become functions that raise a clear error when they
-  are called. Only torchtune's own quantization recipe calls them; no training code does.
+torchtune's development ended with 0.6.1, and later releases of torchao moved or removed names that it imports. Those
+are filled in, and nothing that exists is touched. The removed ones are quantization functions that only torchtune's own
+quantization recipe calls: they become functions that raise a clear error.
 """
 
 import importlib
@@ -18,29 +14,12 @@ from collections.abc import Callable
 TORCHTUNE_VERSION = "0.6.1"
 PIP_LINE = f'pip install "torch>=2.6" "torchtune=={TORCHTUNE_VERSION}" "torchao>=0.11,!=0.12.*,<0.19"'
 
-# What torchtune 0.6.1 imports from torchao when it is imported: (module, name).
-_NEEDED = (
-    ("torchao.dtypes", "TensorCoreTiledLayout"),
-    ("torchao.dtypes.nf4tensor", "NF4Tensor"),
-    ("torchao.dtypes.nf4tensor", "linear_nf4"),
-    ("torchao.dtypes.nf4tensor", "to_nf4"),
-    ("torchao.dtypes.nf4tensor", "implements"),
-    ("torchao.quantization", "int4_weight_only"),
-    ("torchao.quantization", "int8_dynamic_activation_int4_weight"),
-    ("torchao.quantization", "quantize_"),
-    ("torchao.quantization.qat", "Int4WeightOnlyQATQuantizer"),
-    ("torchao.quantization.qat", "Int8DynActInt4WeightQATQuantizer"),
-    ("torchao.quantization.qat.linear", "disable_4w_fake_quant"),
-    ("torchao.quantization.qat.linear", "disable_8da4w_fake_quant"),
-    ("torchao.quantization.qat.linear", "enable_4w_fake_quant"),
-    ("torchao.quantization.qat.linear", "enable_8da4w_fake_quant"),
-)
 _REMOVED = (
     ("torchao.dtypes", "TensorCoreTiledLayout"),
     ("torchao.quantization", "int4_weight_only"),
     ("torchao.quantization", "int8_dynamic_activation_int4_weight"),
 )
-_MOVED = {"torchao.dtypes.nf4tensor": "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"}
+_MOVED = {"torchao.dtypes.nf4tensor": "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"}  # in 0.18
 
 
 class VersionError(ImportError):
@@ -72,9 +51,8 @@ def check_before_torchao() -> None:
     Raises:
         SystemExit: with the sentence.
     """
-    problem = _known_bad_torchao()
-    if problem is not None and _is_tune_command():
-        raise SystemExit(_with_remedy(problem))
+    if _is_tune_command():
+        _raise_if(_problem_of_versions())
 
 
 def make_torchtune_importable() -> None:
@@ -84,18 +62,14 @@ def make_torchtune_importable() -> None:
         VersionError: if torchtune could not be imported even so. Under the ``tune`` command this is a
             ``SystemExit`` with the same sentence, so that its user sees no traceback.
     """
-    if check_torchtune_version() is not None:
-        return  # another torchtune: not ours to change; our recipes refuse it by themselves
-    problem = _torch_problem() or _known_bad_torchao() or _fill_in_torchao()
-    if problem is None:
-        return
-    if _is_tune_command():
-        raise SystemExit(_with_remedy(problem))
-    raise VersionError(_with_remedy(problem))
+    if check_torchtune_version() is None:  # another torchtune is not ours to change; our recipes refuse it
+        _raise_if(_problem_of_versions() or _fill_in_torchao())
 
 
-def _with_remedy(problem: str) -> str:
-    return f"gmt-tune: {problem}; to mend it, run: {PIP_LINE}"
+def _raise_if(problem: str | None) -> None:
+    if problem is not None:
+        sentence = f"gmt-tune: {problem}; to mend it, run: {PIP_LINE}"
+        raise SystemExit(sentence) if _is_tune_command() else VersionError(sentence)
 
 
 def _is_tune_command() -> bool:
@@ -103,55 +77,40 @@ def _is_tune_command() -> bool:
     return re.fullmatch(r"tune(\.exe|-script\.py)?", program) is not None
 
 
-def _known_bad_torchao() -> str | None:
-    version = installed_version("torchao")
-    if version is None:
+def _problem_of_versions() -> str | None:
+    torch, torchao = installed_version("torch") or "0", installed_version("torchao")
+    if _numbers(torch) < (2, 6):
+        return f"torch {torch} is too old (2.6 or newer is needed)"
+    if torchao is None:
         return "torchao is not installed"
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers < (0, 11) or numbers == (0, 12):
-        return f"torchao {version} does not work with torchtune {TORCHTUNE_VERSION} (0.11 and 0.13 to 0.18 do)"
+    if not (0, 11) <= _numbers(torchao) <= (0, 18) or _numbers(torchao) == (0, 12):
+        return f"torchao {torchao} does not work with torchtune {TORCHTUNE_VERSION} (0.11 and 0.13 to 0.18 do)"
     return None
 
 
-def _torch_problem() -> str | None:
-    version = installed_version("torch") or "0"
-    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
-    return None if numbers >= [2, 6] else f"torch {version} is too old (2.6 or newer is needed)"
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _fill_in_torchao() -> str | None:
-    """Add what is missing; return a clause that says what still stands in the way, or None."""
+    """Add what is missing; return a clause that says what stands in the way, or None."""
     version = installed_version("torchao")
     try:
-        importlib.import_module("torchao")
         for old, new in _MOVED.items():
-            _alias_module(old, new)
+            try:
+                importlib.import_module(old)
+            except ModuleNotFoundError:
+                sys.modules[old] = importlib.import_module(new)
+                parent, _, child = old.rpartition(".")
+                setattr(importlib.import_module(parent), child, sys.modules[old])
         for module_name, name in _REMOVED:
             module = importlib.import_module(module_name)
             if not hasattr(module, name):
                 setattr(module, name, _removed_function(module_name, name, version))
-        missing = [
-            f"{module_name}.{name}"
-            for module_name, name in _NEEDED
-            if not hasattr(importlib.import_module(module_name), name)
-        ]
     except Exception as error:  # whatever torchao raises while it is imported, its user needs the remedy
-        torch_version = installed_version("torch")
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        return f"torchao {version} cannot be used with torch {torch_version} and torchtune ({first_line})"
-    if missing:
-        return f"torchao {version} lacks what torchtune {TORCHTUNE_VERSION} imports ({', '.join(missing)})"
+        return f"torchao {version} cannot be used with torch {installed_version('torch')} and torchtune ({first_line})"
     return None
-
-
-def _alias_module(old: str, new: str) -> None:
-    try:
-        importlib.import_module(old)
-    except ModuleNotFoundError:
-        module = importlib.import_module(new)
-        sys.modules[old] = module
-        parent, _, child = old.rpartition(".")
-        setattr(importlib.import_module(parent), child, module)
 
 
 def _removed_function(module_name: str, name: str, version: str | None) -> Callable:

@@ -1,8 +1,7 @@
 """Keeps ranks together where the output layer is a unit of FSDP2 and runs once for each chunk of the sequence.
 
-``torch.chunk`` gives fewer chunks than asked for where a sequence is short: of 41 positions in 8 chunks it makes 7.
-Every run of a sharded output layer gathers and reduces, so that ranks whose batches differ in length would wait for
-each other forever.
+``torch.chunk`` makes 7 chunks of 41 positions where it is asked for 8. Every run of a sharded output layer gathers and
+reduces, so that ranks whose batches differ in length would wait for each other forever.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed, fault_of_files
-from gmt_tune.errors import UserError, UserErrorOfOneRank
+from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
@@ -27,8 +27,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
     try:
         return config.instantiate(cfg_tokenizer)
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"tokenizer ({cfg_tokenizer._component_}) cannot be made: {message[:400]}") from error
+        raise UserError(f"tokenizer ({cfg_tokenizer._component_}) cannot be made: {one_line(error)[:400]}") from error
 
 
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
@@ -59,7 +58,7 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
         raise UserError(f"{key} has no rows: check its source and its filters")
     try:
         dataset[0]
-    except UserErrorOfOneRank as error:  # here it is of all
+    except UserErrorOfOneRank as error:  # which all ranks meet
         raise UserError(str(error)) from error
     return dataset, packed
 
@@ -129,14 +128,14 @@ def check_enough_rows(n_rows: int, batch_size: int, world_size: int, accumulatio
 
 
 def rows_of_batches(dataloader: StatefulDataLoader, batches: Iterable[tuple[int, int]]) -> list[int]:
-    """Positions in the data set of some of this rank's micro-batches, each an epoch and a number in it from 0 on."""
+    """Positions in the data set of the rows of this rank's micro-batches: (epoch, number in it, from 0 on)."""
     sampler, size = dataloader.sampler, dataloader.batch_size
-    epoch, order = sampler.epoch, {}
+    current_epoch, order = sampler.epoch, {}
     rows: list[int] = []
-    for of_epoch, number in batches:
-        if of_epoch not in order:
-            sampler.set_epoch(of_epoch)
-            order[of_epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
-        rows += order[of_epoch][number * size : (number + 1) * size]
-    sampler.set_epoch(epoch)
+    for epoch, number in batches:
+        if epoch not in order:
+            sampler.set_epoch(epoch)
+            order[epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
+        rows += order[epoch][number * size : (number + 1) * size]
+    sampler.set_epoch(current_epoch)
     return rows

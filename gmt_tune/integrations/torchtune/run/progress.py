@@ -15,7 +15,7 @@ class Progress:
     Args:
         epoch: counted from 1.
         total: optimizer steps in the epoch.
-        done: of them, those done before a resumed run.
+        done: how many of them were done before the run was resumed.
         every: without a terminal, a line is printed every so many steps.
         is_shown: False on all ranks but one.
     """
@@ -26,9 +26,9 @@ class Progress:
         self._is_shown = is_shown
         self._bar = None
         if is_shown and sys.stderr.isatty():
-            # A terminal that does not tell its width (0), such as a container's, would get an empty bar
-            knows_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if knows_width else {"ncols": 100}
+            # A terminal of unknown width (0), such as a container's, would get an empty bar
+            has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if has_width else {"ncols": 100}
             self._bar = tqdm(total=total, initial=done, unit="step", **width)
         self._val_loss: float | None = None
 
