@@ -36,21 +36,17 @@ class TorchtuneFinder:
     """Meta path finder that watches for torchtune's and torchao's submodules and leaves other imports alone."""
 
     def __init__(self):
-        self._sees_torchao = self._sees_torchtune = False
+        self._seen = set()
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname.startswith("torchao.") and not self._sees_torchao:
-            self._sees_torchao = True
-            from gmt_tune.integrations.torchtune.plugin.versions import check_before_torchao
-
-            check_before_torchao()
-        if not fullname.startswith("torchtune."):
+        package, _, submodule = fullname.partition(".")
+        if package not in ("torchao", "torchtune") or not submodule:
             return None
-        if not self._sees_torchtune:
-            self._sees_torchtune = True
-            from gmt_tune.integrations.torchtune.plugin.versions import make_torchtune_importable
+        if package not in self._seen:
+            self._seen.add(package)
+            from gmt_tune.integrations.torchtune.plugin import versions
 
-            make_torchtune_importable()
+            versions.check_before_torchao() if package == "torchao" else versions.make_torchtune_importable()
         if fullname != "torchtune._recipe_registry":
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

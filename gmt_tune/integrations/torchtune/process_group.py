@@ -6,7 +6,6 @@ torchtune's memory functions raise where there is no accelerator.
 
 import contextlib
 import faulthandler
-import gc
 import os
 import select
 import time
@@ -62,14 +61,6 @@ def no_memory_stats_on_cpu(device: torch.device) -> Iterator[None]:
         yield
     finally:
         training.get_memory_stats, training.log_memory_stats = get, log
-
-
-def cleanup_before_training(device: torch.device) -> None:
-    """Free what set-up left behind, as ``torchtune.training.cleanup_before_training``, on any device."""
-    if device.type == "cpu":
-        gc.collect()
-    else:
-        training.cleanup_before_training()
 
 
 @contextlib.contextmanager
@@ -133,11 +124,12 @@ def leave(*, has_failed: bool = False) -> None:
         has_failed: this process leaves alone. A group of several processes stays: NCCL's would wait for the others to
             finish what they have begun together, and they wait for this one.
     """
-    if torch.distributed.is_initialized() and has_failed and torch.distributed.get_world_size() > 1:
-        # Whatever still waits for another process by then waits in vain
-        faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
-    elif torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        if has_failed and torch.distributed.get_world_size() > 1:
+            # Whatever still waits for another process by then waits in vain
+            faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
+        else:
+            torch.distributed.destroy_process_group()
     deadline = time.monotonic() + _GLOO_S
     before, now = None, _gloo_threads()
     # One that waits for the GIL asks again every few milliseconds, one that waits for work sleeps

@@ -11,11 +11,7 @@ ASSETS = Path(__file__).resolve().parents[3] / "assets"
 
 
 def asset(name: str) -> str:
-    """Absolute path of ``gmt_tune/assets/<name>``.
-
-    Raises:
-        FileNotFoundError: if the package carries no such file or folder; the message lists what there is.
-    """
+    """Absolute path of ``gmt_tune/assets/<name>``. Raises FileNotFoundError if the package carries no such thing."""
     path = (ASSETS / name).resolve()
     if not path.is_relative_to(ASSETS.resolve()) or not path.exists():
         names = sorted(entry.name for entry in ASSETS.iterdir()) if ASSETS.is_dir() else []

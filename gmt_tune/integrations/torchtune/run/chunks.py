@@ -19,12 +19,10 @@ def fill_chunks(
     """A batch that the model's output layer runs ``chunks`` times for, on every rank.
 
     Args:
-        batch: ``tokens`` and ``labels`` of shape [batch, sequence]. One with further entries is packed, and as long
-            on one rank as on another: it is left as it is.
-        model: a decoder; left alone are those whose ``output`` FSDP2 does not shard by itself.
+        batch: ``tokens`` and ``labels``, [batch, sequence]. A packed one has further entries: it is left as it is.
+        model: a decoder; nothing is done unless FSDP2 shards its ``output`` by itself.
         chunks: that the loss takes the output in; 0 if it takes it whole.
-        pad_id: token to lengthen ``tokens`` with.
-        ignore_index: label of what is added: it counts in no loss.
+        pad_id, ignore_index: token and label of what is added.
     """
     if not chunks or batch.keys() != {"tokens", "labels"} or not isinstance(getattr(model, "output", None), FSDPModule):
         return batch

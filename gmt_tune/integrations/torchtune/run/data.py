@@ -19,11 +19,7 @@ from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
-    """Make the tokenizer of a config's section.
-
-    Raises:
-        UserError: if its file cannot be read, or a value is wrong.
-    """
+    """The tokenizer of a config's section. Raises UserError if its file cannot be read, or a value is wrong."""
     try:
         return config.instantiate(cfg_tokenizer)
     except Exception as error:
@@ -31,12 +27,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
 
 
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
-    """Make the data set of a config's section, check its rows, and read the first one.
-
-    Args:
-        cfg_dataset: one section, or a list of sections that are put together.
-        tokenizer: given to each.
-        key: of the section, for messages.
+    """Make the data set of a config's section, or of a list of sections; check its rows, and read the first one.
 
     Returns:
         (data set, whether it is packed).

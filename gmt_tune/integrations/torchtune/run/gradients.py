@@ -17,6 +17,8 @@ from gmt_tune.errors import UserError
 
 log = utils.get_logger("INFO")
 
+_REMEDY = "Lower the learning rate, set clip_grad_norm, look at these rows"
+
 
 class FiniteCheck:
     """Whether an optimizer step may change weights. All ranks call each method together, and get the same answer.
@@ -45,7 +47,7 @@ class FiniteCheck:
         self.skipped_steps = 0
         self._model, self._skips, self._max_seq_len = model, skips, max_seq_len
         self._rows_of_step, self._in_words, self._checkpoints = rows_of_step, in_words, checkpoints
-        self._is_loss_finite_here: Tensor | None = None
+        self._is_own_loss_finite: Tensor | None = None
         self._names = {p: name for name, p in model.named_parameters()}
         self._sums: dict[str, Tensor] = {}  # of gradients that were stepped with: finite if all their entries are
         self._steps_in_backward = False
@@ -61,13 +63,13 @@ class FiniteCheck:
 
     def note_loss(self, loss: Tensor) -> None:
         """Note this rank's own loss of the step: whether it is finite decides whose rows a message names."""
-        self._is_loss_finite_here = torch.isfinite(loss).all()
+        self._is_own_loss_finite = torch.isfinite(loss).all()
 
     def allows_step(self, step: int, loss: Tensor, num_tokens: Tensor) -> bool:
         """Before weights change: whether loss and gradients are finite.
 
         Args:
-            step: optimizer steps before this one.
+            step: counted from 1.
             loss: of the step, summed or a mean; 0-d, the same on all ranks.
             num_tokens: of the step, over all ranks, 0-d.
 
@@ -77,15 +79,14 @@ class FiniteCheck:
         loss = loss.detach() / num_tokens  # the mean over no token is NaN
         gradients = {}
         if not self._steps_in_backward:
-            gradients = {n: _local(p.grad) for n, p in self._model.named_parameters() if p.grad is not None}
+            gradients = {name: _local(p.grad) for p, name in self._names.items() if p.grad is not None}
         if not _on_any_rank(may_be_bad(loss, list(gradients.values()))):
             return True
-        # A norm can overflow where no entry does
         bad = _of_all_ranks([name for name, grad in gradients.items() if not torch.isfinite(grad).all()])
-        if not bad and torch.isfinite(loss):
+        if not bad and torch.isfinite(loss):  # a norm can overflow where no entry does
             return True
         is_empty = not bad and num_tokens.item() == 0
-        what = f"no token of step {step + 1} is in the loss" if is_empty else _what_is_not_finite(bad, step + 1)
+        what = f"no token of step {step} is in the loss" if is_empty else _what_is_not_finite(bad, step)
         where = f"{what}, {self._rows(all_ranks=is_empty)}"
         if self._skips:
             self.skipped_steps += 1
@@ -100,11 +101,7 @@ class FiniteCheck:
         self._end(f"{where}; no weight was changed by it. {_REMEDY}{skip}")
 
     def check_after_backward(self, step: int) -> None:
-        """Raise UserError if optimizers that step inside backward have met a gradient that is not finite.
-
-        Args:
-            step: optimizer steps up to this one.
-        """
+        """Raise UserError if optimizers that step inside backward have met a gradient that is not finite."""
         if not self._steps_in_backward:
             return
         sums, self._sums = self._sums, {}
@@ -117,23 +114,21 @@ class FiniteCheck:
     def _rows(self, all_ranks: bool = False) -> str:
         """The rows of the step, in words; of all ranks, or only of those whose loss is not finite, if there are any."""
         found: list = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (self._rows_of_step(), bool(self._is_loss_finite_here)))
+        dist.all_gather_object(found, (self._rows_of_step(), bool(self._is_own_loss_finite)))
         # Reduction has mixed the gradients of all ranks: only a loss shows whose rows they were
         suspects = [rows for rows, is_finite in found if not is_finite and not all_ranks]
         return self._in_words(sorted({row for rows in suspects or [rows for rows, _ in found] for row in rows}))
 
     def _end(self, what: str) -> NoReturn:
         self._checkpoints.finish()
-        raise UserError(f"{what}; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}")
+        sentence = f"{what}; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
+        raise UserError(sentence)
 
 
 def may_be_bad(loss: Tensor, gradients: list[Tensor]) -> Tensor:
     """Whether the loss or the gradients' norm is not finite: bool, 0-d, on the loss's device."""
     # With fsdp_cpu_offload, gradients are on the CPU and the loss is not
     return ~(torch.isfinite(loss) & torch.isfinite(get_total_norm(gradients)).to(loss.device))
-
-
-_REMEDY = "Lower the learning rate, set clip_grad_norm, look at these rows"
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -13,11 +13,7 @@ from gmt_tune.masking import GradientMask
 
 
 def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> GradientMask | None:
-    """Instantiate the config's ``gradient_mask`` section for a model.
-
-    Args:
-        cfg_mask: the section, or None for plain full fine-tuning.
-        model: its named parameters, as the optimizer holds them.
+    """The mask of the config's ``gradient_mask`` section over a model's parameters; None for plain full fine-tuning.
 
     Raises:
         UserError: names the key, the value, and what would be right.

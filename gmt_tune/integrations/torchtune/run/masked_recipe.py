@@ -6,6 +6,7 @@ its rows, losses and validation are.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -142,7 +143,10 @@ class MaskedRecipe(RecipeSetup):
         if self.epochs_run >= self.total_epochs:
             utils.log_rank_zero(log, f"The run is complete: its model is in {self._checkpoints.last_saved}.")
             return False
-        process_group.cleanup_before_training(self._device)
+        if self._device.type == "cpu":
+            gc.collect()
+        else:
+            training.cleanup_before_training()
         if self.global_step == 0:
             self._run_evaluation("before")
         self._stop.install(process_group.watch_ranks_here())
@@ -208,7 +212,7 @@ class MaskedRecipe(RecipeSetup):
             loss: of the step, summed or a mean; what :meth:`_reduce` gave.
             num_tokens: what :meth:`_reduce` gave.
         """
-        return self._finite.allows_step(self.global_step, loss, num_tokens)
+        return self._finite.allows_step(self.global_step + 1, loss, num_tokens)
 
     def _clip_gradients(self) -> Tensor | None:
         """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""

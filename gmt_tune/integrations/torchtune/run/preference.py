@@ -18,11 +18,7 @@ _ROW = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_lab
 
 
 def check_preference_config(cfg: DictConfig) -> None:
-    """Check what is special to preference data, in a config that ``check_config`` has passed.
-
-    Raises:
-        UserError: names the key, the value, and what would be right.
-    """
+    """Raise UserError for what is wrong with preference data in a config that ``check_config`` has passed."""
     if cfg.get("ref_checkpointer", None) is None:
         raise UserError(
             "ref_checkpointer is missing in the config: add a section like checkpointer that names the model before "

@@ -39,8 +39,7 @@ class Progress:
             global_step: counted over all epochs.
             loss: of the step.
             tokens_per_second: over all ranks.
-            mask_share: part of the step's time that the mask took, in [0, 1]; None without a mask, and where it is not
-                known.
+            mask_share: part of the step's time that the mask took, in [0, 1]; None where it is not known.
         """
         self._done += 1
         if not self._is_shown:

@@ -25,14 +25,10 @@ def warn_of_long_warmup(cfg_lr_scheduler: DictConfig | None, num_training_steps:
 
 
 def keep_tensor_lr(lr_scheduler, optimizers: list[Optimizer]) -> None:
-    """Let one scheduler drive an optimizer per parameter, also those whose learning rate is a tensor.
+    """Let the scheduler of the first optimizer drive all, also those whose learning rate is a tensor.
 
     torchtune's wrapper assigns a number to each optimizer's learning rate. torchao's optimizers hold it as a
     tensor that their compiled update refers to, and refuse a number: it is changed in place instead.
-
-    Args:
-        lr_scheduler: of the first optimizer; its ``step`` is replaced.
-        optimizers: all of them.
     """
     advance = type(lr_scheduler).step
 
