@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
@@ -102,22 +102,14 @@ class GradientMaskCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ events, in the order they come
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         """Refuse what cannot work before anything is loaded, and freeze before the optimizer is made."""
         refuse_unmaskable_arguments(args)
         if model is not None:
             self._build_mask(model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, **kwargs
     ) -> None:
         """Build the mask from the parameters as they now are (sharded, moved), restore it, hook it up."""
         self._unhook()  # a training that ended in an exception, or is tried again with a smaller batch
@@ -143,7 +135,7 @@ class GradientMaskCallback(TrainerCallback):
         self._optimizer_stepped = False
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control, optimizer=None, **kwargs
     ) -> None:
         """Stop a run whose optimizer went past the hook, rather than train it without the mask."""
         if not self._optimizer_stepped and not getattr(optimizer, "step_was_skipped", False):
@@ -154,9 +146,7 @@ class GradientMaskCallback(TrainerCallback):
             )
         self._optimizer_stepped = False
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
         """Add the mask's metrics to the Trainer's own training logs, and all of these to the run's files."""
         if self._run_log is None or self._metrics is None or not logs:
             return
@@ -173,14 +163,12 @@ class GradientMaskCallback(TrainerCallback):
         if state.log_history:  # holds a copy that the Trainer made before this event
             state.log_history[-1].update(metrics)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         """Save the mask beside the optimizer's state."""
         if self._mask is not None:
             save_mask(self._mask, model, args, state)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Take the hooks off: the optimizer may go on to be used without the mask."""
         self._unhook()
 
