@@ -99,7 +99,7 @@ class GMTFullDPORecipe(MaskedRecipe):
         if not self._begin_training():
             return
         running, num_tokens = 0, 0
-        for epoch in range(self.epochs_run, self.total_epochs):  # both begin later when a run is resumed
+        for epoch in range(self.epochs_run, self.total_epochs):  # both loops begin later in a resumed run
             for batch, completes_step in self._epoch_batches(epoch):
                 num_tokens += torch.tensor(batch[0].numel(), device=self._device)
 

@@ -63,7 +63,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         if not self._begin_training():
             return
         running_loss, num_tokens = 0, 0
-        for epoch in range(self.epochs_run, self.total_epochs):  # both begin later when a run is resumed
+        for epoch in range(self.epochs_run, self.total_epochs):  # both loops begin later in a resumed run
             for batch, completes_step in self._epoch_batches(epoch):
                 utils.batch_to_device(batch, self._device)
 
