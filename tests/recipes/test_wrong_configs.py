@@ -315,7 +315,7 @@ def test_the_index_of_a_device_reaches_torchtune_as_it_takes_it(tmp_path, tiny_c
     def stop(self, cfg):
         raise Reached(cfg.device, os.environ.get("LOCAL_RANK"), cfg.seed)
 
-    monkeypatch.setattr(gmt_recipe.__mro__[2], "__init__", stop)
+    monkeypatch.setattr(gmt_recipe.__mro__[3], "__init__", stop)
     for device, local_rank, reached in [
         ("cuda:1", None, ("cuda", "1")),
         ("cuda", None, ("cuda", None)),
