@@ -15,23 +15,6 @@ import importlib.machinery
 import sys
 
 
-class _AfterExecution:
-    """Wraps a module's own loader and calls ``after(module)`` once the module has been executed."""
-
-    def __init__(self, loader, after):
-        self._loader, self._after = loader, after
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        self._loader.exec_module(module)
-        self._after(module)
-
-    def __getattr__(self, name):  # get_source, get_resource_reader, ...: whatever the real loader has
-        return getattr(self._loader, name)
-
-
 class TorchtuneFinder:
     """Meta path finder that watches for torchtune's and torchao's submodules and leaves other imports alone."""
 
@@ -51,14 +34,18 @@ class TorchtuneFinder:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _AfterExecution(spec.loader, _register)
+            spec.loader.exec_module = _executing_and_registering(spec.loader.exec_module)
         return spec
 
 
-def _register(registry) -> None:
-    from gmt_tune.integrations.torchtune.plugin.registry import register_recipes
+def _executing_and_registering(execute):
+    def exec_module(registry):
+        execute(registry)
+        from gmt_tune.integrations.torchtune.plugin.registry import register_recipes
 
-    register_recipes(registry)
+        register_recipes(registry)
+
+    return exec_module
 
 
 def autoload() -> None:
