@@ -163,7 +163,7 @@ _FRAGMENTS = [f for f in FENCES if f.language == "yaml" and not f.options and "i
 @pytest.mark.parametrize("fence", _FRAGMENTS, ids=_ids(_FRAGMENTS))
 def test_part_of_a_config_has_only_keys_of_the_recipe(fence):
     from gmt_tune.integrations.torchtune import config_check
-    from gmt_tune.integrations.torchtune.run.mask import build_gradient_mask
+    from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
     from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
     cfg = OmegaConf.create(fence.text)

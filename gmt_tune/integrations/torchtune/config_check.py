@@ -14,6 +14,7 @@ from torchtune import config, utils
 
 from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune import process_group
+from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.integrations.torchtune.config_components import (
     check_component,
     check_metric_logger,
@@ -24,7 +25,6 @@ from gmt_tune.integrations.torchtune.config_components import (
     try_optimizer,
 )
 from gmt_tune.integrations.torchtune.config_files import check_files
-from gmt_tune.integrations.torchtune.run.mask import build_gradient_mask
 
 log = utils.get_logger("INFO")
 

@@ -16,12 +16,12 @@ from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
 from gmt_tune.data.rows import positions_in_words
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.run import data, schedule
 from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck
 from gmt_tune.integrations.torchtune.run.logs import RunLogs
-from gmt_tune.integrations.torchtune.run.mask import build_gradient_mask
 from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.run.validation import Validation
