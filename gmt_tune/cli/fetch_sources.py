@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.versions import installed_version
+from gmt_tune.integrations.torchtune.plugin.versions import installed_version
 
 _HUB_FILES = [
     "config.json",

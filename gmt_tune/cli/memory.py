@@ -85,10 +85,10 @@ def load_config(name: str, overrides: list[str]):
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from gmt_tune.integrations.torchtune.assets import register_resolver
     from gmt_tune.integrations.torchtune.config.check import check_keys
     from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
-    from gmt_tune.integrations.torchtune.preference import OWN_KEYS
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+    from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
     register_resolver()
     path = _path_of(name)
@@ -214,7 +214,7 @@ def _fits(report: dict) -> str:
 
 def packaged_configs() -> list[str]:
     """The names of all configs that this package carries."""
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     return list(config_paths())
 
@@ -223,7 +223,7 @@ def _path_of(name: str) -> Path:
     """The file of a config that is given by its name or as a file."""
     import torchtune
 
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     ours = config_paths()
     if name in ours:

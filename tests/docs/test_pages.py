@@ -81,7 +81,7 @@ def test_extension_page_ends_in_training(page):
 
 def _parsers():
     from gmt_tune.cli.main import build_parser
-    from gmt_tune.integrations.torchtune.registry import RECIPES, config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import RECIPES, config_paths
 
     return build_parser(), RECIPES, config_paths()
 
@@ -161,7 +161,7 @@ _FRAGMENTS = [f for f in FENCES if f.language == "yaml" and not f.options and "i
 
 @pytest.mark.parametrize("fence", _FRAGMENTS, ids=_ids(_FRAGMENTS))
 def test_part_of_a_config_has_only_keys_of_the_recipe(fence):
-    from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+    from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 
     cfg = OmegaConf.create(fence.text)
     unknown = set(cfg) - _keys_of_recipes()

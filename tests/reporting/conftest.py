@@ -67,7 +67,7 @@ def train(tiny_config):
     import torch
     from omegaconf import OmegaConf
 
-    from gmt_tune.integrations.torchtune.registry import recipe_path
+    from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 
     spec = importlib.util.spec_from_file_location("recipe_of_reports", recipe_path("gmt_full_finetune"))
     module = importlib.util.module_from_spec(spec)

@@ -1,9 +1,9 @@
 """The mask's file in a Trainer checkpoint: ``gradient_mask.pt``, beside ``optimizer.pt``.
 
-Where parameters are sharded, each rank stores its own part of a selection, in a file of its own. The Trainer does
-not tell callbacks from which folder it resumes. The files are therefore looked for where that folder most likely
-is, and carry a fingerprint of the Trainer's own state, so that the mask of another run's checkpoint of the same
-name is never taken.
+Where parameters are sharded, each rank stores its own part of a selection, in a file of its own. A callback does not
+learn from which folder the Trainer resumes. The files are therefore looked for where that folder most likely is, and
+carry a fingerprint of the Trainer's own state, so that the mask of another run's checkpoint of the same name is never
+taken.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, 
                 mask.load_state_dict(content["mask"])
                 return
     if mask.refresh_every == 1 and mask.score != "random":
-        # Each step selects anew from its own gradient: nothing is lost but the count of steps.
+        # Each step makes a selection of its own gradient: nothing is lost but the count of steps.
         steps = dict.fromkeys(mask.state_dict()["steps"], state.global_step)
         mask.load_state_dict({"policy": mask.policy(), "steps": steps, "selections": {}})
         looked_in = " or ".join(dict.fromkeys(str(folder) for folder in folders))

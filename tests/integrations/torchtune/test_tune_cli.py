@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from gmt_tune.integrations.torchtune.registry import config_paths
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
 CONFIG = "smollm2/135M_gmt_cpu"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gmt_tune.integrations.torchtune import versions
+from gmt_tune.integrations.torchtune.plugin import versions
 
 TUNE = Path(sys.executable).parent / "tune"
 
@@ -86,7 +86,7 @@ def test_what_torchao_still_has_is_left_alone(tmp_path, torchao_folder):
 
 
 def test_another_torchtune_is_refused_by_our_recipes_with_the_pip_line(monkeypatch):
-    from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
+    from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 
     monkeypatch.setattr(versions, "installed_version", lambda name: "0.5.0")
     with pytest.raises(SystemExit, match=r"works with torchtune 0\.6\.1, found 0\.5\.0: run pip install"):

@@ -23,7 +23,7 @@ from gmt_tune.integrations.torchtune.config.components import (
 )
 from gmt_tune.integrations.torchtune.config.files import check_files
 from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
-from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 
 log = utils.get_logger("INFO")
 

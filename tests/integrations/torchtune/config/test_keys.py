@@ -14,7 +14,7 @@ from gmt_tune import GradientMask
 from gmt_tune.integrations.torchtune.config import keys
 from gmt_tune.integrations.torchtune.config.check import refers_to
 from gmt_tune.integrations.torchtune.config.keys import GROUPS, KEYS, find, may_differ
-from gmt_tune.integrations.torchtune.registry import config_paths
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
 CONFIGS = config_paths()
 

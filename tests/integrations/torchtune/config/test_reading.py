@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.assets import register_resolver
 from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
+from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 
 FILE = {
     "gradient_mask": {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": ["*norm*"]},

@@ -15,26 +15,14 @@ from omegaconf import DictConfig
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 from gmt_tune.integrations.torchtune import process_group
-from gmt_tune.integrations.torchtune.assets import register_resolver
 from gmt_tune.integrations.torchtune.config.check import check_config, check_machine
 from gmt_tune.integrations.torchtune.config.public import without_secrets_of
 from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
+from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+from gmt_tune.integrations.torchtune.run.signals import StopRun
 
-# Set to 1 to see the whole traceback of an error that is otherwise told in one sentence.
+# Set to 1 to see the whole traceback of an error that is otherwise said in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
-
-
-class StopRun(Exception):
-    """The run was told to stop and has saved.
-
-    Args:
-        message: how to go on.
-        signal_number: of the signal that stopped it.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
@@ -65,7 +53,7 @@ def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
 
 
 def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: Sequence[str] = ()) -> int:
-    """Check the config, run the recipe, and tell its user what went wrong.
+    """Check the config, run the recipe, and say what went wrong.
 
     Args:
         cfg: the parsed config.
@@ -73,10 +61,9 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         own_keys: top-level keys that this recipe reads besides those of ``gmt_full_finetune``.
 
     Returns:
-        The exit status: 0, 1 for an error, or 128 and the signal's number for a run that was told to stop.
+        The exit status: 0, 1 for an error, or 128 and the signal's number for a run that was asked to stop.
     """
-    rank = os.environ.get("RANK", "0")
-    is_first_of_node = _is_first_of_node()
+    is_first_of_node = _is_first_of_node()  # a run may set LOCAL_RANK
     try:
         register_resolver()
         expand_home(cfg)
@@ -85,7 +72,7 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         recipe(cfg)
         status = 0
     except StopRun as stop:
-        if rank == "0":
+        if os.environ.get("RANK", "0") == "0":
             print(stop, flush=True)
         status = 128 + stop.signal_number
     except UserError as error:

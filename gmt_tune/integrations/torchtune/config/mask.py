@@ -1,24 +1,18 @@
-"""Connects a GradientMask to a recipe: builds it from the config and hooks it to the optimizers."""
+"""Makes the GradientMask of a config's section."""
 
 import inspect
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.optim import Optimizer
 from torchtune import config
 
 from gmt_tune.errors import UserError, did_you_mean
 from gmt_tune.integrations.torchtune.config.components import import_component
 from gmt_tune.masking import GradientMask
-from gmt_tune.masking.tracker import SelectionTracker
 
 
 def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> GradientMask | None:
-    """Instantiate the config's ``gradient_mask`` section for a model.
-
-    Args:
-        cfg_mask: the section, or None for plain full fine-tuning.
-        model: its named parameters, as the optimizer holds them.
+    """The mask of the config's ``gradient_mask`` section over a model's parameters; None for plain full fine-tuning.
 
     Raises:
         UserError: names the key, the value, and what would be right.
@@ -45,27 +39,3 @@ def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> Gradie
         return config.instantiate(cfg_mask, model.named_parameters())
     except (TypeError, ValueError) as error:
         raise UserError(f"gradient_mask: {error}") from error
-
-
-def register_gradient_mask(mask: GradientMask | None, optimizers: list[Optimizer]) -> None:
-    """Mask right before the step of each optimizer: one for all parameters, or one for each of them."""
-    if mask is None:
-        return
-    for optimizer in optimizers:
-        mask.register(optimizer)
-
-
-def track_selection(
-    mask: GradientMask | None, optimizers: list[Optimizer], every: int | None
-) -> SelectionTracker | None:
-    """Watch what the mask lets through, every so many optimizer steps; call it after the mask is registered.
-
-    Returns:
-        What knows overlap and coverage; None where there is no mask, or ``every`` is None.
-    """
-    if mask is None or every is None:
-        return None
-    tracker = SelectionTracker(mask, every)
-    for optimizer in optimizers:
-        tracker.register(optimizer)
-    return tracker

@@ -15,7 +15,7 @@ class Progress:
     Args:
         epoch: counted from 1.
         total: optimizer steps in the epoch.
-        done: of them, those done before a resumed run.
+        done: how many of them were done before the run was resumed.
         every: without a terminal, a line is printed every so many steps.
         is_shown: False on all ranks but one.
     """
@@ -26,9 +26,9 @@ class Progress:
         self._is_shown = is_shown
         self._bar = None
         if is_shown and sys.stderr.isatty():
-            # A terminal that does not tell its width (0), such as a container's, would get an empty bar
-            knows_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if knows_width else {"ncols": 100}
+            # A terminal of unknown width (0), such as a container's, would get an empty bar
+            has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if has_width else {"ncols": 100}
             self._bar = tqdm(total=total, initial=done, unit="step", **width)
         self._val_loss: float | None = None
 
@@ -39,8 +39,7 @@ class Progress:
             global_step: counted over all epochs.
             loss: of the step.
             tokens_per_second: over all ranks.
-            mask_share: part of the step's time that the mask took, in [0, 1]; None without a mask, and where it is not
-                known.
+            mask_share: part of the step's time that the mask took, in [0, 1]; None where it is not known.
         """
         self._done += 1
         if not self._is_shown:

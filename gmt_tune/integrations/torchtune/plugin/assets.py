@@ -7,19 +7,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
 
 
 def asset(name: str) -> str:
-    """Absolute path of ``gmt_tune/assets/<name>``.
-
-    Raises:
-        FileNotFoundError: if the package carries no such file or folder; the message lists what there is.
-    """
+    """Absolute path of ``gmt_tune/assets/<name>``. Raises FileNotFoundError if the package carries no such thing."""
     path = (ASSETS / name).resolve()
     if not path.is_relative_to(ASSETS.resolve()) or not path.exists():
-        there = sorted(entry.name for entry in ASSETS.iterdir()) if ASSETS.is_dir() else []
-        raise FileNotFoundError(f"${{gmt_asset:{name}}}: the package carries no '{name}', only {there}")
+        names = sorted(entry.name for entry in ASSETS.iterdir()) if ASSETS.is_dir() else []
+        raise FileNotFoundError(f"${{gmt_asset:{name}}}: the package carries no '{name}', only {names}")
     return str(path)
 
 

@@ -21,13 +21,22 @@ _NOTICE_S, _WRITE_S = 5.0, 300.0
 _LOOK_EVERY_S = 0.2
 
 
-def _is_under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def is_writing() -> bool:
     """Whether this process is writing its part of a checkpoint."""
     return any(thread.name == "checkpoint-writer" for thread in threading.enumerate())
+
+
+class StopRun(Exception):
+    """The run was asked to stop and has saved.
+
+    Args:
+        message: how to go on.
+        signal_number: of the signal that stopped it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class StopSignal:
@@ -61,12 +70,13 @@ class StopSignal:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        ours, self._socket = socket.socketpair()
+        listening, self._socket = socket.socketpair()
         self._socket.setblocking(False)
-        threading.Thread(target=self._listen, args=(ours, ended_ranks), daemon=True).start()
+        threading.Thread(target=self._listen, args=(listening, ended_ranks), daemon=True).start()
         self._previous_fd = signal.set_wakeup_fd(self._socket.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, _leave_it_to_the_thread)
+            # Only for a signal with a handler does Python write its number to the wakeup file descriptor
+            self._previous[number] = signal.signal(number, lambda number, frame: None)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.uninstall)  # a signal to a child is not one to this process
 
@@ -81,13 +91,13 @@ class StopSignal:
         self._socket.close()  # which ends the thread
         self._socket = None
 
-    def _listen(self, ours: socket.socket, ended_ranks: Callable[[], list[int]]) -> None:
+    def _listen(self, listening: socket.socket, ended_ranks: Callable[[], list[int]]) -> None:
         alone_since = None
-        with ours:
+        with listening:
             while True:
-                ours.settimeout(_LOOK_EVERY_S if self.received else None)
+                listening.settimeout(_LOOK_EVERY_S if self.received else None)
                 with contextlib.suppress(TimeoutError):
-                    numbers = ours.recv(64)
+                    numbers = listening.recv(64)
                     if not numbers:
                         return
                     for number in numbers:
@@ -109,21 +119,13 @@ class StopSignal:
                 f"\n{signal.Signals(number).name} received: finishing this step, then saving. "
                 "A second signal leaves at once."
             )
-        elif not _is_under_torchrun() or time.monotonic() - self._since > DUPLICATE_SIGNAL_WINDOW_S:
-            _end_by(number)
-
-
-def _leave_it_to_the_thread(number: int, frame) -> None:
-    """Python writes the number of a signal to the wakeup file descriptor only if there is a handler."""
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._since > DUPLICATE_SIGNAL_WINDOW_S:
+            # End as the signal does by default. signal.signal() is for the main thread alone
+            ctypes.pythonapi.PyOS_setsig(number, None)
+            signal.raise_signal(number)
+            os._exit(128 + number)  # a container's first process, which signals do not end by default
 
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
         print(text, flush=True)
-
-
-def _end_by(number: int) -> None:
-    """End the process as the signal does by default."""
-    ctypes.pythonapi.PyOS_setsig(number, None)  # signal.signal() is for the main thread alone
-    signal.raise_signal(number)
-    os._exit(128 + number)  # a container's first process, which signals do not end by default

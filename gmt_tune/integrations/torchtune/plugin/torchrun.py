@@ -9,8 +9,8 @@ import sys
 
 # What torchrun raises when a rank has failed, and when it receives a signal itself.
 _RAISED = {
-    "ChildFailedError": "a process of the run has ended with an error or was told to stop: its own message is above",
-    "SignalException": "the run was told to stop: what it saved is said above",
+    "ChildFailedError": "a process of the run ended with an error or was asked to stop: its own message is above",
+    "SignalException": "the run was asked to stop: what it saved is said above",
 }
 
 

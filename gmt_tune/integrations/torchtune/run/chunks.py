@@ -1,8 +1,7 @@
 """Keeps ranks together where the output layer is a unit of FSDP2 and runs once for each chunk of the sequence.
 
-``torch.chunk`` gives fewer chunks than asked for where a sequence is short: of 41 positions in 8 chunks it makes 7.
-Every run of a sharded output layer gathers and reduces, so that ranks whose batches differ in length would wait for
-each other forever.
+``torch.chunk`` makes 7 chunks of 41 positions where it is asked for 8. Every run of a sharded output layer gathers and
+reduces, so that ranks whose batches differ in length would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -20,12 +19,10 @@ def fill_chunks(
     """A batch that the model's output layer runs ``chunks`` times for, on every rank.
 
     Args:
-        batch: ``tokens`` and ``labels`` of shape [batch, sequence]. One with further entries is packed, and as long
-            on one rank as on another: it is left as it is.
-        model: a decoder; left alone are those whose ``output`` FSDP2 does not shard by itself.
+        batch: ``tokens`` and ``labels``, [batch, sequence]. A packed one has further entries: it is left as it is.
+        model: a decoder; nothing is done unless FSDP2 shards its ``output`` by itself.
         chunks: that the loss takes the output in; 0 if it takes it whole.
-        pad_id: token to lengthen ``tokens`` with.
-        ignore_index: label of what is added: it counts in no loss.
+        pad_id, ignore_index: token and label of what is added.
     """
     if not chunks or batch.keys() != {"tokens", "labels"} or not isinstance(getattr(model, "output", None), FSDPModule):
         return batch

@@ -19,11 +19,7 @@ from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
-    """Make the tokenizer of a config's section.
-
-    Raises:
-        UserError: if its file cannot be read, or a value is wrong.
-    """
+    """The tokenizer of a config's section. Raises UserError if its file cannot be read, or a value is wrong."""
     try:
         return config.instantiate(cfg_tokenizer)
     except Exception as error:
@@ -31,12 +27,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
 
 
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
-    """Make the data set of a config's section, check its rows, and read the first one.
-
-    Args:
-        cfg_dataset: one section, or a list of sections that are put together.
-        tokenizer: given to each.
-        key: of the section, for messages.
+    """Make the data set of a config's section, or of a list of sections; check its rows, and read the first one.
 
     Returns:
         (data set, whether it is packed).
@@ -58,7 +49,7 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
         raise UserError(f"{key} has no rows: check its source and its filters")
     try:
         dataset[0]
-    except UserErrorOfOneRank as error:  # here it is of all
+    except UserErrorOfOneRank as error:  # which all ranks meet
         raise UserError(str(error)) from error
     return dataset, packed
 
@@ -128,14 +119,14 @@ def check_enough_rows(n_rows: int, batch_size: int, world_size: int, accumulatio
 
 
 def rows_of_batches(dataloader: StatefulDataLoader, batches: Iterable[tuple[int, int]]) -> list[int]:
-    """Positions in the data set of some of this rank's micro-batches, each an epoch and a number in it from 0 on."""
+    """Positions in the data set of the rows of this rank's micro-batches: (epoch, number in it, from 0 on)."""
     sampler, size = dataloader.sampler, dataloader.batch_size
-    epoch, order = sampler.epoch, {}
+    current_epoch, order = sampler.epoch, {}
     rows: list[int] = []
-    for of_epoch, number in batches:
-        if of_epoch not in order:
-            sampler.set_epoch(of_epoch)
-            order[of_epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
-        rows += order[of_epoch][number * size : (number + 1) * size]
-    sampler.set_epoch(epoch)
+    for epoch, number in batches:
+        if epoch not in order:
+            sampler.set_epoch(epoch)
+            order[epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
+        rows += order[epoch][number * size : (number + 1) * size]
+    sampler.set_epoch(current_epoch)
     return rows

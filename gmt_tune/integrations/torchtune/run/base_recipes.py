@@ -1,5 +1,6 @@
 """Loads torchtune's own recipes, which its ``recipes`` folder forbids to import as a package."""
 
+import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import ModuleType
 
 import torchtune
 
-from gmt_tune.integrations.torchtune.versions import check_torchtune_version
+from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_version
 
 
 def load_base_recipe(name: str) -> ModuleType:
@@ -26,9 +27,8 @@ def load_base_recipe(name: str) -> ModuleType:
     if module_name in sys.modules:
         return sys.modules[module_name]
     path = Path(torchtune.__file__).parent.parent / "recipes" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # as every .py file has
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader(module_name, str(path))
+    spec = importlib.util.spec_from_loader(module_name, loader)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    loader.exec_module(module)
     return module

@@ -8,16 +8,15 @@ import runpy
 import sys
 from pathlib import Path
 
-from gmt_tune.integrations.torchtune.torchrun import shorten_tracebacks
-from gmt_tune.integrations.torchtune.versions import check_torchtune_version, make_torchtune_importable
+from gmt_tune.integrations.torchtune.plugin.torchrun import shorten_tracebacks
+from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_version, make_torchtune_importable
 
-# Recipe name -> whether it runs under torchrun. Each is recipes/<name>.py.
-RECIPES = {"gmt_full_finetune": True, "gmt_full_dpo": True}
+RECIPES = ("gmt_full_finetune", "gmt_full_dpo")  # each is recipes/<name>.py
 
 
 def _folder(name: str) -> Path:
     """``recipes/`` or ``configs/``: inside the package when installed, at the root of a checkout otherwise."""
-    package = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parents[3]
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
@@ -34,7 +33,7 @@ def config_paths() -> dict[str, Path]:
 
 
 def recipe_of(config_name: str) -> str:
-    """The recipe that a config belongs to, told by its name: ``*_dpo*`` is DPO, all others fine-tune."""
+    """The recipe that a config belongs to, by its name: ``*_dpo*`` is DPO, all others fine-tune."""
     return "gmt_full_dpo" if "dpo" in config_name else "gmt_full_finetune"
 
 
@@ -47,28 +46,15 @@ def register_recipes(registry) -> None:
     if problem is not None:
         print(f"gmt-tune: {problem}", file=sys.stderr)
         return
-    from gmt_tune.integrations.torchtune.assets import register_resolver
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 
     register_resolver()
-    if RECIPES.keys() & set(sys.argv):  # `tune run gmt_full_finetune`, perhaps under torchrun
+    if set(RECIPES) & set(sys.argv):  # `tune run gmt_full_finetune`, perhaps under torchrun
         shorten_tracebacks()
     configs = config_paths()
-    known = {recipe.name for recipe in registry._ALL_RECIPES}
-    for name, supports_distributed in RECIPES.items():
-        if name in known:
-            continue
-        registry._ALL_RECIPES.append(
-            registry.Recipe(
-                name=name,
-                file_path=str(recipe_path(name)),
-                configs=[
-                    registry.Config(name=config_name, file_path=str(path))
-                    for config_name, path in configs.items()
-                    if recipe_of(config_name) == name
-                ],
-                supports_distributed=supports_distributed,
-            )
-        )
+    for recipe in RECIPES:
+        own = [registry.Config(name, str(path)) for name, path in configs.items() if recipe_of(name) == recipe]
+        registry._ALL_RECIPES.append(registry.Recipe(recipe, str(recipe_path(recipe)), own, supports_distributed=True))
 
 
 def run_unregistered(recipe: str, argv: list[str]) -> None:
