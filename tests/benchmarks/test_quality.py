@@ -199,6 +199,6 @@ def test_tables_are_those_that_the_committed_results_give(monkeypatch):
     assert written[report.PAGE] == committed, "run `python -m benchmarks.quality table`"
 
 
-def test_wrong_names_are_told_in_a_sentence(capsys):
+def test_wrong_names_are_answered_in_a_sentence(capsys):
     assert cli.main(["run", "villag"]) == 1
     assert "benchmarks/quality/suites has no 'villag': choose from" in capsys.readouterr().err
