@@ -85,12 +85,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Fetch ``args.model`` into ``args.folder``.
-
-    Raises:
-        UserError: in one sentence, whatever kept the model from being fetched.
-    """
+    """Fetch ``args.model`` into ``args.folder``; whatever keeps it from that is a UserError of one sentence."""
     from safetensors import SafetensorError
 
     model, folder = MODELS[args.model], args.folder.absolute()
@@ -204,12 +199,10 @@ def _convert(model: Model, gguf: Path, folder: Path) -> None:
     import transformers
     from safetensors.torch import save_file
 
-    options = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if "GgufConfig" in dir(transformers) else {}
-    )
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options
-    )
+    options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # releases that otherwise leave weights in GGUF's blocks where they can
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     weights = loaded.state_dict()
     del weights["lm_head.weight"]  # tied to the embeddings
     # rope_theta, torch_dtype and the tokenizer's class: such that releases before transformers 5 read the folder too
