@@ -88,9 +88,8 @@ class ChatMLTokenizer:
 
     def decode(self, token_ids: Sequence[int], truncate_at_eos: bool = False, skip_special_tokens: bool = True) -> str:
         """
-        Text of token ids, without special tokens if ``skip_special_tokens``.
-
-        With ``truncate_at_eos`` it stops before the first ``<|im_end|>``: in a conversation, the end of its first message.
+        Text of token ids, without special tokens if ``skip_special_tokens``. With ``truncate_at_eos`` it stops before
+        the first ``<|im_end|>``: in a conversation, the end of its first message.
         """
         token_ids = list(token_ids)
         if truncate_at_eos and self.eos_id in token_ids:
