@@ -78,27 +78,19 @@ def read_valid(run: Run) -> dict | None:
 
 
 def chosen_learning_rate(suite: Suite, method: Method) -> float | None:
-    """The rate with the lowest mean validation loss over the choosing seeds; None while runs are missing.
-
-    A run that ended with a loss that is not finite counts as infinitely bad.
-    """
+    """The rate with the lowest mean validation loss over the choosing seeds; None while runs are missing."""
+    rates, seeds = suite.choose["learning_rates"], suite.choose["seeds"]
+    if len(rates) == 1:
+        return float(rates[0])
     chooser = method if method.learning_rate_of == method.name else load_method(method.learning_rate_of)
-    if len(suite.choose["learning_rates"]) == 1:
-        return float(suite.choose["learning_rates"][0])
-    means = {}
-    for rate in suite.choose["learning_rates"]:
-        losses = []
-        for seed in suite.choose["seeds"]:
-            result = read_valid(Run(suite, chooser, float(rate), seed, "choose"))
-            if result is None:
-                return None
-            losses.append(math.inf if result["failed"] else result["losses"]["validation"])
-        means[float(rate)] = sum(losses) / len(losses)
-    return min(means, key=means.get)
+    losses = choosing_losses(suite, chooser)
+    if sum(map(len, losses.values())) < len(rates) * len(seeds):
+        return None
+    return min(losses, key=lambda rate: sum(losses[rate]) / len(seeds))
 
 
 def choosing_losses(suite: Suite, method: Method) -> dict[float, list[float]]:
-    """Validation losses by learning rate, of the choosing runs that there are."""
+    """Validation losses by learning rate, of the choosing runs that there are; infinite for a run that diverged."""
     losses: dict[float, list[float]] = {}
     for rate in suite.choose["learning_rates"]:
         for seed in suite.choose["seeds"]:
