@@ -200,7 +200,8 @@ def _check_family(cfg: DictConfig, section: str, model: nn.Module) -> None:
     theirs |= _rope_of(theirs)
     for key, value in built.items():
         read = theirs.get(key, None)
-        is_same = math.isclose(read, value, rel_tol=1e-6) if is_number(read) and is_number(value) else read == value
+        are_numbers = is_number(read) and is_number(value)
+        is_same = math.isclose(read, value, rel_tol=1e-6) if are_numbers else read == value  # type: ignore[arg-type]
         if value is not None and read is not None and not is_same:
             raise UserError(
                 f"the model in {config_json.parent} has {key} {read}, but model ({cfg.model._component_}) "
