@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from gmt_tune import GradientMask
-from gmt_tune.integrations.torchtune.progress import Progress
+from gmt_tune.integrations.torchtune.run.progress import Progress
 from gmt_tune.masking.tracker import SelectionTracker
 from gmt_tune.models.smollm2 import smollm2_135m
 from gmt_tune.reporting.mask_metrics import MaskMetrics

@@ -235,5 +235,4 @@ def _not_text(value: object) -> str:
 
 def _in_words(error: Exception) -> str:
     # torchtune says in a ValueError what it wants of a conversation; other errors say little without their type
-    message = one_line(error)[:400]
-    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+    return one_line(error, with_type=not isinstance(error, ValueError))[:400]

@@ -16,7 +16,7 @@ from gmt_tune.data import ExactMatch
 from gmt_tune.data.exact_match import generate_greedily
 from gmt_tune.data.village import people, questions
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.assets import asset
+from gmt_tune.integrations.torchtune.plugin.assets import asset
 from gmt_tune.models.chatml import ChatMLTokenizer
 
 WORKER = Path(__file__).with_name("sharded_generation.py")

@@ -13,7 +13,7 @@ from torchtune.datasets import ConcatDataset, PackedDataset, SFTDataset
 from gmt_tune.data.preference_accuracy import PreferenceAccuracy
 from gmt_tune.data.rows import CheckedRows, rows_of_pack
 from gmt_tune.errors import UserError, UserErrorOfOneRank
-from gmt_tune.integrations.torchtune.data import build_dataset
+from gmt_tune.integrations.torchtune.run.data import build_dataset
 from gmt_tune.models.chatml import ChatMLTokenizer
 
 INSTRUCT = {

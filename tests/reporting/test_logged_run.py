@@ -120,7 +120,7 @@ def test_tracking_without_a_mask_is_refused_before_anything_is_loaded(tiny_confi
     from omegaconf import OmegaConf
 
     from gmt_tune.errors import UserError
-    from gmt_tune.integrations.torchtune.config_check import check_config
+    from gmt_tune.integrations.torchtune.config.check import check_config
 
     cfg = OmegaConf.create(tiny_config(tmp_path / "out", track_selection_every_n_steps=1))
     with pytest.raises(UserError, match="track_selection_every_n_steps is 1, but there is no gradient_mask"):
