@@ -58,12 +58,7 @@ def register_recipes(registry) -> None:
 
 
 def run_unregistered(recipe: str, argv: list[str]) -> None:
-    """Run one of our recipes when ``tune`` does not know it, as ``python -m`` does.
-
-    Args:
-        recipe: its name.
-        argv: the command line; the value of ``--config`` may be the name of one of our configs.
-    """
+    """Run a recipe as ``python -m`` does, where ``tune`` does not know it; ``--config`` may name one of our configs."""
     make_torchtune_importable()  # with autoload off, nobody has done it yet
     if "--config" in argv[:-1]:
         value = argv.index("--config") + 1

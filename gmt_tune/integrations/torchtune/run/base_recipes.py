@@ -12,10 +12,7 @@ from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_vers
 
 
 def load_base_recipe(name: str) -> ModuleType:
-    """One of torchtune's recipe files as a module.
-
-    Args:
-        name: the file's name without ``.py``, such as ``full_finetune_distributed``.
+    """One of torchtune's recipe files as a module, by its name without ``.py``: ``full_finetune_distributed``.
 
     Raises:
         SystemExit: if the installed torchtune is not the release that our recipes extend.

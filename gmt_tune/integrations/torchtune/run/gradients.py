@@ -24,13 +24,11 @@ class FiniteCheck:
     """Whether an optimizer step may change weights. All ranks call each method together, and get the same answer.
 
     Args:
-        model: the one that is trained.
         stepping_in_backward: the optimizers, if they step inside backward: before all gradients are there.
         skips: leave a step out whose numbers are not finite, and count it, instead of raising.
         rows_of_step: gives the positions in the data set of the rows in this rank's part of the step.
         in_words: how messages call such positions.
         checkpoints: of the run; one that is being written is completed before the run ends.
-        max_seq_len: of the tokenizer, for messages.
     """
 
     def __init__(

@@ -13,13 +13,7 @@ log = utils.get_logger("INFO")
 
 
 class RunLogs:
-    """Logs the numbers of a run; rank 0 has one.
-
-    Args:
-        metric_logger: of the config.
-        run_log: files for the report.
-        mask_metrics: None without a mask.
-    """
+    """Logs the numbers of a run; rank 0 has one, with ``mask_metrics`` None where there is no mask."""
 
     def __init__(self, metric_logger, run_log: RunLog, mask_metrics: MaskMetrics | None) -> None:
         self._metric_logger, self._run_log, self._mask_metrics = metric_logger, run_log, mask_metrics

@@ -62,11 +62,8 @@ class MaskedRecipe(RecipeSetup):
         """Close profiler and metric logger, and let other runs write to the folder.
 
         It raises nothing, which would hide why the run has ended.
-
-        Args:
-            has_failed: this rank ends by an error, and others may not come to where they would wait for it.
         """
-        self._profiler.writes_trace = not has_failed or self.world_size == 1
+        self._profiler.writes_trace = not has_failed or self.world_size == 1  # for a trace, ranks wait for each other
         close = [self._stop.uninstall, self._profiler.stop]
         if self._is_rank_zero and hasattr(self, "_metric_logger"):
             close.append(self._metric_logger.close)
@@ -206,12 +203,7 @@ class MaskedRecipe(RecipeSetup):
         return counts[0], running
 
     def _check_finite(self, loss: Tensor, num_tokens: Tensor) -> bool:
-        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree.
-
-        Args:
-            loss: of the step, summed or a mean; what :meth:`_reduce` gave.
-            num_tokens: what :meth:`_reduce` gave.
-        """
+        """Whether this step may change weights, by what :meth:`_reduce` gave; raises where ``on_nonfinite`` says so."""
         return self._finite.allows_step(self.global_step + 1, loss, num_tokens)
 
     def _clip_gradients(self) -> Tensor | None:
@@ -227,8 +219,7 @@ class MaskedRecipe(RecipeSetup):
         """Show the optimizer step that was just done, and log it where that is due.
 
         Args:
-            loss: of the step.
-            num_tokens: of the step, summed over all ranks.
+            loss, num_tokens: of the step, over all ranks.
             grad_norm: before clipping, of all ranks; None where it was not measured.
             more: further numbers to log, by name.
         """

@@ -52,10 +52,8 @@ def report_new_schedule(
 
     Args:
         lr_scheduler: as it was restored, or None.
-        next_step: number of the next optimizer step.
-        lr: its learning rate. The checkpoint holds it, so it still is that of the schedule before.
-        epochs: of the run before, and now.
-        steps: optimizer steps in all epochs of the run before, and now.
+        next_step, lr: number and learning rate of the next step; the checkpoint holds this rate, of the old schedule.
+        epochs, steps: of the run before, and now.
     """
     if lr_scheduler is None or steps[0] == steps[1]:
         return

@@ -27,7 +27,6 @@ class Validation:
     """Means over held-out rows, each counted once whatever the number of ranks.
 
     Args:
-        dataset: as the recipe trains on.
         batch_size: rows per forward pass on each rank.
         collate_fn: makes a batch of rows.
         rank, world_size: of the data-parallel group.
@@ -45,13 +44,11 @@ class Validation:
 
     @torch.no_grad()
     def run(self, model, sums_of: Callable[[object, int], Mapping[str, Tensor]], device) -> dict[str, float]:
-        """The mean of each number, the same on all ranks.
+        """The mean of each number, the same on all ranks. The model's mode and all random numbers stay as they are.
 
         Args:
-            model: left in the mode that it was in; no random numbers are drawn.
             sums_of: gives, for a batch and how many of its first rows count, sums over these by name, 0-d, and what
                 they are divided by as the last of them.
-            device: of the model.
         """
         was_training = model.training
         model.eval()
