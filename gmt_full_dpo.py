@@ -6,7 +6,7 @@ its name, as ``tune`` would have done, and runs the recipe's file.
 
 import sys
 
-from gmt_tune.integrations.torchtune.registry import run_unregistered
+from gmt_tune.integrations.torchtune.plugin.registry import run_unregistered
 
 if __name__ == "__main__":
     run_unregistered("gmt_full_dpo", sys.argv)

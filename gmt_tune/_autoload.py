@@ -15,54 +15,37 @@ import importlib.machinery
 import sys
 
 
-class _AfterExecution:
-    """Wraps a module's own loader and calls ``after(module)`` once the module has been executed."""
-
-    def __init__(self, loader, after):
-        self._loader, self._after = loader, after
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        self._loader.exec_module(module)
-        self._after(module)
-
-    def __getattr__(self, name):  # get_source, get_resource_reader, ...: whatever the real loader has
-        return getattr(self._loader, name)
-
-
 class TorchtuneFinder:
     """Meta path finder that watches for torchtune's and torchao's submodules and leaves other imports alone."""
 
     def __init__(self):
-        self._sees_torchao = self._sees_torchtune = False
+        self._seen = set()
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname.startswith("torchao.") and not self._sees_torchao:
-            self._sees_torchao = True
-            from gmt_tune.integrations.torchtune.versions import check_before_torchao
-
-            check_before_torchao()
-        if not fullname.startswith("torchtune."):
+        package, _, submodule = fullname.partition(".")
+        if package not in ("torchao", "torchtune") or not submodule:
             return None
-        if not self._sees_torchtune:
-            self._sees_torchtune = True
-            from gmt_tune.integrations.torchtune.versions import make_torchtune_importable
+        if package not in self._seen:
+            self._seen.add(package)
+            from gmt_tune.integrations.torchtune.plugin import versions
 
-            make_torchtune_importable()
+            versions.check_before_torchao() if package == "torchao" else versions.make_torchtune_importable()
         if fullname != "torchtune._recipe_registry":
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _AfterExecution(spec.loader, _register)
+            spec.loader.exec_module = _executing_and_registering(spec.loader.exec_module)
         return spec
 
 
-def _register(registry) -> None:
-    from gmt_tune.integrations.torchtune.registry import register_recipes
+def _executing_and_registering(execute):
+    def exec_module(registry):
+        execute(registry)
+        from gmt_tune.integrations.torchtune.plugin.registry import register_recipes
 
-    register_recipes(registry)
+        register_recipes(registry)
+
+    return exec_module
 
 
 def autoload() -> None:

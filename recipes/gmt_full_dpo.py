@@ -1,7 +1,6 @@
 """Direct preference optimization in which, at every step, only the largest gradient entries are applied."""
 
 import sys
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,15 +9,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config, rlhf, training
 
-from gmt_tune.integrations.torchtune.entry import parse, run_recipe
-from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
-from gmt_tune.integrations.torchtune.preference import (
+from gmt_tune.integrations.torchtune.config.public import config_to_log
+from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
+from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
+from gmt_tune.integrations.torchtune.run.preference import (
     OWN_KEYS,
-    PreferenceValidation,
     check_preference_config,
     check_preference_row,
 )
-from gmt_tune.integrations.torchtune.public_config import config_to_log
 
 
 class PairLogProbs(NamedTuple):
@@ -39,7 +37,7 @@ class GMTFullDPORecipe(MaskedRecipe):
     optimizer in backward, compilation, tensor parallelism, learning rate schedulers, profiler, metric loggers.
 
         - Reference model (``ref_checkpointer``). The model before training, which rewards are measured against. It is
-          held beside the trained one, sharded alike, without gradients; resuming does not change it.
+          held beside the trained one, sharded like it, without gradients; resuming does not change it.
 
         - Losses. ``torchtune.rlhf.loss.DPOLoss``, ``torchtune.rlhf.loss.RSOLoss``, or your own module with the same
           arguments and results.
@@ -100,14 +98,9 @@ class GMTFullDPORecipe(MaskedRecipe):
         """The training loop."""
         if not self._begin_training():
             return
-        t0 = time.perf_counter()
         running, num_tokens = 0, 0
-
-        first_batch = self._batches_done  # not zero, like epochs_run, when training goes on from a checkpoint
-        for epoch in range(self.epochs_run, self.total_epochs):
-            progress, batches = self._begin_epoch(epoch, first_batch)
-            for idx, batch in enumerate(batches, start=first_batch):
-                self._record_memory_history()
+        for epoch in range(self.epochs_run, self.total_epochs):  # both loops begin later in a resumed run
+            for batch, completes_step in self._epoch_batches(epoch):
                 num_tokens += torch.tensor(batch[0].numel(), device=self._device)
 
                 # Every micro-batch has as many pairs: the mean over the step is the mean of their means.
@@ -117,21 +110,21 @@ class GMTFullDPORecipe(MaskedRecipe):
                 running += torch.stack([loss.detach(), *means])
 
                 if self._optimizer_in_bwd:  # optimizers step during backward
-                    num_tokens, running, must_stop = self._reduce(num_tokens, running)
-                    self._check_finite(None, running[0])
+                    num_tokens, running = self._reduce(num_tokens, running)
+                    self._check_finite(running[0], num_tokens)
                 loss.backward()
 
-                if (idx + 1) % self._gradient_accumulation_steps == 0:
+                if completes_step:
                     grad_norm = None
                     if not self._optimizer_in_bwd:
                         # FSDP2 has averaged the gradient over the ranks.
-                        num_tokens, running, must_stop = self._reduce(num_tokens, running)
+                        num_tokens, running = self._reduce(num_tokens, running)
                         if len(self._micro_batches) > self._gradient_accumulation_steps:
                             # With those that the epoch before has left over: divide by what is there
                             scale = self._gradient_accumulation_steps / len(self._micro_batches)
                             running = running * scale
                             training.scale_grads(self._model, torch.tensor(scale))
-                        if self._check_finite(self._model, running[0]):
+                        if self._check_finite(running[0], num_tokens):
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
                             # on the gradient as it is now.
@@ -139,25 +132,13 @@ class GMTFullDPORecipe(MaskedRecipe):
                         self._optimizer.zero_grad(set_to_none=True)
 
                     self.global_step += 1
-                    self._batches_done = idx + 1
                     if self._lr_scheduler is not None:
                         self._lr_scheduler.step()
 
                     loss_to_log, *means = (running / self.world_size).tolist()
-                    seconds = time.perf_counter() - t0
-                    to_log = dict(zip(numbers, means, strict=True))
-                    self._log_step(progress, loss_to_log, num_tokens.item(), seconds, grad_norm, to_log)
-                    self._finish_step(progress, must_stop)
+                    self._log_step(loss_to_log, num_tokens.item(), grad_norm, dict(zip(numbers, means, strict=True)))
+                    self._finish_step()
                     running, num_tokens = 0, 0
-                    t0 = time.perf_counter()
-                    self._profiler.step()
-
-                if self._steps_of(idx + 1) == self.max_steps_per_epoch:
-                    break
-
-            progress.close()
-            self.epochs_run += 1
-            first_batch = 0
 
         self._end_training()
 
@@ -201,14 +182,15 @@ class GMTFullDPORecipe(MaskedRecipe):
             rejected_BSV.detach().mean(dim=(1, 2)),
         )
 
-    def _setup_validation(self, dataset, *, batch_size: int, collate_fn) -> PreferenceValidation:
-        return PreferenceValidation(
-            dataset, batch_size=batch_size, collate_fn=collate_fn, rank=self.dp_rank, world_size=self.dp_size
-        )
-
     def _validate(self) -> dict[str, float]:
-        numbers = self._validation.run(self._model, self._numbers_of_pairs, self._device)
-        return {f"val_{name}": value for name, value in numbers.items()}
+        """The same numbers, as means over all pairs of ``dataset_val``."""
+
+        def sums_of(batch: tuple[Tensor, Tensor], rows: int) -> dict[str, Tensor]:
+            numbers = self._numbers_of_pairs(batch)
+            sums = {f"val_{name}": number[:rows].double().sum() for name, number in numbers.items()}
+            return {**sums, "pairs": torch.tensor(rows, device=self._device)}
+
+        return self._validation.run(self._model, sums_of, self._device)
 
 
 def dpo(cfg: DictConfig) -> None:

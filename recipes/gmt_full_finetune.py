@@ -1,17 +1,16 @@
 """Full fine-tuning in which, at every optimizer step, only the largest gradient entries are applied."""
 
 import sys
-import time
 
 import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
 
-from gmt_tune.integrations.torchtune.chunks import fill_chunks
-from gmt_tune.integrations.torchtune.entry import parse, run_recipe
-from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
-from gmt_tune.integrations.torchtune.public_config import config_to_log
-from gmt_tune.integrations.torchtune.validation import Validation, tokens_in_loss
+from gmt_tune.integrations.torchtune.config.public import config_to_log
+from gmt_tune.integrations.torchtune.run.chunks import fill_chunks
+from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
+from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
+from gmt_tune.integrations.torchtune.run.validation import tokens_in_loss
 
 
 class GMTFullFinetuneRecipe(MaskedRecipe):
@@ -41,7 +40,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 
         - Checkpoints (``save_every_n_steps``, ``keep_last_n_checkpoints``; with ``enable_async_checkpointing``
           written while training goes on), also at the end of each epoch and
-          when the run is told to stop (SIGTERM, SIGINT, SIGUSR1). ``resume_from_checkpoint: True`` finds the
+          when the run is asked to stop (SIGTERM, SIGINT, SIGUSR1). ``resume_from_checkpoint: True`` finds the
           newest whole one in ``output_dir`` and goes on exactly, or starts if there is none yet.
 
         - Validation (``dataset_val``, ``run_val_every_n_steps``, ``batch_size_val``).
@@ -63,14 +62,9 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         """The training loop."""
         if not self._begin_training():
             return
-        t0 = time.perf_counter()
         running_loss, num_tokens = 0, 0
-
-        first_batch = self._batches_done  # not zero, like epochs_run, when training goes on from a checkpoint
-        for epoch in range(self.epochs_run, self.total_epochs):
-            progress, batches = self._begin_epoch(epoch, first_batch)
-            for idx, batch in enumerate(batches, start=first_batch):
-                self._record_memory_history()
+        for epoch in range(self.epochs_run, self.total_epochs):  # both loops begin later in a resumed run
+            for batch, completes_step in self._epoch_batches(epoch):
                 utils.batch_to_device(batch, self._device)
 
                 # The loss is a mean over tokens: weigh it by their number, so that micro-batches of
@@ -83,16 +77,16 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                 if self._optimizer_in_bwd:
                     # Optimizers step during backward, so the loss must be normalised before it. The world
                     # size undoes the division by it in FSDP2's gradient reduction.
-                    num_tokens, running_loss, must_stop = self._reduce(num_tokens, running_loss)
-                    self._check_finite(None, running_loss)
+                    num_tokens, running_loss = self._reduce(num_tokens, running_loss)
+                    self._check_finite(running_loss, num_tokens)
                     loss = loss * (self.world_size / num_tokens)
                 loss.backward()
 
-                if (idx + 1) % self._gradient_accumulation_steps == 0:
+                if completes_step:
                     grad_norm = None
                     if not self._optimizer_in_bwd:
-                        num_tokens, running_loss, must_stop = self._reduce(num_tokens, running_loss)
-                        if self._check_finite(self._model, running_loss):
+                        num_tokens, running_loss = self._reduce(num_tokens, running_loss)
+                        if self._check_finite(running_loss, num_tokens):
                             training.scale_grads(self._model, self.world_size / num_tokens)
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
@@ -101,23 +95,12 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                         self._optimizer.zero_grad(set_to_none=True)
 
                     self.global_step += 1
-                    self._batches_done = idx + 1
                     if self._lr_scheduler is not None:
                         self._lr_scheduler.step()
 
-                    loss_to_log = (running_loss.item() / num_tokens).item()
-                    self._log_step(progress, loss_to_log, num_tokens.item(), time.perf_counter() - t0, grad_norm)
-                    self._finish_step(progress, must_stop)
+                    self._log_step((running_loss.item() / num_tokens).item(), num_tokens.item(), grad_norm)
+                    self._finish_step()
                     running_loss, num_tokens = 0, 0
-                    t0 = time.perf_counter()
-                    self._profiler.step()
-
-                if self._steps_of(idx + 1) == self.max_steps_per_epoch:
-                    break
-
-            progress.close()
-            self.epochs_run += 1
-            first_batch = 0
 
         self._end_training()
 
@@ -138,18 +121,16 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
             return self._loss_fn(logits, labels_BS)
         return self._loss_fn(logits.reshape(-1, logits.size(-1)), labels_BS.reshape(-1))
 
-    def _setup_validation(self, dataset, *, batch_size: int, collate_fn) -> Validation:
-        return Validation(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=collate_fn,
-            ignore_index=self._loss_fn.ignore_index,
-            rank=self.dp_rank,
-            world_size=self.dp_size,
-        )
-
     def _validate(self) -> dict[str, float]:
-        return {"val_loss": self._validation.run(self._model, self._loss, self._device)}
+        """The mean loss over all tokens of ``dataset_val``."""
+
+        def sums_of(batch: dict, rows: int) -> dict[str, torch.Tensor]:
+            utils.batch_to_device(batch, self._device)
+            batch["labels"][rows:] = self._loss_fn.ignore_index
+            tokens = tokens_in_loss(batch["labels"], self._loss_fn.ignore_index)
+            return {"val_loss": self._loss(batch).double() * tokens, "tokens": tokens}
+
+        return self._validation.run(self._model, sums_of, self._device)
 
 
 def finetune(cfg: DictConfig) -> None:

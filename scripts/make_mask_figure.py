@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from gmt_tune import GradientMask
-from gmt_tune.integrations.torchtune.assets import register_resolver
-from gmt_tune.integrations.torchtune.registry import config_paths
+from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSITY = 0.2

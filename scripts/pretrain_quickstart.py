@@ -23,7 +23,7 @@ from torchtune.modules import TransformerDecoder
 
 from gmt_tune.data import ExactMatch
 from gmt_tune.data.village import corpus, questions
-from gmt_tune.integrations.torchtune.assets import ASSETS
+from gmt_tune.integrations.torchtune.plugin.assets import ASSETS
 from gmt_tune.models import tiny
 from gmt_tune.models.chatml import END_OF_TEXT, IM_END, IM_START, ChatMLTokenizer
 

@@ -28,7 +28,7 @@ _FORKSERVER.set_forkserver_preload(
         "torchtune.training",
         "torchdata.stateful_dataloader",
         "datasets",
-        "gmt_tune.integrations.torchtune.masked_recipe",
+        "gmt_tune.integrations.torchtune.run.masked_recipe",
         "gmt_tune.models.chatml",
     ]
 )
@@ -47,7 +47,7 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
     os.environ.update(environment)
     import torch
 
-    from gmt_tune.integrations.torchtune.registry import recipe_path
+    from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")  # torchao's updates compile for 20 s a shape, in every process
@@ -68,7 +68,7 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
 
 def _break_gradient(rank: str, step: str, name: str, value: str) -> None:
     """Put a value into one entry of one rank's part of a gradient, after the backward pass of one step."""
-    from gmt_tune.integrations.torchtune.masked_recipe import MaskedRecipe
+    from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
 
     reduce = MaskedRecipe._reduce
 

@@ -18,7 +18,7 @@ PRELOADED = [
     "torchtune.training",
     "torchdata.stateful_dataloader",
     "datasets",
-    "gmt_tune.integrations.torchtune.masked_recipe",
+    "gmt_tune.integrations.torchtune.run.masked_recipe",
     "gmt_tune.models.chatml",
 ]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)

@@ -254,7 +254,7 @@ def _load(kind: str, name: str, known: set[str]) -> dict:
 def _base_config(name: str) -> dict:
     from omegaconf import OmegaConf
 
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     return OmegaConf.to_container(OmegaConf.load(config_paths()[name]), resolve=False)
 
@@ -262,7 +262,7 @@ def _base_config(name: str) -> dict:
 def _resolved(config: dict) -> dict:
     from omegaconf import OmegaConf
 
-    from gmt_tune.integrations.torchtune.assets import register_resolver
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 
     register_resolver()
     return OmegaConf.to_container(OmegaConf.create(config), resolve=True)

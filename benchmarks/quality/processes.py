@@ -40,7 +40,7 @@ def preload() -> None:
     import transformers  # noqa: F401
 
     from benchmarks.quality import evaluation  # noqa: F401
-    from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
+    from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 
     load_base_recipe("full_finetune_distributed")
     load_base_recipe("lora_finetune_single_device")

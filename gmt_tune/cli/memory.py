@@ -4,13 +4,12 @@ The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``.
 """
 
 import argparse
-import difflib
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 
 GIB = 2**30
 
@@ -74,10 +73,10 @@ def load_config(name: str, overrides: list[str]):
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from gmt_tune.integrations.torchtune.assets import register_resolver
-    from gmt_tune.integrations.torchtune.config_check import check_keys
-    from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
-    from gmt_tune.integrations.torchtune.preference import OWN_KEYS
+    from gmt_tune.integrations.torchtune.config.check import check_keys
+    from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+    from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
     register_resolver()
     path = _path_of(name)
@@ -185,7 +184,7 @@ def _fits(report: dict) -> str:
 
 def packaged_configs() -> list[str]:
     """The names of all configs that this package carries."""
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     return list(config_paths())
 
@@ -194,7 +193,7 @@ def _path_of(name: str) -> Path:
     """The file of a config that is given by its name or as a file."""
     import torchtune
 
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     ours = config_paths()
     if name in ours:
@@ -203,6 +202,5 @@ def _path_of(name: str) -> Path:
     for path in (theirs, Path(name).expanduser()):
         if path.is_file():
             return path
-    nearest = difflib.get_close_matches(name, ours, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`tune ls` lists them"
+    hint = did_you_mean(name, ours, "`tune ls` lists them", most=2, cutoff=0.5)
     raise UserError(f"there is no config {name!r}, nor such a file: {hint}")

@@ -3,8 +3,6 @@
 Costs 2 bits of memory per masked entry and one more pass over the gradient; nothing is tracked unless one is made.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -54,10 +52,7 @@ class SelectionTracker:
         self._numel: dict[str, int] = {}
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
-        """Watch an optimizer's steps; call it after the mask's own ``register``.
-
-        Returns:
-            A handle; ``handle.remove()`` ends the watching.
+        """Watch an optimizer's steps, until the handle that it returns is removed; after the mask's own ``register``.
 
         Raises:
             TypeError: if it is no optimizer, or one that runs no step hooks.
@@ -77,14 +72,11 @@ class SelectionTracker:
             ``mask/coverage``, and from the second tracked step on ``mask/overlap``: the fraction of the selection
             before that was selected again. Empty before the first step.
         """
-        counts = self._read_counts()
+        counts = self._read_counts().values()
         if not counts:
             return {}
-        metrics = {"mask/coverage": sum(ever for _, _, ever in counts.values()) / sum(self._numel.values())}
-        before = sum(last for _, last, _ in counts.values())
-        if before:
-            metrics["mask/overlap"] = sum(both for both, _, _ in counts.values()) / before
-        return metrics
+        both, last, ever = map(sum, zip(*counts, strict=True))
+        return {"mask/coverage": ever / sum(self._numel.values())} | ({"mask/overlap": both / last} if last else {})
 
     def detail(self) -> dict[str, dict[str, float]]:
         """The same for each parameter: ``{"overlap": {name: fraction}, "coverage": {name: fraction}}``."""
@@ -95,11 +87,7 @@ class SelectionTracker:
         }
 
     def state_dict(self, *, copy: bool = False) -> dict[str, object]:
-        """This rank's bits (uint8 by parameter name) and step counts, to go on counting after a resume.
-
-        Args:
-            copy: of the bits, so that further steps do not change what was given.
-        """
+        """This rank's bits (uint8 by parameter name) and step counts; further steps change them unless ``copy``."""
         ever = {name: bits.clone() if copy else bits for name, bits in self._ever.items()}
         by_name = self._mask.masked_parameters
         shards = {name: own_ranges(by_name[name]) for name in ever}
@@ -158,10 +146,8 @@ class SelectionTracker:
         last, ever = self._last.get(name), self._ever.get(name)
         self._last[name] = now
         self._ever[name] = now.clone() if ever is None else ever.bitwise_or_(now)
-        row = [torch.zeros((), dtype=torch.int64, device=now.device)] * 2
-        if last is not None:
-            row = [_count_bits(now & last), _count_bits(last)]
-        return torch.stack([*row, _count_bits(self._ever[name])])
+        last = torch.zeros_like(now) if last is None else last
+        return torch.stack([_count_bits(bits) for bits in (now & last, last, self._ever[name])])
 
     def _read_counts(self) -> dict[str, list[int]]:
         return {name: row.tolist() for name, row in self._counts.items()}

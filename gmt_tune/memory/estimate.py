@@ -18,8 +18,8 @@ from torch import nn
 from torchtune import config, training
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config_components import component_path, import_component, is_known_package
-from gmt_tune.integrations.torchtune.mask import build_gradient_mask
+from gmt_tune.integrations.torchtune.config.components import component_path, import_component, is_known_package
+from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.masking import GradientMask
 from gmt_tune.memory import activations as act
 from gmt_tune.memory.sharding import Mesh, largest_units, local_shapes

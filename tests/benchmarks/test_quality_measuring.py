@@ -8,7 +8,7 @@ import torch
 from benchmarks.quality import evaluation
 from benchmarks.quality.statistics import estimate, paired_difference, t95
 from gmt_tune.data import ExactMatch
-from gmt_tune.integrations.torchtune.assets import asset
+from gmt_tune.integrations.torchtune.plugin.assets import asset
 from gmt_tune.models.chatml import ChatMLTokenizer
 
 

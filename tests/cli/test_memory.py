@@ -55,8 +55,8 @@ def config(**changes):
 
 def complete(**changes):
     """A config that ``tune run`` takes: that of the quickstart, with sections replaced."""
-    from gmt_tune.integrations.torchtune.assets import register_resolver
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     register_resolver()
     quickstart = OmegaConf.to_container(OmegaConf.load(config_paths()["quickstart"]))
@@ -356,7 +356,7 @@ def test_reads_a_file_of_the_user_and_assumes_a_length_where_there_is_none(capsy
 
 
 def test_all_prints_a_line_for_each_packaged_config(capsys):
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     assert main(["memory", "--all"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()

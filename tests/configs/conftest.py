@@ -101,7 +101,7 @@ def on_tiny_model(tiny_families, local_data):
     """Function that turns a packaged config into one that trains two steps on a tiny model of its family."""
     from omegaconf import OmegaConf
 
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     def make(name: str, output_dir: Path, **changes):
         cfg = OmegaConf.load(config_paths()[name])
@@ -149,7 +149,7 @@ def on_tiny_model(tiny_families, local_data):
 @pytest.fixture(scope="session")
 def recipe_classes() -> dict[str, type]:
     """The classes of our recipes by their names, loaded from their files as ``tune run`` does."""
-    from gmt_tune.integrations.torchtune.registry import recipe_path
+    from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 
     classes = {}
     for name, class_name in (("gmt_full_finetune", "GMTFullFinetuneRecipe"), ("gmt_full_dpo", "GMTFullDPORecipe")):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torchtune.models.convert_weights import hf_to_tune
 
 from gmt_tune.data.exact_match import generate_greedily
-from gmt_tune.integrations.torchtune.assets import asset
+from gmt_tune.integrations.torchtune.plugin.assets import asset
 from gmt_tune.integrations.torchtune.process_group import leave
 from gmt_tune.models import tiny
 from gmt_tune.models.chatml import ChatMLTokenizer

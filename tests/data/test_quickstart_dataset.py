@@ -8,7 +8,7 @@ import torch
 from gmt_tune.data import quickstart_dataset
 from gmt_tune.data.village import questions
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.assets import asset
+from gmt_tune.integrations.torchtune.plugin.assets import asset
 from gmt_tune.models.chatml import ChatMLTokenizer
 
 IGNORED = -100

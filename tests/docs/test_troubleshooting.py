@@ -10,8 +10,8 @@ from doc_fences import ROOT
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 PACKAGE = ROOT / "gmt_tune"
-RAISED = {"UserError", "VersionError", "SystemExit", "OutOfReachError", "StopRun"}
-COVERED = sorted([*(PACKAGE / "integrations" / "torchtune").glob("*.py"), *(PACKAGE / "cli").glob("*.py")])
+RAISED = {"UserError", "VersionError", "SystemExit", "OutOfReachError", "StopRun", "_end"}
+COVERED = sorted([*(PACKAGE / "integrations" / "torchtune").rglob("*.py"), *(PACKAGE / "cli").glob("*.py")])
 GAP = "\0"  # what a placeholder of an f-string becomes
 
 

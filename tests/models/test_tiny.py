@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmt_tune.data.village import corpus, people, questions
-from gmt_tune.integrations.torchtune.assets import ASSETS, asset
+from gmt_tune.integrations.torchtune.plugin.assets import ASSETS, asset
 from gmt_tune.models.chatml import ChatMLTokenizer
 from gmt_tune.models.tiny import tiny_llama
 

@@ -17,7 +17,7 @@ def eager():
 @pytest.fixture(scope="session")
 def gmt_recipe():
     """The class of our recipe, loaded from its file as ``tune run`` does."""
-    from gmt_tune.integrations.torchtune.registry import recipe_path
+    from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 
     spec = importlib.util.spec_from_file_location("gmt_full_finetune_recipe", recipe_path("gmt_full_finetune"))
     module = importlib.util.module_from_spec(spec)
@@ -55,8 +55,8 @@ def train_by():
 @pytest.fixture(scope="session")
 def run_recipe(gmt_recipe, train_by):
     """Function that trains by a recipe's class: ours, or torchtune's "single_device" or "distributed"."""
-    from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
     from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous
+    from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 
     def run(config: dict, base: str | None = None):
         if base is None:

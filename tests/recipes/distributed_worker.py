@@ -21,9 +21,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torchtune import training
 
-from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
+from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 from gmt_tune.integrations.torchtune.process_group import no_memory_stats_on_cpu
-from gmt_tune.integrations.torchtune.registry import recipe_path
+from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 
 TIMEOUT = 240  # seconds
 

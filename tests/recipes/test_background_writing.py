@@ -2,8 +2,8 @@
 
 import pytest
 
-from gmt_tune.integrations.torchtune import signals
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.run import signals
 
 
 @pytest.mark.parametrize("is_async", [False, True])

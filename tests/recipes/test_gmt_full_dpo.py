@@ -13,8 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config
-from gmt_tune.integrations.torchtune.preference import OWN_KEYS, check_preference_config
+from gmt_tune.integrations.torchtune.config.check import check_config
+from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 DENSITY_ONE = {**MASK, "density": 1.0}
@@ -25,7 +25,7 @@ RSO = {"_component_": "torchtune.rlhf.loss.RSOLoss", "gamma": 0.5}
 @pytest.fixture(scope="session")
 def dpo_recipe():
     """The class of our recipe, loaded from its file as ``tune run`` does."""
-    from gmt_tune.integrations.torchtune.registry import recipe_path
+    from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 
     spec = importlib.util.spec_from_file_location("gmt_full_dpo_recipe", recipe_path("gmt_full_dpo"))
     module = importlib.util.module_from_spec(spec)
@@ -107,8 +107,8 @@ def test_losses_and_weights_equal_torchtunes_recipe(
 
 def _torchtunes_recipe():
     """Its full_dpo_distributed, as its main function starts it, on one process of a backend that cannot average."""
-    from gmt_tune.integrations.torchtune.base_recipes import load_base_recipe
     from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous
+    from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 
     class OnOneProcess(load_base_recipe("full_dpo_distributed").FullDPORecipeDistributed):
         def __init__(self, cfg):
@@ -317,8 +317,8 @@ def test_quickstart_as_a_command_reaches_what_the_docs_say(processes, run_tune, 
 
 
 def _run_quickstart(output_dir, dpo_recipe, train_by, **changes) -> None:
-    from gmt_tune.integrations.torchtune.assets import register_resolver
-    from gmt_tune.integrations.torchtune.registry import config_paths
+    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     register_resolver()
     cfg = OmegaConf.load(config_paths()["quickstart_dpo"])

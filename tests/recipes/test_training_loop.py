@@ -13,10 +13,9 @@ import torch
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError, UserErrorOfOneRank
-from gmt_tune.integrations.torchtune import entry
-from gmt_tune.integrations.torchtune.entry import StopRun
-from gmt_tune.integrations.torchtune.registry import recipe_path
-from gmt_tune.integrations.torchtune.signals import SIGNALS, StopSignal
+from gmt_tune.integrations.torchtune.run import entry
+from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
+from gmt_tune.integrations.torchtune.run.signals import SIGNALS, StopRun, StopSignal
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 UNCHUNKED = {"_component_": "torch.nn.CrossEntropyLoss"}
@@ -138,77 +137,65 @@ def make_recipe(gmt_recipe, **attributes):
     """A recipe that is not set up, of which single methods are called."""
     recipe = object.__new__(gmt_recipe)
     defaults = dict(
-        world_size=1, rank=0, tensor_parallel_dim=1, global_step=1, _first_step=0, _is_rank_zero=True, _mask=None,
-        _device=torch.device("cpu"), _is_profiling=False, _is_recording_memory=False, _log_every_n_steps=100,
-        _stop=StopSignal(), _checkpoints=SimpleNamespace(close=lambda: None),
+        world_size=1, rank=0, tensor_parallel_dim=1, global_step=1, _is_rank_zero=True, _mask=None, _logs=None,
+        _device=torch.device("cpu"), _log_every_n_steps=100, _stop=StopSignal(), _profiler=RunProfiler(None),
+        _checkpoints=SimpleNamespace(close=lambda: None),
     )  # fmt: skip
     for name, value in {**defaults, **attributes}.items():
         setattr(recipe, name, value)
     return recipe
 
 
+@pytest.fixture
+def shown_step(gmt_recipe, monkeypatch):
+    """Function that gives what is shown of a step of two seconds, in which each of a recipe's ranks has counted."""
+
+    def show(**attributes) -> tuple:
+        shown = []
+        progress = SimpleNamespace(update=lambda *args: shown.append(args))
+        recipe = make_recipe(gmt_recipe, _progress=progress, _step_start=1.0, **attributes)
+        monkeypatch.setattr("gmt_tune.integrations.torchtune.run.masked_recipe.time.perf_counter", lambda: 3.0)
+        recipe._log_step(1.0, 400, None)
+        monkeypatch.undo()
+        return shown[0]
+
+    return show
+
+
 @pytest.mark.parametrize(("tensor_parallel_dim", "tokens"), [(1, 200.0), (2, 100.0), (4, 50.0)])
-def test_tokens_count_once_however_many_ranks_share_a_row(tensor_parallel_dim, tokens, gmt_recipe):
-    """Each of four ranks has counted 100 tokens of a step of two seconds."""
-    recipe, shown = make_recipe(gmt_recipe, world_size=4, tensor_parallel_dim=tensor_parallel_dim), []
-    recipe._log_step(SimpleNamespace(update=lambda *args: shown.append(args)), 1.0, 400, 2.0, None)
-    assert shown == [(1, 1.0, tokens, None)]
+def test_tokens_count_once_however_many_ranks_share_a_row(tensor_parallel_dim, tokens, shown_step):
+    """Each of four ranks has counted 100 tokens."""
+    assert shown_step(world_size=4, tensor_parallel_dim=tensor_parallel_dim) == (1, 1.0, tokens, None)
 
 
 @pytest.mark.parametrize(("device", "share"), [("cpu", 0.25), ("cuda", None)])
-def test_the_masks_time_is_a_share_of_the_steps_only_where_the_host_waits_for_it(device, share, gmt_recipe):
-    recipe, shown = make_recipe(gmt_recipe, _device=torch.device(device), _mask=SimpleNamespace(seconds=0.5)), []
-    recipe._log_step(SimpleNamespace(update=lambda *args: shown.append(args)), 1.0, 400, 2.0, None)
-    assert shown == [(1, 1.0, 200.0, share)]
+def test_the_masks_time_is_a_share_of_the_steps_only_where_the_host_waits_for_it(device, share, shown_step):
+    step = shown_step(_device=torch.device(device), _mask=SimpleNamespace(seconds=0.5))
+    assert step == (1, 1.0, 200.0, share)
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_a_users_copy_of_the_first_recipe_still_runs(in_backward, tmp_path, tiny_config, train_by, logged_metrics):
-    """Its loop called some methods of the base class with the number of the batch."""
-    source = recipe_path("gmt_full_finetune").read_text()
-    for call, call_then in {
-        "self._record_memory_history()": "self._record_memory_history(idx)",
-        "running_loss)\n                    loss =": "running_loss, idx)\n                    loss =",
-        "self._check_finite(self._model, running_loss)": "self._check_finite(self._model, running_loss, idx)",
-        "self._profiler.step()": "self._stop_memory_history(idx); self._profiler.step()",
-    }.items():
-        assert source.count(call) == 1
-        source = source.replace(call, call_then)
-    copied: dict = {"__name__": "my_recipe"}
-    exec(source, copied)
-    train_by(copied["GMTFullFinetuneRecipe"], tiny_config(tmp_path, optimizer_in_bwd=in_backward))
-    assert len([step for step in logged_metrics(tmp_path) if "loss" in step]) == 4
-
-
-@pytest.mark.parametrize("accumulation", [1, 8])
-@pytest.mark.parametrize("first_step", [0, 100])  # a resumed run's profiler counts from its own start
-def test_the_memory_history_lasts_as_long_as_the_profilers_active_steps(
-    accumulation, first_step, gmt_recipe, monkeypatch
-):
-    calls = []
-    recipe = make_recipe(
-        gmt_recipe, _device=torch.device("cuda"), global_step=first_step, _first_step=first_step, _is_profiling=True,
-        profiler_profile_memory=True, profiler_wait_steps=5, profiler_warmup_steps=3, profiler_active_steps=2,
-        _profiler=SimpleNamespace(stop=lambda: calls.append("profiler stopped")),
-    )  # fmt: skip
+def test_the_memory_history_lasts_as_long_as_the_profilers_active_steps(monkeypatch):
+    calls, steps = [], []
+    torchtunes = SimpleNamespace(start=lambda: None, step=lambda: None, stop=lambda: calls.append("profiler stopped"))
     monkeypatch.setattr(
-        torch.cuda.memory, "_record_memory_history", lambda enabled: calls.append((recipe.global_step, enabled))
+        torch.cuda.memory, "_record_memory_history", lambda enabled: calls.append((len(steps), enabled))
     )
 
-    def train(steps):
-        for _ in range(steps):
-            for _ in range(accumulation):
-                recipe._record_memory_history()
-            recipe.global_step += 1
+    def train(profiler, count):
+        steps.clear()
+        profiler.start()
+        for number in range(count):
+            steps.append(number)
+            profiler.step()
 
-    train(30)
-    assert calls == [(first_step + 8, "all"), (first_step + 10, None)]
+    train(RunProfiler(torchtunes, range(8, 10)), 30)
+    assert calls == [(8, "all"), (10, None)]
     calls.clear()
-    recipe.global_step = first_step
-    train(9)  # and the run ends
-    recipe._close()
-    recipe._close()
-    assert calls == [(first_step + 8, "all"), (first_step + 9, None), "profiler stopped"]
+    profiler = RunProfiler(torchtunes, range(0, 10))
+    train(profiler, 9)  # and the run ends
+    profiler.stop()
+    profiler.stop()
+    assert calls == [(0, "all"), (9, None), "profiler stopped"]
 
 
 def profiler_of(tmp_path) -> dict:
@@ -219,7 +206,7 @@ def profiler_of(tmp_path) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("end", ["complete", "told to stop", "error"])
+@pytest.mark.parametrize("end", ["complete", "asked to stop", "error"])
 def test_however_a_run_ends_its_profiler_and_its_logger_are_closed(
     end, tmp_path, tiny_config, gmt_recipe, monkeypatch, caplog
 ):
@@ -227,7 +214,7 @@ def test_however_a_run_ends_its_profiler_and_its_logger_are_closed(
 
     def interfere(self, *args):
         opened.append(self)
-        if self.global_step == 1 and end == "told to stop":
+        if self.global_step == 1 and end == "asked to stop":
             self._stop.received = 15
         if self.global_step == 1 and end == "error":
             raise UserError("what has ended the run")
@@ -236,7 +223,7 @@ def test_however_a_run_ends_its_profiler_and_its_logger_are_closed(
     monkeypatch.setattr(gmt_recipe, "_reduce", interfere)
     cfg = OmegaConf.create(tiny_config(tmp_path, profiler=profiler_of(tmp_path)))
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    raised = {"complete": None, "told to stop": StopRun, "error": UserError}[end]
+    raised = {"complete": None, "asked to stop": StopRun, "error": UserError}[end]
     try:
         if raised is None:
             gmt_recipe(cfg).run(cfg)
@@ -256,10 +243,12 @@ def test_a_rank_that_fails_does_not_wait_for_the_others_in_the_profiler(gmt_reci
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         pass  # the first one of a process prepares itself
     for has_failed, wanted in ((True, []), (False, ["all ranks"])):
-        profiler = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], on_trace_ready=lambda _: waits.append("all ranks")
+        profiler = RunProfiler(
+            torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], on_trace_ready=lambda _: waits.append("all ranks")
+            )
         )
-        recipe = make_recipe(gmt_recipe, world_size=2, _profiler=profiler, _is_profiling=True)
+        recipe = make_recipe(gmt_recipe, world_size=2, _profiler=profiler)
         profiler.start()
         recipe._close(has_failed)
         assert waits == wanted
@@ -269,11 +258,10 @@ def test_what_fails_while_a_run_ends_does_not_hide_why_it_ended(gmt_recipe, capl
     def fail():
         raise OSError("No space left on device")
 
-    closed = []
-    recipe = make_recipe(
-        gmt_recipe, _is_profiling=True, profiler_profile_memory=False, _profiler=SimpleNamespace(stop=fail),
-        _metric_logger=SimpleNamespace(close=lambda: closed.append("logger")),
-    )  # fmt: skip
+    closed, profiler = [], RunProfiler(SimpleNamespace(start=lambda: None, stop=fail))
+    profiler.start()
+    logger = SimpleNamespace(close=lambda: closed.append("logger"))
+    recipe = make_recipe(gmt_recipe, _profiler=profiler, _metric_logger=logger)
     recipe._close(has_failed=True)
     assert closed == ["logger"] and "No space left on device" in caplog.text
 
@@ -340,7 +328,7 @@ def test_the_traceback_of_a_row_is_kept_in_a_file(tiny_config, tmp_path, capsys)
 
 
 def test_a_line_of_progress_that_does_not_fit_on_the_disk_is_left_out(monkeypatch):
-    from gmt_tune.integrations.torchtune.progress import Progress
+    from gmt_tune.integrations.torchtune.run.progress import Progress
 
     full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
     monkeypatch.setattr("sys.stdout", full)

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config, check_keys, check_machine
-from gmt_tune.integrations.torchtune.config_files import _check_data_files
-from gmt_tune.integrations.torchtune.config_reading import apply_overrides
-from gmt_tune.integrations.torchtune.optimizers import warn_of_long_warmup
+from gmt_tune.integrations.torchtune.config.check import check_config, check_keys, check_machine
+from gmt_tune.integrations.torchtune.config.files import _check_data_files
+from gmt_tune.integrations.torchtune.config.reading import apply_overrides
+from gmt_tune.integrations.torchtune.run.schedule import warn_of_long_warmup
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 REMOVED = "(removed)"
@@ -315,7 +315,7 @@ def test_the_index_of_a_device_reaches_torchtune_as_it_takes_it(tmp_path, tiny_c
     def stop(self, cfg):
         raise Reached(cfg.device, os.environ.get("LOCAL_RANK"), cfg.seed)
 
-    monkeypatch.setattr(gmt_recipe.__mro__[2], "__init__", stop)
+    monkeypatch.setattr(gmt_recipe.__mro__[3], "__init__", stop)
     for device, local_rank, reached in [
         ("cuda:1", None, ("cuda", "1")),
         ("cuda", None, ("cuda", None)),

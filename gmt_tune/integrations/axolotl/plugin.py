@@ -23,6 +23,10 @@ class GradientMaskPlugin(BasePlugin):
         return [GradientMaskCallback(**options)]
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Tell the trainer's arguments the folder that a run resumes from, for the callback to find its file."""
+        """Let the callback log before the reporters, and know the folder that a run resumes from."""
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, GradientMaskCallback):
+                callback.log_first(trainer)
+                break
         if cfg.resume_from_checkpoint:
             trainer.args.resume_from_checkpoint = cfg.resume_from_checkpoint

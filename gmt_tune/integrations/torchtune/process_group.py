@@ -1,13 +1,11 @@
-"""What lets torchtune's distributed recipe run as one plain process, and on the CPU.
+"""Lets torchtune's distributed recipe run as one plain process and on the CPU, and end with the right exit status.
 
-``tune run RECIPE`` without torchrun options starts the recipe without torchrun's environment variables,
-and two of torchtune's memory functions raise where there is no accelerator. And what lets it end with the exit
-status that it has earned.
+``tune run RECIPE`` without torchrun options starts the recipe without torchrun's environment variables, and two of
+torchtune's memory functions raise where there is no accelerator.
 """
 
 import contextlib
 import faulthandler
-import gc
 import os
 import select
 import time
@@ -18,11 +16,9 @@ from pathlib import Path
 import torch
 from torchtune import training
 
-_GLOO_THREAD = "pt_gloo_runloop"
-_OURS = "GMT_TUNE_SINGLE_PROCESS"  # id of the process that has set torchrun's variables for itself
+_SINGLE_PROCESS = "GMT_TUNE_SINGLE_PROCESS"  # id of the process that has set torchrun's variables for itself
 _GLOO_S = 10.0  # for gloo's threads to finish
 _LEAVE_S = 360.0  # for the end of a process that has failed, more than it waits for a checkpoint to be written
-_LOOK_EVERY_S = 0.02  # several times what a thread waits for the GIL before it asks again
 
 
 def ensure_rendezvous(device_index: str = "") -> None:
@@ -34,24 +30,22 @@ def ensure_rendezvous(device_index: str = "") -> None:
     Args:
         device_index: of the config's ``device: cuda:1``; it becomes LOCAL_RANK, unless a launcher has set that.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not _is_ours():
-        if device_index:
-            os.environ.setdefault("LOCAL_RANK", device_index)
-        return
-    # An earlier run of this process may have set them, for another device
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_RANK=device_index)
-    if not device_index:
-        del os.environ["LOCAL_RANK"]
-    os.environ[_OURS] = str(os.getpid())
+    is_launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not _is_single()
+    if not is_launched:
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.pop("LOCAL_RANK", None)  # of an earlier run of this process, on another device
+        os.environ[_SINGLE_PROCESS] = str(os.getpid())
+    if device_index:
+        os.environ.setdefault("LOCAL_RANK", device_index)
 
 
 def local_rank() -> str | None:
     """LOCAL_RANK as a launcher has set it; None in a process that was started by itself."""
-    return None if _is_ours() else os.environ.get("LOCAL_RANK")
+    return None if _is_single() else os.environ.get("LOCAL_RANK")
 
 
-def _is_ours() -> bool:
-    return os.environ.get(_OURS) == str(os.getpid())  # child processes inherit the variable
+def _is_single() -> bool:
+    return os.environ.get(_SINGLE_PROCESS) == str(os.getpid())  # child processes inherit the variable
 
 
 @contextlib.contextmanager
@@ -69,14 +63,6 @@ def no_memory_stats_on_cpu(device: torch.device) -> Iterator[None]:
         training.get_memory_stats, training.log_memory_stats = get, log
 
 
-def cleanup_before_training(device: torch.device) -> None:
-    """Free what set-up left behind, as ``torchtune.training.cleanup_before_training``, on any device."""
-    if device.type == "cpu":
-        gc.collect()
-    else:
-        training.cleanup_before_training()
-
-
 @contextlib.contextmanager
 def waiting_longer(timeout: timedelta = timedelta(hours=6)) -> Iterator[None]:
     """Let the collectives in here wait longer for a process that is busy with files; all processes enter it.
@@ -92,8 +78,8 @@ def waiting_longer(timeout: timedelta = timedelta(hours=6)) -> Iterator[None]:
     try:
         yield
     finally:
-        for backend, its_own in before.items():
-            backend._set_default_timeout(its_own)
+        for backend, own_timeout in before.items():
+            backend._set_default_timeout(own_timeout)
 
 
 def watch_ranks_here() -> Callable[[], list[int]]:
@@ -127,43 +113,37 @@ def _machine() -> str | None:
 
 
 def leave(*, has_failed: bool = False) -> None:
-    """Destroy the process group, if it is still there, and wait until gloo's threads have nothing left to do.
+    """Destroy the process group, if there is one, and wait until gloo's threads have nothing left to do.
 
-    A thread of gloo frees the tensors of a collective after those who wait for it have gone on, and takes the GIL
-    to do so. If the interpreter is already being finalized by then, Python before 3.14 ends that thread, and C++
-    calls that a reason to abort: a run that has done all its work ends with SIGABRT. Destroying the group joins its
-    threads only if nothing else holds it, and DTensor's caches do.
+    A thread of gloo frees the tensors of a collective after those who wait for it have gone on, and takes the GIL to do
+    so. Once the interpreter is being finalized, Python before 3.14 ends that thread, and C++ calls that a reason to
+    abort: a complete run ends with SIGABRT. Destroying the group joins its threads only if nothing else holds it, and
+    DTensor's caches do.
 
     Args:
         has_failed: this process leaves alone. A group of several processes stays: NCCL's would wait for the others to
             finish what they have begun together, and they wait for this one.
     """
-    if torch.distributed.is_initialized() and has_failed and torch.distributed.get_world_size() > 1:
-        # Whatever still waits for another process by then waits in vain
-        faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
-    elif torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        if has_failed and torch.distributed.get_world_size() > 1:
+            # Whatever still waits for another process by then waits in vain
+            faulthandler.dump_traceback_later(_LEAVE_S, exit=True, file=2)
+        else:
+            torch.distributed.destroy_process_group()
     deadline = time.monotonic() + _GLOO_S
-    now = _threads_of_gloo()
-    is_idle = not now
-    while not is_idle and time.monotonic() < deadline:
-        time.sleep(_LOOK_EVERY_S)  # without the GIL: who waits for it gets it, and runs
-        before, now = now, _threads_of_gloo()
-        is_idle = now == before and not any("R" in state for state, *_ in now.values())
+    before, now = None, _gloo_threads()
+    # One that waits for the GIL asks again every few milliseconds, one that waits for work sleeps
+    while now and time.monotonic() < deadline and (now != before or any("R" in state for state, *_ in now.values())):
+        time.sleep(0.02)  # without the GIL
+        before, now = now, _gloo_threads()
 
 
-def _threads_of_gloo() -> dict[str, list[str]]:
-    """What shows whether gloo's threads have something to do.
-
-    Returns:
-        By thread, the lines of proc(5)'s status with its state (R runs, or waits for a core) and with how often it was
-        switched: a thread that waits for the GIL asks again every few milliseconds, one that waits for work sleeps.
-        Empty without such a thread, and where there is no Linux to ask.
-    """
+def _gloo_threads() -> dict[str, list[str]]:
+    """For each thread of gloo, its state (R runs) and how often it was switched: lines of proc(5)'s status."""
     threads = {}
     for status in Path("/proc/self/task").glob("*/status"):
         with contextlib.suppress(OSError):  # the thread has ended
             name, *lines = status.read_text().splitlines()
-            if name.split() == ["Name:", _GLOO_THREAD]:
+            if name.split() == ["Name:", "pt_gloo_runloop"]:
                 threads[status.parent.name] = [line for line in lines if "State:" in line or "ctxt_switches:" in line]
     return threads

@@ -1,38 +1,33 @@
 """GradientMaskCallback: connects a GradientMask to the Hugging Face Trainer, and to trainers derived from it.
 
-Where the mask acts: as a step pre-hook on the innermost torch optimizer, not in ``on_pre_optimizer_step``.
-Both come after accumulation, reduction and clipping. The hook has three advantages. It runs if and only if the
-optimizer steps, while the event also announces steps that the fp16 gradient scaler then skips because they
-overflowed. It runs after every other callback that changes gradients, whatever the order of callbacks. And it
-is the same code path as in a plain PyTorch loop. Its price is one assumption, that the optimizer steps through
-``torch.optim.Optimizer``, and ``on_optimizer_step`` stops a run in which that does not hold.
+The mask acts as a step pre-hook on the innermost torch optimizer, not in ``on_pre_optimizer_step``. Both come after
+accumulation, reduction and clipping. But the hook runs if and only if the optimizer steps, while the event also
+announces steps that the fp16 gradient scaler then skips; it runs after every other callback that changes gradients; and
+it is the code path of a plain PyTorch loop. Its price is the assumption that the optimizer steps through
+``torch.optim.Optimizer``: ``on_optimizer_step`` stops a run in which that does not hold.
 
 What can be masked is decided in ``trainer_setup``; files of a checkpoint are read and written in ``checkpoint``.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
 from gmt_tune.integrations.transformers.run_files import TrainerRunLog
-from gmt_tune.integrations.transformers.trainer_setup import (
-    refuse_masked_optimizer,
-    refuse_unmaskable_arguments,
-    refuse_unmaskable_model,
-)
+from gmt_tune.integrations.transformers.trainer_setup import refuse_unmaskable_arguments, refuse_unmaskable_model
 from gmt_tune.masking import GradientMask
-from gmt_tune.masking.checks import names_unknown_keys
 from gmt_tune.masking.optimizers import unwrap_optimizer
 from gmt_tune.masking.tracker import SelectionTracker, check_every
 from gmt_tune.reporting.mask_metrics import MaskMetrics
+
+logger = logging.get_logger(__name__)
 
 
 class GradientMaskCallback(TrainerCallback):
@@ -46,20 +41,13 @@ class GradientMaskCallback(TrainerCallback):
 
     Args:
         density: fraction of entries that stay, in (0, 1]. 1.0 masks nothing: the same bits as without callback.
-        score: what entries are ranked by: "magnitude" (of the gradient), "saliency" (of gradient times
-            weight) or "random".
-        scope: over what the top fraction is taken: each "tensor", or all masked tensors together ("global").
-        refresh_every: optimizer steps between two selections; None selects once, at the first step.
-        dense: name patterns (``fnmatch``) of parameters that are updated in full.
-        frozen: name patterns of parameters that are not updated at all.
-        seed: of the random score.
-        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any weight changes; on CUDA, at the end
-            of the step, before anything is logged or saved.
         mask_class: GradientMask, or a subclass of it with a score of its own.
         track_selection_every: optimizer steps between two looks at overlap and coverage (``mask/overlap``,
-            ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Starts anew on resuming.
+            ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Begins again on resuming.
         log_by_group: put the numbers by module and layer into the Trainer's logs; ``gmt-tune report`` has them
             in any case.
+        options: all else that ``mask_class`` takes: ``score``, ``scope``, ``refresh_every``, ``dense``, ``frozen``,
+            ``seed``, ``error_if_nonfinite`` (on CUDA: at the end of the step, before anything is logged or saved).
 
     Raises:
         TypeError, ValueError: if an argument is out of its range or misspelt; from the Trainer's constructor on,
@@ -70,35 +58,18 @@ class GradientMaskCallback(TrainerCallback):
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[GradientMaskCallback(density=0.2)])
     """
 
-    @names_unknown_keys
     def __init__(
         self,
         density: float,
         *,
-        score: str = "magnitude",
-        scope: str = "tensor",
-        refresh_every: int | None = 1,
-        dense: Sequence[str] = (),
-        frozen: Sequence[str] = (),
-        seed: int = 0,
-        error_if_nonfinite: bool = True,
         mask_class: type[GradientMask] = GradientMask,
         track_selection_every: int | None = None,
         log_by_group: bool = True,
+        **options: Any,
     ) -> None:
         if not (isinstance(mask_class, type) and issubclass(mask_class, GradientMask)):
             raise TypeError(f"mask_class must be GradientMask or a subclass of it, got {mask_class!r}")
-        self._mask_class = mask_class
-        self._options = {
-            "density": density,
-            "score": score,
-            "scope": scope,
-            "refresh_every": refresh_every,
-            "dense": dense,
-            "frozen": frozen,
-            "seed": seed,
-            "error_if_nonfinite": error_if_nonfinite,
-        }
+        self._mask_class, self._options = mask_class, {"density": density, **options}
         # A mask over any one parameter refuses all that needs no model to be seen as wrong: say it here, where
         # the user's line is still in the traceback. What patterns match is seen in on_init_end.
         mask_class([("weight", torch.nn.Parameter(torch.zeros(1)))], **{**self._options, "dense": (), "frozen": ()})
@@ -110,42 +81,49 @@ class GradientMaskCallback(TrainerCallback):
         self._run_log: TrainerRunLog | None = None
         self._mask: GradientMask | None = None
         self._handles: list[RemovableHandle] = []
-        self._optimizer_stepped = False
+        self._optimizer_stepped = self._is_first = False
 
     @property
     def mask(self) -> GradientMask | None:
         """The mask of the training that runs or ran last; None before the first."""
         return self._mask
 
+    def log_first(self, trainer: Trainer) -> None:
+        """Let the Trainer's reporters (TensorBoard, W&B, ...) have the mask's metrics as well.
+
+        A Trainer gives its logs to its reporters before it gives them to the callbacks of its user, which may add to
+        them; this callback becomes the first. Without it, the metrics reach ``state.log_history`` and the callbacks
+        behind this one.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._is_first = True
+
     # ------------------------------------------------------------------ events, in the order they come
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         """Refuse what cannot work before anything is loaded, and freeze before the optimizer is made."""
         refuse_unmaskable_arguments(args)
         if model is not None:
             self._build_mask(model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, **kwargs
     ) -> None:
         """Build the mask from the parameters as they now are (sharded, moved), restore it, hook it up."""
         self._unhook()  # a training that ended in an exception, or is tried again with a smaller batch
         refuse_unmaskable_arguments(args)
         refuse_unmaskable_model(model)
-        _move_before_reporters(self)
+        if args.report_to and not self._is_first:
+            logger.warning(
+                f"{', '.join(args.report_to)} will not get the metrics of the gradient mask: before training, call "
+                "log_first(trainer) of the GradientMaskCallback"
+            )
         mask = self._build_mask(model)
         if state.global_step > 0:
             restore_mask(mask, model, args, state)
         optimizer = unwrap_optimizer(optimizer)
-        refuse_masked_optimizer(optimizer)
         self._handles = [mask.register(optimizer), optimizer.register_step_pre_hook(self._note_step)]
         self._mask = mask
         tracker = None
@@ -157,7 +135,7 @@ class GradientMaskCallback(TrainerCallback):
         self._optimizer_stepped = False
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control, optimizer=None, **kwargs
     ) -> None:
         """Stop a run whose optimizer went past the hook, rather than train it without the mask."""
         if not self._optimizer_stepped and not getattr(optimizer, "step_was_skipped", False):
@@ -168,9 +146,7 @@ class GradientMaskCallback(TrainerCallback):
             )
         self._optimizer_stepped = False
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
         """Add the mask's metrics to the Trainer's own training logs, and all of these to the run's files."""
         if self._run_log is None or self._metrics is None or not logs:
             return
@@ -187,14 +163,12 @@ class GradientMaskCallback(TrainerCallback):
         if state.log_history:  # holds a copy that the Trainer made before this event
             state.log_history[-1].update(metrics)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         """Save the mask beside the optimizer's state."""
         if self._mask is not None:
             save_mask(self._mask, model, args, state)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Take the hooks off: the optimizer may go on to be used without the mask."""
         self._unhook()
 
@@ -210,21 +184,3 @@ class GradientMaskCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _move_before_reporters(callback: TrainerCallback) -> None:
-    """Move a callback to the front of its Trainer's list, so that what it adds to a log reaches all reporters.
-
-    The Trainer puts the callbacks that it is given behind its reporters (TensorBoard, W&B, ...), tells callbacks
-    nothing of the list that they are in, and hands all of them one dict of logs in turn. The list is therefore
-    looked up in the calling frames. Where it is not found, the metrics still reach ``state.log_history`` and
-    the callbacks behind this one.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            # A new list: the handler is iterating over the old one right now.
-            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
-            return
-        frame = frame.f_back

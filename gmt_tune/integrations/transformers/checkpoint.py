@@ -1,9 +1,9 @@
 """The mask's file in a Trainer checkpoint: ``gradient_mask.pt``, beside ``optimizer.pt``.
 
-Where parameters are sharded, each rank stores its own part of a selection, in a file of its own. The Trainer does
-not tell callbacks from which folder it resumes. The files are therefore looked for where that folder most likely
-is, and carry a fingerprint of the Trainer's own state, so that the mask of another run's checkpoint of the same
-name is never taken.
+Where parameters are sharded, each rank stores its own part of a selection, in a file of its own. A callback does not
+learn from which folder the Trainer resumes. The files are therefore looked for where that folder most likely is, and
+carry a fingerprint of the Trainer's own state, so that the mask of another run's checkpoint of the same name is never
+taken.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from gmt_tune.errors import one_line
 from gmt_tune.masking import GradientMask
 
 FILE_NAME = "gradient_mask.pt"
@@ -58,7 +59,7 @@ def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, 
                 mask.load_state_dict(content["mask"])
                 return
     if mask.refresh_every == 1 and mask.score != "random":
-        # Each step selects anew from its own gradient: nothing is lost but the count of steps.
+        # Each step makes a selection of its own gradient: nothing is lost but the count of steps.
         steps = dict.fromkeys(mask.state_dict()["steps"], state.global_step)
         mask.load_state_dict({"policy": mask.policy(), "steps": steps, "selections": {}})
         looked_in = " or ".join(dict.fromkeys(str(folder) for folder in folders))
@@ -75,8 +76,9 @@ def _read(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["trainer_state"], content["mask"]["selections"], content["shards"]
     except Exception as error:  # a damaged zip archive or pickle raises whatever its bytes lead to
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is truncated or damaged ({reason}): resume from an older checkpoint") from error
+        raise ValueError(
+            f"{path} is truncated or damaged ({one_line(error)[:200]}): resume from an older checkpoint"
+        ) from error
     return content
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
-
-from gmt_tune.masking.gradient_mask import registered_masks
 
 # Optimizers that step inside the backward pass, a parameter at a time, and drop each gradient at once.
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -44,22 +42,5 @@ def refuse_unmaskable_model(model: nn.Module) -> None:
     Raises:
         ValueError: for FSDP version 1, however it was switched on.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(_FSDP1)
-
-
-def refuse_masked_optimizer(optimizer: Optimizer) -> None:
-    """Raise if a mask already acts on this optimizer: a second one would select from what the first one left.
-
-    Raises:
-        ValueError: for two callbacks in one Trainer, or a callback beside a ``GradientMask.register`` by hand.
-    """
-    if registered_masks(optimizer):
-        raise ValueError(
-            "the optimizer already has a gradient mask, and a second one would select from what the first one left: "
-            "give the Trainer one GradientMaskCallback (trainer.remove_callback(GradientMaskCallback) takes one "
-            "out), and register no GradientMask by hand beside it; after a training that ended in an error, make the "
-            "Trainer anew"
-        )

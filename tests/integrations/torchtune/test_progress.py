@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from gmt_tune.integrations.torchtune.progress import Progress
+from gmt_tune.integrations.torchtune.run.progress import Progress
 
 LINE = re.compile(
     r"epoch=2 step=(\d+)/6 loss=(\d+\.\d{4})(?: val_loss=(\d+\.\d{4}))? tokens_per_second=(\d+) "
@@ -50,7 +50,7 @@ def test_the_last_step_is_told_even_where_it_is_not_due(capsys):
 
 def test_time_left_counts_only_steps_of_this_run(capsys, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("gmt_tune.integrations.torchtune.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("gmt_tune.integrations.torchtune.run.progress.time.perf_counter", lambda: clock[0])
     progress = Progress(epoch=1, total=100, done=90, every=1, is_shown=True)
     clock[0] += 30
     progress.update(91, 1.0, 1.0, None)
@@ -69,7 +69,7 @@ def test_all_ranks_but_one_are_silent(capsys):
 def test_on_a_terminal_there_is_a_bar_with_all_numbers(columns):
     """Also on a terminal that does not tell its width, as in some containers: then as much as usually fits."""
     program = (
-        "from gmt_tune.integrations.torchtune.progress import Progress\n"
+        "from gmt_tune.integrations.torchtune.run.progress import Progress\n"
         "p = Progress(epoch=1, total=3, done=0, every=1, is_shown=True)\n"
         "p.update(1, 2.5, 1000.0, 0.1)\n"
         "p.show_validation(2.25)\n"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from gmt_tune.integrations.torchtune import signals
+from gmt_tune.integrations.torchtune.run import signals
 
 # Two processes, of which the second never joins the first one's collective. It ends with the first.
 SCRIPT = """
 import os, sys
 import torch
 import torch.distributed as dist
-from gmt_tune.integrations.torchtune import signals
+from gmt_tune.integrations.torchtune.run import signals
 
 out, into = os.pipe()
 rank = 0 if os.fork() else 1

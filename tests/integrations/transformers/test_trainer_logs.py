@@ -1,6 +1,9 @@
 """The mask's metrics reach everyone who listens to the Trainer's logs."""
 
+import logging
+
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
@@ -19,7 +22,7 @@ class Reporter(TrainerCallback):
 
 
 @pytest.mark.parametrize("added_late", [False, True])
-def test_reporters_before_and_behind_the_callback_receive_the_metrics(make_trainer, added_late):
+def test_reporters_before_and_behind_the_callback_receive_the_metrics_on_request(make_trainer, added_late):
     before, behind, mask = Reporter(), Reporter(), GradientMaskCallback(density=0.2)
     if added_late:
         trainer = make_trainer([before], max_steps=2)
@@ -27,6 +30,7 @@ def test_reporters_before_and_behind_the_callback_receive_the_metrics(make_train
         trainer.add_callback(behind)
     else:
         trainer = make_trainer([before, mask, behind], max_steps=2)
+    mask.log_first(trainer)
     trainer.train()
     for logs in (before.logs, behind.logs, trainer.state.log_history):
         training = [log for log in logs if "loss" in log]
@@ -34,6 +38,20 @@ def test_reporters_before_and_behind_the_callback_receive_the_metrics(make_train
         assert all(0.15 < log["mask/density"] < 0.25 and log["mask/threshold_min"] > 0 for log in training)
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert names.count("GradientMaskCallback") == 1 and "DefaultFlowCallback" in names
+
+
+def test_a_reporter_that_will_not_get_the_metrics_is_named(make_trainer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for asks in (False, True):
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / str(asks)))
+        mask = GradientMaskCallback(density=0.2)
+        trainer = make_trainer([mask], max_steps=1, report_to=["tensorboard"])
+        if asks:
+            mask.log_first(trainer)
+        trainer.train()
+        reported = EventAccumulator(str(tmp_path / str(asks))).Reload().Tags()["scalars"]
+        assert "train/loss" in reported and ("train/mask/density" in reported) == asks
+    assert caplog.text.count("tensorboard will not get the metrics of the gradient mask") == 1
 
 
 def test_evaluation_logs_stay_as_they_are(make_trainer, rows):

@@ -1,0 +1,1 @@
+"""A recipe's config: its keys, and reading, checking and publishing it."""

@@ -1,0 +1,133 @@
+"""Data sets and loaders as torchtune's recipes make them, made before the model so that errors come early."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+from functools import partial
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune import config
+from torchtune.config._utils import _get_component_from_path
+from torchtune.data import padded_collate_packed
+from torchtune.datasets import ConcatDataset, PackedDataset
+
+from gmt_tune.data.files import fault_of_files
+from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed
+from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
+
+
+def build_tokenizer(cfg_tokenizer: DictConfig):
+    """The tokenizer of a config's section. Raises UserError if its file cannot be read, or a value is wrong."""
+    try:
+        return config.instantiate(cfg_tokenizer)
+    except Exception as error:
+        raise UserError(f"tokenizer ({cfg_tokenizer._component_}) cannot be made: {one_line(error)[:400]}") from error
+
+
+def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
+    """Make the data set of a config's section, or of a list of sections; check its rows, and read the first one.
+
+    Returns:
+        (data set, whether it is packed).
+
+    Raises:
+        UserError: if it cannot be loaded, has no rows, or one of them is wrong; it names the file or the row.
+    """
+    if isinstance(cfg_dataset, ListConfig):
+        built = [_build_part(part, tokenizer, f"{key}[{i}]") for i, part in enumerate(cfg_dataset)]
+        try:
+            dataset = ConcatDataset(datasets=built)
+        except ValueError as error:  # packed and others
+            raise UserError(f"{key}: {error}") from error
+        packed = dataset.packed
+    else:
+        dataset = _build_part(cfg_dataset, tokenizer, key)
+        packed = cfg_dataset.get("packed", False)
+    if len(dataset) == 0:
+        raise UserError(f"{key} has no rows: check its source and its filters")
+    try:
+        dataset[0]
+    except UserErrorOfOneRank as error:  # which all ranks meet
+        raise UserError(str(error)) from error
+    return dataset, packed
+
+
+def _build_part(part: DictConfig, tokenizer, key: str):
+    """The data set of one section: packed, or with rows that say what is wrong with them."""
+    files = part.get("data_files", None)
+    if isinstance(files, (ListConfig, DictConfig)):
+        files = OmegaConf.to_container(files)
+    origin = files if isinstance(files, str) else part.get("source", None)
+    name = key if origin is None else f"{key} ({origin})"
+    try:
+        dataset = config.instantiate(part, tokenizer)
+        len(dataset)
+    except UserError:
+        raise
+    except Exception as error:
+        if "_pack" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+            _name_bad_row(part, tokenizer, name)
+        fault = fault_of_files(files, part.get("source", None))
+        if fault is not None:
+            raise UserError(f"{key}: {fault}") from error
+        raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
+    if isinstance(dataset, PackedDataset):
+        check_packed(dataset, name)
+        return dataset
+    rows = CheckedRows(dataset, name)
+    rows.check()
+    return rows
+
+
+def _name_bad_row(part: DictConfig, tokenizer, name: str) -> None:
+    """Packing reads all rows and says nothing of the one that it fails at: raise UserError if one of them fails."""
+    try:
+        dataset = config.instantiate(OmegaConf.merge(part, {"packed": False}), tokenizer)
+    except Exception:
+        return  # it is not the rows
+    rows = CheckedRows(dataset, name)
+    rows.check(None)
+    for index in range(len(rows)):
+        rows[index]
+
+
+def build_collate(collate_fn: str, packed: bool, pad_id: int, ignore_index: int):
+    """The function that makes a batch of rows; packed rows have all the same length and need no padding."""
+    if packed:
+        return padded_collate_packed
+    return partial(_get_component_from_path(collate_fn), padding_idx=pad_id, ignore_idx=ignore_index)
+
+
+def build_dataloader(dataset, collate, *, batch_size: int, shuffle: bool, rank: int, world_size: int):
+    """The loader of one rank's share. The last, smaller batch is dropped, as compiled models want it."""
+    sampler = StatefulDistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=0)
+    return StatefulDataLoader(
+        dataset=dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, drop_last=True
+    )
+
+
+def check_enough_rows(n_rows: int, batch_size: int, world_size: int, accumulation: int) -> None:
+    """Raise UserError if the training set does not fill a single optimizer step."""
+    needed = batch_size * world_size * accumulation
+    if n_rows < needed:
+        raise UserError(
+            f"dataset has {n_rows} rows, but one optimizer step takes {needed} (batch_size {batch_size} x "
+            f"gradient_accumulation_steps {accumulation} x {world_size} processes): lower one of them"
+        )
+
+
+def rows_of_batches(dataloader: StatefulDataLoader, batches: Iterable[tuple[int, int]]) -> list[int]:
+    """Positions in the data set of the rows of this rank's micro-batches: (epoch, number in it, from 0 on)."""
+    sampler, size = dataloader.sampler, dataloader.batch_size
+    current_epoch, order = sampler.epoch, {}
+    rows: list[int] = []
+    for epoch, number in batches:
+        if epoch not in order:
+            sampler.set_epoch(epoch)
+            order[epoch] = list(super(StatefulDistributedSampler, sampler).__iter__())
+        rows += order[epoch][number * size : (number + 1) * size]
+    sampler.set_epoch(current_epoch)
+    return rows

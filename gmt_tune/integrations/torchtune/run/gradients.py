@@ -1,0 +1,155 @@
+"""Keeps NaN and infinity out of the weights: all ranks look at loss and gradients together, and decide the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torchtune import utils
+
+from gmt_tune.errors import UserError
+
+log = utils.get_logger("INFO")
+
+_REMEDY = "Lower the learning rate, set clip_grad_norm, look at these rows"
+
+
+class FiniteCheck:
+    """Whether an optimizer step may change weights. All ranks call each method together, and get the same answer.
+
+    Args:
+        model: the one that is trained.
+        stepping_in_backward: the optimizers, if they step inside backward: before all gradients are there.
+        skips: leave a step out whose numbers are not finite, and count it, instead of raising.
+        rows_of_step: gives the positions in the data set of the rows in this rank's part of the step.
+        in_words: how messages call such positions.
+        checkpoints: of the run; one that is being written is completed before the run ends.
+        max_seq_len: of the tokenizer, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stepping_in_backward: Iterable[Optimizer] = (),
+        *,
+        skips: bool,
+        rows_of_step: Callable[[], list[int]],
+        in_words: Callable[[list[int]], str],
+        checkpoints,
+        max_seq_len: int | None,
+    ) -> None:
+        self.skipped_steps = 0
+        self._model, self._skips, self._max_seq_len = model, skips, max_seq_len
+        self._rows_of_step, self._in_words, self._checkpoints = rows_of_step, in_words, checkpoints
+        self._is_own_loss_finite: Tensor | None = None
+        self._names = {p: name for name, p in model.named_parameters()}
+        self._sums: dict[str, Tensor] = {}  # of gradients that were stepped with: finite if all their entries are
+        self._steps_in_backward = False
+        for optimizer in stepping_in_backward:
+            self._steps_in_backward = True
+            optimizer.register_step_pre_hook(self._note_gradients)
+
+    def _note_gradients(self, optimizer: Optimizer, args, kwargs) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._sums[self._names[p]] = _local(p.grad).sum(dtype=torch.float32)
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Note this rank's own loss of the step: whether it is finite decides whose rows a message names."""
+        self._is_own_loss_finite = torch.isfinite(loss).all()
+
+    def allows_step(self, step: int, loss: Tensor, num_tokens: Tensor) -> bool:
+        """Before weights change: whether loss and gradients are finite.
+
+        Args:
+            step: counted from 1.
+            loss: of the step, summed or a mean; 0-d, the same on all ranks.
+            num_tokens: of the step, over all ranks, 0-d.
+
+        Raises:
+            UserError: if they are not, and such steps are not skipped.
+        """
+        loss = loss.detach() / num_tokens  # the mean over no token is NaN
+        gradients = {}
+        if not self._steps_in_backward:
+            gradients = {name: _local(p.grad) for p, name in self._names.items() if p.grad is not None}
+        if not _on_any_rank(may_be_bad(loss, list(gradients.values()))):
+            return True
+        bad = _of_all_ranks([name for name, grad in gradients.items() if not torch.isfinite(grad).all()])
+        if not bad and torch.isfinite(loss):  # a norm can overflow where no entry does
+            return True
+        is_empty = not bad and num_tokens.item() == 0
+        what = f"no token of step {step} is in the loss" if is_empty else _what_is_not_finite(bad, step)
+        where = f"{what}, {self._rows(all_ranks=is_empty)}"
+        if self._skips:
+            self.skipped_steps += 1
+            utils.log_rank_zero(log, f"Left out a step: {where}.")
+            return False
+        if is_empty:
+            self._end(
+                f"{where}: no answer is left of these rows with tokenizer.max_seq_len {self._max_seq_len}: raise it, "
+                "or delete these rows"
+            )
+        skip = "" if self._steps_in_backward else ", or set on_nonfinite: skip"
+        self._end(f"{where}; no weight was changed by it. {_REMEDY}{skip}")
+
+    def check_after_backward(self, step: int) -> None:
+        """Raise UserError if optimizers that step inside backward have met a gradient that is not finite."""
+        if not self._steps_in_backward:
+            return
+        sums, self._sums = self._sums, {}
+        is_bad = ~torch.isfinite(torch.stack(list(sums.values())))
+        if _on_any_rank(is_bad.any()):
+            bad = _of_all_ranks([name for name, is_its in zip(sums, is_bad.tolist(), strict=True) if is_its])
+            where = f"{_what_is_not_finite(bad, step)}, {self._rows()}"
+            self._end(f"{where}; weights have changed by it in backward, and are not saved. {_REMEDY}")
+
+    def _rows(self, all_ranks: bool = False) -> str:
+        """The rows of the step, in words; of all ranks, or only of those whose loss is not finite, if there are any."""
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (self._rows_of_step(), bool(self._is_own_loss_finite)))
+        # Reduction has mixed the gradients of all ranks: only a loss shows whose rows they were
+        suspects = [rows for rows, is_finite in found if not is_finite and not all_ranks]
+        return self._in_words(sorted({row for rows in suspects or [rows for rows, _ in found] for row in rows}))
+
+    def _end(self, what: str) -> NoReturn:
+        self._checkpoints.finish()
+        sentence = f"{what}; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
+        raise UserError(sentence)
+
+
+def may_be_bad(loss: Tensor, gradients: list[Tensor]) -> Tensor:
+    """Whether the loss or the gradients' norm is not finite: bool, 0-d, on the loss's device."""
+    # With fsdp_cpu_offload, gradients are on the CPU and the loss is not
+    return ~(torch.isfinite(loss) & torch.isfinite(get_total_norm(gradients)).to(loss.device))
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _on_any_rank(is_bad: Tensor) -> bool:
+    count = is_bad.float()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(count)
+    return count.item() > 0
+
+
+def _of_all_ranks(names: list[str]) -> list[str]:
+    """The names that any rank has found, none of them twice."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, names)
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def _what_is_not_finite(bad: list[str], step: int) -> str:
+    more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+    what = f"the gradient of '{bad[0]}'{more}" if bad else "the loss"
+    return f"{what} holds NaN or infinity at step {step}"

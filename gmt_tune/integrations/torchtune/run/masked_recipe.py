@@ -1,0 +1,322 @@
+"""What our recipes have in common while they train: resuming, and what is due in a step. Loops and losses are theirs.
+
+A recipe's file defines one class on top of :class:`MaskedRecipe`, with its training loop in sight, and says what
+its rows, losses and validation are.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtune import training, utils
+from torchtune.training.lr_schedulers import get_lr
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune import process_group, training_state
+from gmt_tune.integrations.torchtune.run import schedule
+from gmt_tune.integrations.torchtune.run.progress import Progress
+from gmt_tune.integrations.torchtune.run.recipe_setup import RecipeSetup
+from gmt_tune.integrations.torchtune.run.signals import StopRun
+from gmt_tune.reporting.report import report_at_end
+
+log = utils.get_logger("INFO")
+
+
+class MaskedRecipe(RecipeSetup):
+    """Full training with a gradient mask, on one device or many, set up as torchtune's own recipe is.
+
+    A recipe gives ``train`` and ``_validate``, and is started with :meth:`run`. Its loop calls :meth:`_begin_training`,
+    for each epoch :meth:`_epoch_batches`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
+    :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
+
+    Args:
+        cfg (DictConfig): OmegaConf object parsed from yaml file
+    """
+
+    def run(self, cfg: DictConfig) -> None:
+        """Set up and train. However that ends, what was opened is closed; the process group stays."""
+        has_failed = True
+        try:
+            self.setup(cfg)
+            self.train()
+            has_failed = False
+        except StopRun:
+            has_failed = False
+            raise
+        finally:
+            self._close(has_failed)
+
+    def cleanup(self) -> None:
+        """Close what was opened, and leave the process group, as torchtune's recipes do at their end."""
+        self._close()
+        torch.distributed.destroy_process_group()
+
+    def _close(self, has_failed: bool = False) -> None:
+        """Close profiler and metric logger, and let other runs write to the folder.
+
+        It raises nothing, which would hide why the run has ended.
+
+        Args:
+            has_failed: this rank ends by an error, and others may not come to where they would wait for it.
+        """
+        self._profiler.writes_trace = not has_failed or self.world_size == 1
+        close = [self._stop.uninstall, self._profiler.stop]
+        if self._is_rank_zero and hasattr(self, "_metric_logger"):
+            close.append(self._metric_logger.close)
+        close.append(self._checkpoints.close)
+        for each in close:
+            try:
+                each()
+            except Exception as error:
+                log.warning(f"At the end of the run, {each.__qualname__} failed: {error}")
+
+    # ------------------------------------------------------------------ what a recipe defines
+
+    def train(self) -> None:
+        """The training loop."""
+        raise NotImplementedError
+
+    def _validate(self) -> dict[str, float]:
+        """Numbers of the held-out data, the same on all ranks, from ``self._validation``; with ``val_loss``."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _resume(self, checkpoint) -> None:
+        """Continue where a checkpoint was saved; its weights are loaded already."""
+        progress = checkpoint.progress
+        if progress["is_final"]:
+            if self.total_epochs > progress["total_epochs"]:
+                raise UserError(
+                    f"the run in {self._output_dir} is complete and kept no optimizer state: to train on, start a "
+                    f"new run with checkpointer.checkpoint_dir={checkpoint.path} and another output_dir"
+                )
+            self.epochs_run = self.total_epochs
+            self.global_step = checkpoint.step
+            return
+        self._resumed_rng = training_state.restore(
+            checkpoint.path,
+            progress["world_size"],
+            self.rank,
+            self.world_size,
+            self._model,
+            self._optimizers,
+            self._lr_scheduler,
+            self._mask,
+            self._device,
+            tracker=self._selection_tracker,
+        )
+        self.seed = progress["seed"]
+        self.global_step = checkpoint.step
+        self.epochs_run = self._epoch = progress["epoch"]
+        # As many rows as were seen, in whole steps of this number of ranks
+        rows_of_a_step = self._dataloader.batch_size * self.dp_size * self._gradient_accumulation_steps
+        steps = progress["samples"] // rows_of_a_step
+        self._batches_done = steps * self._gradient_accumulation_steps
+        self._further_steps = progress["steps_in_epoch"] - steps
+        self._finite.skipped_steps = progress["skipped_steps"]
+        schedule.report_new_schedule(
+            self._lr_scheduler,
+            self.global_step + 1,
+            self._lr(),
+            epochs=(progress["total_epochs"], self.total_epochs),
+            steps=(
+                progress["total_epochs"] * progress["steps_per_epoch"],
+                self.total_epochs * self._steps_per_epoch,
+            ),
+        )
+
+    def _save(self, name: str, *, is_final: bool = False, val_loss: float | None = None) -> None:
+        self._checkpoints.save(self, name, is_final=is_final, val_loss=val_loss)
+
+    # ------------------------------------------------------------------ what a training loop calls
+
+    def _begin_training(self) -> bool:
+        """Get ready for the first step. False if there is none to do, since the run was resumed and is complete."""
+        if self.epochs_run >= self.total_epochs:
+            utils.log_rank_zero(log, f"The run is complete: its model is in {self._checkpoints.last_saved}.")
+            return False
+        if self._device.type == "cpu":
+            gc.collect()
+        else:
+            training.cleanup_before_training()
+        if self.global_step == 0:
+            self._run_evaluation("before")
+        self._stop.install(process_group.watch_ranks_here())
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        self._profiler.start()
+        self._training_start = self._step_start = time.perf_counter()
+        return True
+
+    def _epoch_batches(self, epoch: int) -> Iterator[tuple[Any, bool]]:
+        """The batches of an epoch that are to do, and whether each completes an optimizer step.
+
+        An epoch's last ones may be too few for a step. As in torchtune's recipes, their gradients stay and are
+        applied by the next epoch's first step.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._batches_done, self._further_steps = epoch, 0, 0
+        first, steps_done = self._batches_done, self._steps_done()
+        self._progress = Progress(
+            epoch + 1, self._steps_per_epoch, steps_done, self._log_every_n_steps, self._is_rank_zero
+        )
+        self._dataloader.sampler.set_epoch(epoch)
+        batches: Any = self._dataloader
+        if steps_done == self.max_steps_per_epoch:
+            batches = []  # the checkpoint was saved at the last step of this epoch
+        elif first:
+            batches.sampler.load_state_dict({"yielded": first * batches.batch_size})
+        batches = iter(batches)
+        if self._resumed_rng is not None:
+            training_state.set_rng_state(self._resumed_rng, self._device)
+            self._resumed_rng = None
+        for number, batch in enumerate(batches, start=first):
+            self._micro_batches.append((epoch, number))
+            self._batches_done = number + 1
+            yield batch, self._batches_done % self._gradient_accumulation_steps == 0
+            if self._steps_done() == self.max_steps_per_epoch:
+                break
+        self._progress.close()
+        self.epochs_run += 1
+
+    def _steps_done(self) -> int:
+        """Optimizer steps of this epoch that are done."""
+        return self._batches_done // self._gradient_accumulation_steps + self._further_steps
+
+    def _ends_epoch(self) -> bool:
+        accumulation = self._gradient_accumulation_steps
+        has_seen_all = self._batches_done // accumulation == len(self._dataloader) // accumulation
+        return has_seen_all or self._steps_done() == self.max_steps_per_epoch
+
+    def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+        """Token count (0-d) and numbers (any shape) summed over all ranks; all learn whether one is to stop."""
+        self._finite.note_loss(running)
+        counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
+        torch.distributed.all_reduce(counts)
+        torch.distributed.all_reduce(running)
+        self._must_stop = counts[1]
+        return counts[0], running
+
+    def _check_finite(self, loss: Tensor, num_tokens: Tensor) -> bool:
+        """Whether this step may change weights; raises where ``on_nonfinite`` says so. All ranks agree.
+
+        Args:
+            loss: of the step, summed or a mean; what :meth:`_reduce` gave.
+            num_tokens: what :meth:`_reduce` gave.
+        """
+        return self._finite.allows_step(self.global_step + 1, loss, num_tokens)
+
+    def _clip_gradients(self) -> Tensor | None:
+        """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""
+        if self._clip_grad_norm is None:
+            return None
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=float(self._clip_grad_norm))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _log_step(
+        self, loss: float, num_tokens: int, grad_norm: Tensor | None, more: Mapping[str, float] | None = None
+    ) -> None:
+        """Show the optimizer step that was just done, and log it where that is due.
+
+        Args:
+            loss: of the step.
+            num_tokens: of the step, summed over all ranks.
+            grad_norm: before clipping, of all ranks; None where it was not measured.
+            more: further numbers to log, by name.
+        """
+        seconds = time.perf_counter() - self._step_start
+        # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
+        tokens_per_second = num_tokens / self.tensor_parallel_dim / seconds
+        # An accelerator still works on the mask when the host has gone on: its time is no share of the step's
+        mask_share = None
+        if self._mask is not None and self._device.type == "cpu":
+            mask_share = self._mask.seconds / seconds
+        self._progress.update(self.global_step, loss, tokens_per_second, mask_share)
+        if self._logs is None or self.global_step % self._log_every_n_steps != 0:
+            return
+        metrics = {
+            "loss": loss,
+            "lr": self._lr(),
+            "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
+            **(more or {}),
+        }
+        if self._log_peak_memory_stats:
+            metrics.update(training.get_memory_stats(device=self._device))
+        if grad_norm is not None:
+            metrics["grad_norm"] = grad_norm.item()
+        if self._skips_nonfinite:
+            metrics["skipped_steps"] = self._finite.skipped_steps
+        self._logs.log_step(self.global_step, metrics)
+
+    def _lr(self) -> float:
+        return get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer)
+
+    def _finish_step(self) -> None:
+        """Validate and save where it is due; leave if the run is to stop."""
+        self._finite.check_after_backward(self.global_step)
+        self._micro_batches.clear()
+        ends_epoch = self._ends_epoch()
+        ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
+        val_loss = None
+        every = self._run_val_every_n_steps
+        if self._validation is not None and (ends_run or (every and self.global_step % every == 0)):
+            start = time.perf_counter()
+            numbers = self._validate()
+            val_loss = numbers["val_loss"]
+            self._validation_seconds += time.perf_counter() - start
+            self._progress.show_validation(val_loss)
+            if self._logs is not None:
+                self._logs.log(self.global_step, numbers)
+        if ends_epoch:
+            self._save(f"epoch_{self._epoch}", is_final=ends_run, val_loss=val_loss)
+        elif self._checkpoints.is_due(self.global_step) or self._must_stop:
+            self._save(f"step_{self.global_step}", val_loss=val_loss)
+        if ends_run or self._must_stop:
+            self._checkpoints.finish()
+            self._stop.is_saved = True
+        self._is_saved_as_final = ends_run
+        if self._must_stop and not ends_run:
+            raise StopRun(
+                f"Stopped after step {self.global_step} and saved {self._checkpoints.last_saved}. "
+                "To go on, run the same command with resume_from_checkpoint=True.",
+                self._stop.received or 15,
+            )
+        self._step_start = time.perf_counter()
+        self._profiler.step()
+
+    def _end_training(self) -> None:
+        """Say how long it took and where the model is; evaluate it."""
+        if not self._is_saved_as_final:  # resumed on more ranks, a step of which the rest of the data does not fill
+            self._save(f"epoch_{self._epoch}", is_final=True)
+            self._checkpoints.finish()
+        self._profiler.stop()
+        self._stop.uninstall()
+        seconds = time.perf_counter() - self._training_start
+        saving, validating = self._checkpoints.seconds, self._validation_seconds
+        utils.log_rank_zero(
+            log,
+            f"Trained for {seconds:.1f} s, of which saving took {saving:.1f} s ({saving / seconds:.1%}) and "
+            f"validating {validating:.1f} s ({validating / seconds:.1%}).",
+        )
+        self._run_evaluation("after")
+        report = f"to draw the run: gmt-tune report {self._output_dir}"
+        if self._write_report and self._is_rank_zero:
+            report = report_at_end(self._output_dir)
+        utils.log_rank_zero(log, f"The model is in {self._checkpoints.last_saved}; {report}")
+
+    def _run_evaluation(self, when: str) -> None:
+        if self._evaluate is None:
+            return
+        results = self._evaluate(self._model)
+        if self._logs is not None:
+            for name, value in results.items():
+                print(f"{name} {when}: {value:.4g}", flush=True)
+            self._logs.log(self.global_step, {f"{name}_{when}": value for name, value in results.items()})
