@@ -4,9 +4,9 @@ The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``.
 """
 
 import argparse
-import dataclasses
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from gmt_tune.errors import UserError, did_you_mean, one_line
@@ -165,7 +165,7 @@ def report(name: str, world_size: int | None, overrides: list[str]) -> dict:
     result = estimate(cfg, world_size or devices)
     return {
         "config": name,
-        **dataclasses.asdict(result),
+        **asdict(result),
         "device_bytes": result.device_bytes,
         "host_bytes": result.host_bytes,
         "fits_on": cards_that_fit(result.device_bytes),
