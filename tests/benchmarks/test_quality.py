@@ -121,6 +121,7 @@ def test_a_result_of_other_settings_does_not_count(own_results, monkeypatch):
     assert results.measured_at_other_rates(changed, sft) == {}
 
 
+@pytest.mark.slow
 def test_lora_run_trains_by_torchtunes_recipe_and_is_measured(own_results, short_village, tmp_path, capsys):
     """Real: two processes, ``tune run lora_finetune_single_device`` and the evaluation of what it saved."""
     _check_real_run("lora", tmp_path, capsys)
