@@ -329,7 +329,7 @@ def _run_quickstart(output_dir, dpo_recipe, train_by) -> None:
     cfg.output_dir = str(output_dir)
     cfg.metric_logger.filename = "log.txt"
     cfg.dataset_val.size = cfg.evaluation.size = 96  # the same ones
-    cfg.epochs, cfg.max_steps_per_epoch, cfg.run_val_every_n_steps = 1, 24, 24
+    cfg.epochs, cfg.run_val_every_n_steps = 1, 54  # at its end
     train_by(dpo_recipe, cfg)
 
 
