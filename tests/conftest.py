@@ -43,6 +43,29 @@ NEEDS = {
 }
 
 
+# Files that take a minute or about that by themselves. They come first, so that no worker is left with one at the end:
+# files are given to workers in this order (`--dist loadfile --no-loadscope-reorder`).
+LONG = (
+    "recipes/test_interruptions.py",
+    "recipes/test_quickstart.py",
+    "docs/test_pages.py",
+    "recipes/test_resume.py",
+    "recipes/test_distributed.py",
+    "recipes/test_parity.py",
+    "configs/test_configs.py",
+    "recipes/test_gmt_full_dpo.py",
+    "recipes/test_gmt_full_finetune.py",
+    "masking/test_selection.py",
+    "integrations/torchtune/test_versions.py",
+    "integrations/torchtune/test_tune_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    rank = {Path(__file__).parent / file: number for number, file in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+
+
 def pytest_runtest_setup(item) -> None:
     for mark, (is_there, remedy) in NEEDS.items():
         if item.get_closest_marker(mark) is not None and not is_there():

@@ -65,4 +65,9 @@ def _run(script: str, arguments: list[str], log_dir: str) -> None:
 
     torch.set_num_threads(1)  # several processes share few cores
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+        # The launcher waits for this function to return

@@ -157,6 +157,7 @@ def test_many_processes_append_whole_lines(own_results):
     }
 
 
+@pytest.mark.slow
 def test_lora_run_trains_by_torchtunes_recipe_and_is_measured(own_results, short_village, tmp_path, capsys):
     """Real: two processes, ``tune run lora_finetune_single_device`` and the evaluation of what it saved."""
     _check_real_run("lora", tmp_path, capsys)

@@ -15,6 +15,15 @@ FAMILIES = ("llama2/", "llama3/", "llama3_1/", "llama3_2/", "llama3_3/", "mistra
 FULL_SIZE = [n for n in ALL if n.startswith(FAMILIES)]
 
 
+def _has_smaller(name: str) -> bool:
+    """Whether the same config is there for a smaller model of the family: both are tried on the same tiny model."""
+    family, size, variant = re.fullmatch(r"(\w+)/(\d+)B(\w+)", name).groups()
+    return any(f"{family}/{smaller}B{variant}" in ALL for smaller in range(1, int(size)))
+
+
+TRAINED = [pytest.param(n, marks=pytest.mark.slow if _has_smaller(n) else ()) for n in FULL_SIZE]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_config_passes_tune_validate(name):
     from torchtune.config import validate
@@ -23,7 +32,7 @@ def test_config_passes_tune_validate(name):
     validate(OmegaConf.load(ALL[name]))
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", TRAINED)
 def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
     name, on_tiny_model, recipe_classes, logged_metrics, tmp_path
 ):

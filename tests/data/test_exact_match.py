@@ -1,13 +1,11 @@
 """ExactMatch counts right answers, generates what transformers generates, and leaves the model as it was."""
 
 import json
-import os
 import random
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from torch import nn
@@ -114,15 +112,7 @@ def test_chunked_outputs_give_the_same_answers(worker):
 
 
 def test_a_sharded_model_gives_the_same_answers_on_every_rank(worker, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER), str(tmp_path)]
-    process = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    launch.torchrun(WORKER, tmp_path, processes=2, log_dir=tmp_path)
     alone = worker["generate"](worker["model"]())
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == alone

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 
+import launch
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.config.check import check_config
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths, recipe_path
 from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
@@ -129,7 +131,10 @@ def _torchtunes_recipe():
     [
         dict(gradient_mask={**MASK, "refresh_every": 3}, gradient_accumulation_steps=2, batch_size=2),
         dict(gradient_mask={**MASK, "score": "random"}, optimizer_in_bwd=True),
-        dict(gradient_mask=MASK, optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}),
+        pytest.param(
+            dict(gradient_mask=MASK, optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}),
+            marks=pytest.mark.slow,  # saved by what test_resume.py checks
+        ),
     ],
     ids=["inside a refresh interval", "random, optimizer in backward", "8-bit"],
 )
@@ -230,13 +235,15 @@ def _log_prob(model, row, side) -> torch.Tensor:
 
 
 def test_two_processes_train_and_validate_like_one(
-    tmp_path, dpo_config, dpo_recipe, train_by, run_tune, logged_metrics, final_weights
+    tmp_path, dpo_config, dpo_recipe, train_by, logged_metrics, final_weights
 ):
     changes = dict(gradient_mask=MASK, max_steps_per_epoch=3, run_val_every_n_steps=2, clip_grad_norm=0.5)
     train_by(dpo_recipe, dpo_config(tmp_path / "one", batch_size=4, **changes))
     config = dpo_config(tmp_path / "two", batch_size=2, **changes)  # of each process
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    run_tune("run", "--nproc_per_node", 2, "gmt_full_dpo", "--config", "config.yaml", cwd=tmp_path)
+    launch.torchrun(
+        recipe_path("gmt_full_dpo"), "--config", tmp_path / "config.yaml", processes=2, log_dir=tmp_path / "ranks"
+    )
     one, two = logged_metrics(tmp_path / "one"), logged_metrics(tmp_path / "two")
     assert len(one) == len(two) == 5
     for step, other in zip(one, two, strict=True):
@@ -297,7 +304,7 @@ def test_data_of_another_kind_is_named_before_the_model_is_loaded(
 
 
 def test_quickstart_learns_what_answers_the_question(dpo_recipe, train_by, tmp_path, logged_metrics, capfd):
-    accuracy = _quickstart_accuracy(_run_quickstart(tmp_path, dpo_recipe, train_by, epochs=1) or capfd.readouterr().out)
+    accuracy = _quickstart_accuracy(_run_quickstart(tmp_path, dpo_recipe, train_by) or capfd.readouterr().out)
     assert 0.4 < accuracy["before"] < 0.6
     assert accuracy["after"] > accuracy["before"] + 0.25
     held_out = [step["val_preference_accuracy"] for step in logged_metrics(tmp_path) if "val_loss" in step]
@@ -318,14 +325,13 @@ def test_quickstart_as_a_command_reaches_what_the_docs_say(processes, run_tune, 
 
 def _run_quickstart(output_dir, dpo_recipe, train_by, **changes) -> None:
     from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
-    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     register_resolver()
     cfg = OmegaConf.load(config_paths()["quickstart_dpo"])
     cfg.output_dir = str(output_dir)
     cfg.metric_logger.filename = "log.txt"
     cfg.dataset_val.size = cfg.evaluation.size = 96  # the same ones
-    cfg.update(changes)
+    cfg.epochs, cfg.run_val_every_n_steps = 1, 54  # at its end
     train_by(dpo_recipe, cfg)
 
 

@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -33,15 +31,7 @@ def results(tmp_path_factory):
     spec.loader.exec_module(worker)
     worker.train_all(folders[1], RUNS)
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.run(
-        [*launcher, str(WORKER), str(folders[2]), json.dumps(RUNS)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr[-6000:]
+    launch.torchrun(WORKER, folders[2], json.dumps(RUNS), processes=2, log_dir=folders[2])
     return {
         (run["name"], processes): torch.load(folder / f"{run['name']}.pt")
         for processes, folder in folders.items()
