@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -243,8 +244,33 @@ def run_part(command: list, seconds: float, file: Path) -> dict:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
         status = "out of time"
-    found = json.loads(file.read_text()) if file.is_file() else None
+    found = output.strip().rpartition("\n")[2]  # of the tests: how many passed
+    if file.is_file():
+        found = json.loads(re.sub(r" --json \S+\.json", "", file.read_text()))
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "found": found, "output": output[-12000:]}
+
+
+def markdown(lines: list[dict]) -> str:
+    """What ``gpu.jsonl`` holds, as tables."""
+    import gpu_training
+    import selection
+
+    text = []
+    for line in lines:
+        text.append(f"\n{line['part']}: {'done' if line['status'] == 0 else line['status']}, {line['seconds']} s\n")
+        found = line["found"]
+        if isinstance(found, str):
+            text.append(found)
+        elif isinstance(found, list):  # of a part in here: rows with the same columns
+            columns = [key for key in found[0] if key != "kernels"]
+            text.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+            for row in found:
+                cells = (f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in columns)
+                text.append("| " + " | ".join(cells) + " |")
+        else:
+            text.append(f"`{(found.get('environment') or found['setting'])['command']}`\n")
+            text.append(selection.table(found["rows"]) if "rows" in found else gpu_training.table(found["lines"]))
+    return "\n".join(text)
 
 
 def main() -> int:
@@ -254,10 +280,14 @@ def main() -> int:
     parser.add_argument("--part", action="append", help="one or several; default: all")
     parser.add_argument("--rehearse", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--device", help="default: cuda, with --rehearse cpu")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a gpu.jsonl as tables, and do nothing else")
     parser.add_argument("--inside", choices=INSIDE, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cpu" if args.rehearse else "cuda")
+    if args.show:
+        print(markdown([json.loads(line) for line in args.show.read_text().splitlines()]))
+        return 0
     if args.inside:
         args.json.write_text(json.dumps(INSIDE[args.inside](torch.device(device), args.rehearse)))
         return 0
@@ -265,7 +295,7 @@ def main() -> int:
         parser.error("PyTorch sees no GPU here: --rehearse tries the parts on the CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    failed = []
+    lines: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch, (args.out / "gpu.jsonl").open("w") as results:
         parts = commands(device, args.rehearse, Path(scratch))
         for unknown in set(args.part or ()) - parts.keys():
@@ -280,11 +310,13 @@ def main() -> int:
                 runs = {n: pool.submit(run_part, parts[n][1], min(parts[n][0], left), parts[n][2]) for n in group}
             for name, run in runs.items():
                 line = {"part": name} | run.result()
-                print(f"=== {name}: {line['status']} after {line['seconds']} s\n{line['output']}", flush=True)
-                print(json.dumps(line["found"])[:3000], flush=True)
+                output = line.pop("output")
+                print(f"=== {name}: {line['status']} after {line['seconds']} s\n{output}", flush=True)
                 results.write(json.dumps(line) + "\n")
                 results.flush()
-                failed += [name] if line["status"] != 0 else []
+                lines.append(line)
+    failed = [line["part"] for line in lines if line["status"] != 0]
+    print(markdown(lines))
     print(f"{len(failed)} parts failed: {failed}; {args.out / 'gpu.jsonl'} has the numbers")
     return 1 if failed else 0
 

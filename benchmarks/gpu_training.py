@@ -205,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     where = f"{args.model} in bf16, {args.accumulation} x {args.batch_size} x {args.seq_len} tokens a step, {hardware}"
     print(f"{where}, torch {torch.__version__}; median of {args.steps} steps; made by `{command}`\n\n{table(lines)}")
     if args.json:
-        setting = {"command": command, "hardware": hardware, "torch": torch.__version__, **vars(args)}
+        options = {key: value for key, value in vars(args).items() if key != "json"}
+        setting = {"command": command, "hardware": hardware, "torch": torch.__version__, **options}
         text = json.dumps({"setting": setting, "lines": lines}, indent=1, default=str)
         args.json.write_text(text + "\n", encoding="utf-8")
     return 0
