@@ -167,7 +167,7 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak besides what is there before; None where the system does not show it."""
+    """Bytes that a call needs at its peak besides what is there before; None where nothing shows it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -245,7 +245,7 @@ def measure(model: str, dtype: str, methods: list[str], density: float, rounds: 
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """An integer that differs between tensors whose entries differ anywhere; products wrap around."""
+    """An integer that differs for tensors whose entries differ anywhere; products wrap around."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in tensor.view(-1).split(1 << 22):
         # Adding 0 makes 0 of -0, which multiplying by a mask leaves

@@ -11,7 +11,7 @@ from gmt_tune.reporting.run_log import mask_detail
 
 if TYPE_CHECKING:
     from gmt_tune.masking import GradientMask
-    from gmt_tune.reporting.selection_tracker import SelectionTracker
+    from gmt_tune.masking.tracker import SelectionTracker
 
 _GROUPED = ("density", "threshold", "overlap", "coverage")
 

@@ -11,7 +11,7 @@ from torchtune import config
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.config_components import import_component
 from gmt_tune.masking import GradientMask
-from gmt_tune.reporting.selection_tracker import SelectionTracker
+from gmt_tune.masking.tracker import SelectionTracker
 
 
 def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> GradientMask | None:

@@ -29,10 +29,10 @@ from gmt_tune.integrations.transformers.trainer_setup import (
     refuse_unmaskable_model,
 )
 from gmt_tune.masking import GradientMask
-from gmt_tune.masking.gradient_mask import _names_unknown_keys
+from gmt_tune.masking.checks import names_unknown_keys
 from gmt_tune.masking.optimizers import unwrap_optimizer
+from gmt_tune.masking.tracker import SelectionTracker, check_every
 from gmt_tune.reporting.mask_metrics import MaskMetrics
-from gmt_tune.reporting.selection_tracker import SelectionTracker, check_every
 
 
 class GradientMaskCallback(TrainerCallback):
@@ -70,7 +70,7 @@ class GradientMaskCallback(TrainerCallback):
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[GradientMaskCallback(density=0.2)])
     """
 
-    @_names_unknown_keys
+    @names_unknown_keys
     def __init__(
         self,
         density: float,

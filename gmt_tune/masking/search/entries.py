@@ -1,23 +1,52 @@
-"""Tensors of any shape, stride and dtype as one set of entries, to be read in blocks or sampled."""
+"""What entries are ranked by, to be read in blocks or sampled: tensors of any shape, stride and dtype, or products."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.bits import blocks, flat_view
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.bits import blocks, blocks_of_each, flat_view
 
 RUN = 4  # a sample is taken in runs of so many neighbours: cheaper than one by one, and nearly as random
 
 
-class Entries:
-    """Tensors or saliencies as one set of entries of one dtype: theirs, or float32 where they differ."""
+class Product:
+    """Gradient times weight, multiplied where it is read and never held as a whole. Stands where a tensor stands.
 
-    def __init__(self, members: Sequence[Tensor | Saliency]) -> None:
+    Args:
+        grad: a gradient.
+        weight: of the same shape, on the same device.
+    """
+
+    def __init__(self, grad: Tensor, weight: Tensor) -> None:
+        self.grad, self.weight = grad.detach(), weight.detach()
+        self.dtype = torch.promote_types(grad.dtype, weight.dtype)
+        self.device, self.shape, self.layout = grad.device, grad.shape, grad.layout
+
+    def numel(self) -> int:
+        return self.grad.numel()
+
+    def read(self, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """The product of the entries that ``pick`` takes of a tensor."""
+        return pick(self.grad) * pick(self.weight)
+
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """At most ``size`` entries at a time."""
+        return (grad * weight for grad, weight in blocks_of_each([self.grad, self.weight], size))
+
+
+def read_blocks(member: Tensor | Product, size: int) -> Iterator[Tensor]:
+    """At most ``size`` entries at a time, in any order."""
+    return member.blocks(size) if isinstance(member, Product) else blocks(member, size)
+
+
+class Entries:
+    """Tensors or products as one set of entries of one dtype: theirs, or float32 where they differ."""
+
+    def __init__(self, members: Sequence[Tensor | Product]) -> None:
         self.dtype = members[0].dtype
         if any(m.dtype != self.dtype for m in members):
             self.dtype = torch.float32
@@ -27,10 +56,9 @@ class Entries:
     def blocks(self, size: int) -> Iterator[Tensor]:
         """At most ``size`` entries at a time; 1-d where memory has no gaps."""
         for member in self._members:
-            if isinstance(member, Saliency):
-                parts = member.blocks(size)
-            else:
-                parts = blocks(member, size) if member.numel() > size else (member,)
+            parts: Iterable[Tensor] = read_blocks(member, size)
+            if isinstance(member, Tensor) and member.numel() <= size:
+                parts = (member,)
             for part in parts:
                 yield part.to(self.dtype)
 
@@ -50,16 +78,16 @@ class Entries:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _flat(member: Tensor | Saliency) -> Tensor | Saliency:
+def _flat(member: Tensor | Product) -> Tensor | Product:
     """The same entries in one dimension where no copy is needed for it."""
-    if isinstance(member, Saliency):
+    if isinstance(member, Product):
         is_flat = member.grad.is_contiguous() and member.weight.is_contiguous()
-        return Saliency(member.grad.view(-1), member.weight.view(-1)) if is_flat else member
+        return Product(member.grad.view(-1), member.weight.view(-1)) if is_flat else member
     return flat if (flat := flat_view(member)) is not None else member.detach()
 
 
-def _read(member: Tensor | Saliency, pick: Callable[[Tensor], Tensor]) -> Tensor:
-    return member.read(pick) if isinstance(member, Saliency) else pick(member)
+def _read(member: Tensor | Product, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    return member.read(pick) if isinstance(member, Product) else pick(member)
 
 
 def _all(tensor: Tensor) -> Tensor:

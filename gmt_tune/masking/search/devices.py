@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.search.entries import Product
 
-# Device types that Triton compiles for here.
-_SERVED = ("cuda",)
+_SERVED = ("cuda",)  # device types that Triton compiles for here
 
 
-def triton_search_for(members: Iterable[Tensor | Saliency]) -> ModuleType | None:
-    """The module ``triton_search`` where it serves all these tensors' devices, else None."""
+def is_served(device: torch.device) -> bool:
+    """Whether Triton's kernels are meant for a device, whether or not they work here."""
+    return device.type in _SERVED
+
+
+def kernels_for(members: Iterable[Tensor | Product]) -> ModuleType | None:
+    """The module ``triton`` beside this one where its kernels serve all these tensors, else None.
+
+    Triton is not installed with PyTorch for Windows or the CPU, for example, and may have failed before.
+    """
     members = list(members)
-    if not members or any(m.device.type not in _SERVED for m in members):
+    if not members or _failures or not all(is_served(m.device) for m in members):
         return None
-    return load_triton_search()
-
-
-def load_triton_search() -> ModuleType | None:
-    """None where Triton is not installed, as with PyTorch for Windows or the CPU, or has failed before."""
-    return None if _failures else _import_triton_search()
+    return _import_kernels()
 
 
 def try_triton(run: Callable, *arguments: Any) -> Any:
@@ -62,14 +64,14 @@ def _give_up(error: Exception) -> None:
 
 
 @functools.cache
-def _import_triton_search() -> ModuleType | None:
+def _import_kernels() -> ModuleType | None:
     try:
         import triton  # noqa: F401
     except ImportError:
         return None
     try:
-        from gmt_tune.masking import triton_search
+        from gmt_tune.masking.search import triton as kernels
     except Exception as error:  # a release that lacks what the kernels use
         _give_up(error)
         return None
-    return triton_search
+    return kernels

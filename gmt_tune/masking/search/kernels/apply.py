@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gmt_tune.masking.kernels.reading import as_pointers, load_tile, magnitude_bits
-from gmt_tune.masking.kernels.tables import CHUNK, Table
+from gmt_tune.masking.search.kernels.reading import as_pointers, load_tile, magnitude_bits
+from gmt_tune.masking.search.kernels.tables import CHUNK, Table
 
 TILE = 1 << 12  # entries that a program holds at a time: 16 a thread
 

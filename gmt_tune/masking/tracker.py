@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gmt_tune.masking import GradientMask
-from gmt_tune.masking.dtensor import any_sharded
+from gmt_tune.masking.gradient_mask import GradientMask
 from gmt_tune.masking.optimizers import after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
-from gmt_tune.masking.packing import pack_selection
-from gmt_tune.masking.shards import check_saved_bits, own_ranges
+from gmt_tune.masking.packing import check_saved_bits, pack_selection
+from gmt_tune.masking.parts import make_parts, own_ranges, sum_over_ranks
 
 _CHUNK = 1 << 24  # entries that are looked at together: bounds what is alive besides the bits
 
@@ -51,7 +50,7 @@ class SelectionTracker:
         self._calls = dict.fromkeys(mask.masked_parameters, 0)
         self._last: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], all ranks
+        self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], of all ranks
         self._numel: dict[str, int] = {}
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
@@ -78,9 +77,9 @@ class SelectionTracker:
             ``mask/coverage``, and from the second tracked step on ``mask/overlap``: the fraction of the selection
             before that was selected again. Empty before the first step.
         """
-        if not self._counts:
-            return {}
         counts = self._read_counts()
+        if not counts:
+            return {}
         metrics = {"mask/coverage": sum(ever for _, _, ever in counts.values()) / sum(self._numel.values())}
         before = sum(last for _, last, _ in counts.values())
         if before:
@@ -142,28 +141,20 @@ class SelectionTracker:
 
     @torch.no_grad()
     def _observe(self, parameters: list[tuple[str, Tensor]]) -> None:
-        seen = []
+        seen: dict[str, Tensor] = {}
         for name, p in parameters:
-            is_due = self._calls.get(name, 0) % self._every == 0
-            self._calls[name] = self._calls.get(name, 0) + 1
-            if is_due and p.grad is not None:
-                seen.append((name, p.grad))
-        grads = [grad for _, grad in seen]
-        if any_sharded(grads):
-            from gmt_tune.masking.layout import layouts, sum_over_ranks
-
-            where = layouts(grads)
-            rows = [self._count(name, own.local) for (name, _), own in zip(seen, where, strict=True)]
-            rows = sum_over_ranks(rows, where, is_small=False)
-        else:
-            rows = [self._count(name, grad) for name, grad in seen]
-        for (name, grad), row in zip(seen, rows, strict=True):
-            self._counts[name] = row
-            self._numel[name] = grad.numel()
+            calls = self._calls.get(name, 0)
+            self._calls[name] = calls + 1
+            if calls % self._every == 0:
+                seen[name] = p
+        parts = make_parts(seen)
+        rows = sum_over_ranks([self._count(part.name, part.local) for part in parts], parts)
+        self._counts.update(zip([part.name for part in parts], rows, strict=True))
+        self._numel.update((part.name, part.numel) for part in parts)
 
     def _count(self, name: str, grad: Tensor) -> Tensor:
         """Take in what is selected now; the three counts of ``_counts`` for this rank's entries."""
-        now = _pack_nonzero(grad)
+        now = pack_selection(grad, lambda block: block != 0)
         last, ever = self._last.get(name), self._ever.get(name)
         self._last[name] = now
         self._ever[name] = now.clone() if ever is None else ever.bitwise_or_(now)
@@ -173,22 +164,13 @@ class SelectionTracker:
         return torch.stack([*row, _count_bits(self._ever[name])])
 
     def _read_counts(self) -> dict[str, list[int]]:
-        if not self._counts:
-            return {}
-        rows = torch.stack([row.to("cpu", non_blocking=False) for row in self._counts.values()]).tolist()
-        return dict(zip(self._counts, rows, strict=True))
+        return {name: row.tolist() for name, row in self._counts.items()}
 
 
 def check_every(every: object, key: str = "every") -> None:
     """Raise ValueError, naming the key, unless it is a whole number from 1 on."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"{key} must be a whole number of optimizer steps from 1 on, got {every!r}")
-
-
-def _pack_nonzero(grad: Tensor) -> Tensor:
-    """Bits of the entries that are not zero, as ``pack_selection`` lays them out."""
-    parts = [pack_selection(part != 0) for part in grad.detach().reshape(-1).split(_CHUNK)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=grad.device)
 
 
 def _count_bits(packed: Tensor) -> Tensor:

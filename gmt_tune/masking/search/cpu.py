@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import INFINITY_BITS, INT_DTYPE, NAN_BITS, magnitude_bits
-from gmt_tune.masking.entries import Entries
-from gmt_tune.masking.histogram import kth_bits
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.search.digits import kth_bits
+from gmt_tune.masking.search.entries import Entries, Product
 
 FEW = 1 << 12  # up to so many entries are ranked directly
 BLOCK = 1 << 20  # entries whose keys are held at a time: 2 MB
@@ -130,7 +129,7 @@ class HeldKeys:
 
 
 class PassingKeys:
-    """Counts entries whose keys are made anew, block by block, at each count."""
+    """Counts entries whose keys are made at each count, block by block."""
 
     at_once = 2  # where the guess is right, one pass proves it
 
@@ -168,24 +167,24 @@ class PassingKeys:
         return torch.cat(self._gathered[1])
 
 
-def kth_largest(sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]) -> list[Rank]:
+def kth_largest(sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]) -> list[Rank]:
     """The k-th largest magnitude of each of several sets of entries.
 
     Args:
-        sets: tensors or saliencies whose entries are ranked together; none empty; any shapes and strides;
+        sets: tensors or products whose entries are ranked together; none empty; any shapes and strides;
             float32, bfloat16 or float16.
         ks: for each set the rank from the top, 1 to its number of entries.
     """
     entries = [Entries(one) for one in sets]
     ranks: dict[int, Rank] = {}
-    alike: dict[tuple, list[int]] = {}
+    same_size: dict[tuple, list[int]] = {}
     large = []
     for i, e in enumerate(entries):
         if e.numel <= FEW:
-            alike.setdefault((e.dtype, e.numel, ks[i]), []).append(i)
+            same_size.setdefault((e.dtype, e.numel, ks[i]), []).append(i)
         else:
             large.append(i)
-    for (dtype, _, k), members in alike.items():
+    for (dtype, _, k), members in same_size.items():
         for some in _batches(members):
             ranks.update(zip(some, _rank_directly([entries[i] for i in some], k, dtype), strict=True))
     if large:
@@ -304,7 +303,7 @@ def _rank_directly(entries: Sequence[Entries], k: int, dtype: torch.dtype) -> li
 
 
 def _with_one_nan(rank: Rank, entries: Entries) -> Rank:
-    """NaNs of different bits rank alike."""
+    """NaNs of different bits have the same rank."""
     if rank.bits <= INFINITY_BITS[entries.dtype]:
         return rank
     return Rank(NAN_BITS[entries.dtype], sum(int(b.isnan().sum()) for b in entries.blocks(PIECE)), True)

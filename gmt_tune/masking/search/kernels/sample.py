@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gmt_tune.masking.kernels.reading import magnitude_bits
-from gmt_tune.masking.kernels.tables import Table
+from gmt_tune.masking.search.kernels.reading import magnitude_bits
+from gmt_tune.masking.search.kernels.tables import Table
 
 SAMPLE = 1 << 14
 

@@ -1,4 +1,4 @@
-"""HalfMask: half fine-tuning, a baseline that freezes a random half of the matrices and draws anew at an interval.
+"""HalfMask: half fine-tuning, a baseline that freezes a random half of the matrices and draws again at an interval.
 
 After Hui et al., "HFT: Half Fine-Tuning for Large Language Models" (arXiv 2404.18466). It is a ``GradientMask``
 whose unit of selection is a whole tensor, so that it stands in a config wherever that one does.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gmt_tune.masking import selection as sel
-from gmt_tune.masking.gradient_mask import GradientMask
+from gmt_tune import GradientMask
+from gmt_tune.masking.parts import Part
+from gmt_tune.masking.selection import Selection, WholeSelection
 
 
 class HalfMask(GradientMask):
@@ -58,18 +59,27 @@ class HalfMask(GradientMask):
             error_if_nonfinite=error_if_nonfinite,
         )
         # Also of those that do not require gradients yet: a draw does not depend on when a layer is unfrozen
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._maskable().items()}
-        self._drawn = functools.lru_cache(maxsize=2)(self._draw_half)
+        self._shapes = {name: tuple(p.shape) for name, p in self.maskable_parameters.items()}
+        self.updated = functools.lru_cache(maxsize=2)(self._draw_half)
 
     def policy(self) -> dict[str, object]:
         """The arguments that decide what is drawn, for checkpoints and logs."""
         return super().policy() | {"unit": "tensor"}
 
-    def updated(self, draw: int) -> frozenset[str]:
-        """Names of the tensors that are updated in the draw-th interval, counted from 0."""
-        return self._drawn(draw)
+    def select(self, parts: Sequence[Part]) -> list[Selection]:
+        """All entries of the tensors that are updated in this step's interval, and none of the others."""
+        return [WholeSelection(part, part.name in self.updated(self.draw(part.name))) for part in parts]
+
+    def apply_(self, parts: Sequence[Part], selections: Sequence[Any], optimizer: Any) -> list[Tensor]:
+        """Set the gradients of the tensors that are not updated to None."""
+        counts = [selection.count for selection in selections]
+        for part, selection in zip(parts, selections, strict=True):
+            if not selection.is_selected:
+                part.parameter.grad = None
+        return counts
 
     def _draw_half(self, draw: int) -> frozenset[str]:
+        """Names of the tensors that are updated in the draw-th interval, counted from 0."""
         rng = random.Random(f"{self.seed}/{draw}")
         by_shape: dict[tuple[int, ...], list[str]] = {}
         for name, shape in self._shapes.items():
@@ -79,23 +89,3 @@ class HalfMask(GradientMask):
             size = (len(names) + rng.randrange(2)) // 2
             drawn += rng.sample(sorted(names), size)
         return frozenset(drawn)
-
-    def _mask_whole(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:
-        if self.error_if_nonfinite:
-            grads = [grad for _, _, grad in with_grad]
-            self._check_flags([name for name, _, _ in with_grad], sel.nonfinite_flags(grads))
-        self._freeze(with_grad)
-
-    def _mask_sharded(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:
-        if self.error_if_nonfinite:
-            from gmt_tune.masking import sharded
-
-            sharded.raise_if_nonfinite({name: grad for name, _, grad in with_grad}, self._where())
-        self._freeze(with_grad)
-
-    def _freeze(self, with_grad: list[tuple[str, Tensor, Tensor]]) -> None:
-        for name, parameter, grad in with_grad:
-            is_updated = name in self.updated(self._draw(name))
-            if not is_updated:
-                parameter.grad = None
-            self._record(name, grad, torch.tensor(grad.numel() if is_updated else 0))

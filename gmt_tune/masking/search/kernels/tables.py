@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gmt_tune.masking.bits import INFINITY_BITS, MAGNITUDE_MASK, flat_view
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.search.entries import Product
 
 CHUNK = 1 << 17  # entries of a program
 ALIGNMENT = 16  # bytes
@@ -30,7 +30,8 @@ _INT = {torch.float32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.int
 class Table:
     """Tensors of one dtype on one device, in sets whose entries are ranked together.
 
-    All tensors are on that device and int64 but for the last, and may be an element longer than told.
+    All tensors are on that device; int64 columns except the last one, which is int32; rows are padded to an even
+    length.
 
     Attributes:
         pointers, seconds: [tensors], addresses; the second tensor is a weight or a score of the same shape, or
@@ -60,14 +61,14 @@ class Table:
     constants: dict[str, object]
 
 
-def is_covered(tensor: Tensor | Saliency) -> bool:
+def is_covered(tensor: Tensor | Product) -> bool:
     """Whether the entries lie in memory without gaps: then their order does not matter."""
-    if isinstance(tensor, Saliency):
+    if isinstance(tensor, Product):
         return tensor.grad.is_contiguous() and tensor.weight.is_contiguous()
     return flat_view(tensor) is not None
 
 
-def make_table(sets: Sequence[Sequence[Tensor | Saliency]], scores: Sequence[Any] | None = None) -> Table:
+def make_table(sets: Sequence[Sequence[Tensor | Product]], scores: Sequence[Any] | None = None) -> Table:
     """A table of tensors that are covered, not empty, of one dtype (also their weights) and on one device.
 
     Args:
@@ -76,8 +77,8 @@ def make_table(sets: Sequence[Sequence[Tensor | Saliency]], scores: Sequence[Any
             tensors, contiguous as these are, and of one dtype.
     """
     members: list[Any] = [member for one in sets for member in one]
-    firsts = [m.grad if isinstance(m, Saliency) else m for m in members]
-    products = isinstance(members[0], Saliency)
+    firsts = [m.grad if isinstance(m, Product) else m for m in members]
+    products = isinstance(members[0], Product)
     seconds = [m.weight for m in members] if products else list(scores or firsts)
     dtype, second_dtype = firsts[0].dtype, seconds[0].dtype
     score_dtype = members[0].dtype if products else second_dtype

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.quality.momentum_reset import MomentumResetMask
 from gmt_tune import GradientMask
-from gmt_tune.masking.momentum import MomentumResetMask
 
 
 def _moved_and_selected(mask_class, optimizer_class=torch.optim.AdamW, steps=4, **options):
@@ -45,3 +45,30 @@ def test_removing_the_handle_ends_both_masking_and_reset():
 def test_an_optimizer_without_a_first_moment_is_refused():
     with pytest.raises(TypeError, match="use torch.optim.AdamW"):
         _moved_and_selected(MomentumResetMask, torch.optim.RMSprop)
+
+
+def test_an_unselected_weight_stands_still_also_where_a_closure_computes_the_gradient():
+    moved = []
+    for with_closure in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
+
+        def backward(model=model):
+            loss = model(torch.randn(8, 20, generator=torch.Generator().manual_seed(1))).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        mask = MomentumResetMask(model.named_parameters(), density=0.1)
+        mask.register(optimizer)
+        moved.append([])
+        for _ in range(3):
+            before = model[0].weight.detach().clone()
+            optimizer.zero_grad()
+            if with_closure:
+                optimizer.step(backward)
+            else:
+                backward()
+                optimizer.step()
+            moved[-1].append((model[0].weight != before).sum().item())
+    assert moved[0] == moved[1] == [60, 60, 60]

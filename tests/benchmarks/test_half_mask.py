@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gmt_tune.masking.half import HalfMask
+from benchmarks.quality.half_mask import HalfMask
 
 
 def _model(seed: int = 0) -> torch.nn.Module:

@@ -21,24 +21,24 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import INFINITY_BITS, MAGNITUDE_MASK, NAN_BITS, from_bits, smallest_selected_bits
-from gmt_tune.masking.kernels.apply import apply_smallest_
-from gmt_tune.masking.kernels.count import count_in_windows, zero_counts
-from gmt_tune.masking.kernels.narrow import narrow_windows
-from gmt_tune.masking.kernels.sample import sample_windows
-from gmt_tune.masking.kernels.tables import Table, is_covered, make_table, to_device
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.search.entries import Product
+from gmt_tune.masking.search.kernels.apply import apply_smallest_
+from gmt_tune.masking.search.kernels.count import count_in_windows, zero_counts
+from gmt_tune.masking.search.kernels.narrow import narrow_windows
+from gmt_tune.masking.search.kernels.sample import sample_windows
+from gmt_tune.masking.search.kernels.tables import Table, is_covered, make_table, to_device
 
 # A warp of 32 votes on 32 bins as fast as memory delivers 16-bit entries; float32 ones come at half the rate.
 BINS = {torch.float32: 128, torch.bfloat16: 32, torch.float16: 32}
 
 
 def kth_largest(
-    sets: Sequence[Sequence[Tensor | Saliency]], ks: Sequence[int]
+    sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The k-th largest magnitude of each of several sets of entries.
 
     Args:
-        sets: tensors, or saliencies, whose entries are ranked together; ``can_search`` each set.
+        sets: tensors, or products, whose entries are ranked together; ``can_search`` each set.
         ks: for each set the rank from the top, 1 to its number of entries.
 
     Returns:
@@ -47,7 +47,7 @@ def kth_largest(
     """
     thresholds: list[Tensor] = [torch.empty(0)] * len(sets)
     nonfinite: list[list[Tensor]] = [[]] * len(sets)
-    for members in _alike([one[0] for one in sets]):
+    for members in _groups([one[0] for one in sets]):
         some = [sets[i] for i in members]
         dtype, device = some[0][0].dtype, some[0][0].device
         with _on(device):
@@ -62,27 +62,27 @@ def kth_largest(
     return thresholds, nonfinite
 
 
-def can_search(tensors: Sequence[Tensor | Saliency]) -> bool:
-    """Whether the entries of these tensors, which are ranked together, lie as the kernels need them."""
-    return len(_alike(tensors)) == 1 and all(is_covered(t) for t in tensors)
+def can_search(tensors: Sequence[Tensor | Product], dtype: torch.dtype) -> bool:
+    """Whether these tensors, compared in a dtype, are of one kind and lie as the kernels need them."""
+    return len(_groups(tensors)) == 1 and tensors[0].dtype == dtype and all(is_covered(t) for t in tensors)
 
 
-def can_apply(grad: Tensor, score: Tensor | Saliency) -> bool:
+def can_apply(grad: Tensor, score: Tensor | Product) -> bool:
     """Whether the kernels can zero entries of this gradient by this score."""
-    if score is grad or isinstance(score, Saliency):
+    if score is grad or isinstance(score, Product):
         return is_covered(score)
     return grad.is_contiguous() and score.is_contiguous()
 
 
 def apply_thresholds_(
-    grads: Sequence[Tensor], thresholds: Sequence[Tensor], scores: Sequence[Tensor | Saliency]
+    grads: Sequence[Tensor], thresholds: Sequence[Tensor], scores: Sequence[Tensor | Product]
 ) -> list[Tensor]:
-    """:func:`gmt_tune.masking.applying.apply_thresholds_` for gradients that ``can_apply``, none empty."""
+    """:func:`gmt_tune.masking.selection.apply_thresholds_` for gradients that ``can_apply``, none empty."""
     counts: list[Tensor] = [torch.empty(0)] * len(grads)
     kinds: dict[tuple, list[int]] = {}
     for i, (grad, threshold, score) in enumerate(zip(grads, thresholds, scores, strict=True)):
-        has_own_score = score is not grad and not isinstance(score, Saliency)
-        kind = (has_own_score, isinstance(score, Saliency), grad.device, grad.dtype, score.dtype, threshold.dtype)
+        has_own_score = score is not grad and not isinstance(score, Product)
+        kind = (has_own_score, isinstance(score, Product), grad.device, grad.dtype, score.dtype, threshold.dtype)
         kinds.setdefault(kind, []).append(i)
     for (has_own_score, *_), members in kinds.items():
         some = [scores[i] for i in members]
@@ -112,12 +112,51 @@ def _search(table: Table, ks: Sequence[int], dtype: torch.dtype) -> tuple[Tensor
     return state[0], largest
 
 
-def _alike(members: Sequence[Tensor | Saliency]) -> list[list[int]]:
+class Counter:
+    """Counts the entries of several tensors by digits of their magnitude, in a launch for each kind of tensor.
+
+    Args:
+        members: tensors or products of one dtype on one device; ``can_search`` each.
+    """
+
+    def __init__(self, members: Sequence[Tensor | Product]) -> None:
+        self._members = list(members)
+        self._tables: list[tuple[Tensor, Table]] = []
+
+    def count(self, prefixes: Tensor, shift: int, width: int, with_flag: bool) -> Tensor:
+        """The counts of ``digits``, by the digit of ``width`` bits, ``shift`` bits from the right.
+
+        Args:
+            prefixes: int64 [members], the digits above.
+            with_flag: look whether a member holds NaN or infinity.
+
+        Returns:
+            int64 [members, 2**width + 1]; the last column is 1 for a member that does, 0 for the others.
+        """
+        device, bins = prefixes.device, 1 << width
+        with _on(device):
+            if not self._tables:
+                groups = _groups(self._members)
+                self._tables = [(to_device(m, device), make_table([[self._members[i]] for i in m])) for m in groups]
+            counts = prefixes.new_zeros(len(prefixes), bins + 1)
+            for members, table in self._tables:
+                windows = prefixes[members] << (shift + width)
+                lows = torch.zeros_like(windows)
+                state = (lows, lows + 2, windows, lows + shift)  # low and high say that the search goes on
+                counted = zero_counts(len(members), bins, device)
+                largest = torch.zeros(len(members), dtype=torch.int32, device=device) if with_flag else None
+                count_in_windows(table, state, counted, largest)
+                flags = lows if largest is None else (largest >= INFINITY_BITS[self._members[0].dtype]).long()
+                counts[members] = torch.cat([counted, flags[:, None]], 1)
+        return counts
+
+
+def _groups(members: Sequence[Tensor | Product]) -> list[list[int]]:
     """Positions of those that one launch can cover together."""
     groups: dict[tuple, list[int]] = {}
     for i, member in enumerate(members):
-        key = (type(member) is Saliency, member.device, member.dtype)
-        if isinstance(member, Saliency):
+        key = (type(member) is Product, member.device, member.dtype)
+        if isinstance(member, Product):
             key += (member.grad.dtype, member.weight.dtype)
         groups.setdefault(key, []).append(i)
     return list(groups.values())
