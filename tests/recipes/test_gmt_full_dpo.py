@@ -323,7 +323,7 @@ def test_quickstart_as_a_command_reaches_what_the_docs_say(processes, run_tune, 
     assert 0.4 < accuracy["before"] < 0.6 and accuracy["after"] > 0.9
 
 
-def _run_quickstart(output_dir, dpo_recipe, train_by, **changes) -> None:
+def _run_quickstart(output_dir, dpo_recipe, train_by) -> None:
     from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
 
     register_resolver()
