@@ -25,10 +25,10 @@ import torch
 
 from gmt_tune import GradientMask
 from gmt_tune.integrations.torchtune.run.progress import Progress
+from gmt_tune.masking.tracker import SelectionTracker
 from gmt_tune.models.smollm2 import smollm2_135m
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.run_log import RunLog
-from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     mask.error_if_nonfinite = False  # as in the recipes, which look at the gradient themselves
     tracker = SelectionTracker(mask)  # not registered: timed by itself, on the masked gradient
     metrics = MaskMetrics(mask)
-    masked = list(mask.masked_parameters.values())
+    masked = list(mask.masked_parameters.items())
 
     run_log = RunLog(folder)
     run_log.truncate_after(0)

@@ -1,4 +1,7 @@
-"""The error that the person who wrote the command or the config is meant to read."""
+"""The error that the person who wrote the command or the config is meant to read, and words that its message needs."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -9,6 +12,27 @@ class UserErrorOfOneRank(UserError):
     """What only this process has met, such as a row of its share of the data: shown whatever the process's rank."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, *, with_type: bool = False) -> str:
+    """An error's message without line breaks, if asked behind its type, which is all where there is no message."""
+    message, kind = " ".join(str(error).split()), type(error).__name__
+    return (f"{kind}: {message}" if with_type else message) if message else kind
+
+
+def did_you_mean(
+    word: str, known: Iterable[str], otherwise: str = "", *, prefix: str = "", most: int = 1, cutoff: float = 0.6
+) -> str:
+    """What a wrong word may have been meant to be: "did you mean lr?".
+
+    Args:
+        word: the wrong word.
+        known: the right ones.
+        otherwise: what to say where none is near; without it, all known ones: "it takes betas, lr".
+        prefix: put before a right word, such as its section.
+        most: how many words to name.
+        cutoff: how near they must be, from 0 to 1.
+    """
+    known = sorted(known)
+    near = get_close_matches(word, known, n=most, cutoff=cutoff)
+    if near:
+        return f"did you mean {' or '.join(prefix + match for match in near)}?"
+    return otherwise or f"it takes {', '.join(known) or 'none'}"

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune import config, rlhf, training
 
-from gmt_tune.integrations.torchtune.public_config import config_to_log
+from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.run.preference import (

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
 
-from gmt_tune.integrations.torchtune.public_config import config_to_log
+from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.run.chunks import fill_chunks
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe

@@ -1,10 +1,10 @@
-"""Writes the Llama and Mistral configs, and the tables of docs/configs.md and README.md, so that all stay alike.
+"""Writes the Llama and Mistral configs, and the tables of docs/configs.md and README.md.
 
     python scripts/make_configs.py          # writes configs/llama*/, configs/mistral/ and the tables
     python scripts/make_configs.py --check  # writes nothing; exits with 1 if a file differs
 
-A config is a whole file that users copy and change; here is only what they have in common, and what sets each of
-them apart. The memory in their first lines is what `gmt-tune memory` says.
+A config is a whole file that users copy and change; here is what sets each of them apart, in config_template.py what
+they share. The memory in their first lines is what `gmt-tune memory` says.
 """
 
 import argparse
@@ -42,15 +42,14 @@ def _llama3(
     )  # fmt: skip
 
 
-TIED = {"sharded": "null"}  # Llama 3.2's output layer uses the embeddings: they cannot be gathered by themselves
 LLAMA2_7B, LLAMA2_13B, LLAMA2_70B = _llama2("7b", 2), _llama2("13b", 3), _llama2("70b", 15)
 LLAMA3_8B = _llama3("3", "8b", "Meta-Llama-3-8B-Instruct", 4, "llama3")
 LLAMA3_8B_BASE = _llama3("3", "8b", "Meta-Llama-3-8B", 4, "llama3")
 LLAMA3_70B = _llama3("3", "70b", "Meta-Llama-3-70B-Instruct", 30, "llama3")
 LLAMA3_1_8B = _llama3("3.1", "8b", "Meta-Llama-3.1-8B-Instruct", 4, "llama3_1")
 LLAMA3_1_70B = _llama3("3.1", "70b", "Meta-Llama-3.1-70B-Instruct", 30, "llama3_1")
-LLAMA3_2_1B = _llama3("3.2", "1b", "Llama-3.2-1B-Instruct", 1, "llama3_2", **TIED)
-LLAMA3_2_3B = _llama3("3.2", "3b", "Llama-3.2-3B-Instruct", 2, "llama3_2", **TIED)
+LLAMA3_2_1B = _llama3("3.2", "1b", "Llama-3.2-1B-Instruct", 1, "llama3_2", is_tied=True)
+LLAMA3_2_3B = _llama3("3.2", "3b", "Llama-3.2-3B-Instruct", 2, "llama3_2", is_tied=True)
 LLAMA3_3_70B = _llama3("3.3", "70b", "Llama-3.3-70B-Instruct", 30, "llama3_3")
 MISTRAL_7B = Model(
     "Mistral 7B v0.1", "mistralai/Mistral-7B-v0.1", "torchtune.models.mistral.mistral_7b",
@@ -78,31 +77,28 @@ def _low(model: Model, card: str, **more) -> Config:
 TP = {"tensor_parallel": True, "devices": 8}
 PAPER = "The GMT paper (Li et al., AAAI 2025, arXiv 2406.15330) trains this model on this data."
 
+
+def _instructions(source: str, rows: int, question: str) -> dict[str, str]:
+    return {
+        "_component_": "torchtune.datasets.instruct_dataset",
+        "source": f"{source}  # {rows:,} rows",
+        "split": "train",
+        "column_map": f"\n    input: {question}\n    output: response",
+        "train_on_input": "False",
+    }
+
+
 MAGICODER = Config(
     MISTRAL_7B, "for code, on Magicoder-Evol-Instruct-110K", "24 GB", devices=8, optimizer="AdamW", batch_size=4,
     accumulation=4, max_seq_len=1024, epochs=2, warmup=52, decay="0.0", dense="[]",
     notes=PAPER + " Length and epochs are those that the authors of the data trained with; learning rate, batch (128), "
     "schedule and density are ours.",
-    dataset="""  _component_: torchtune.datasets.instruct_dataset
-  source: ise-uiuc/Magicoder-Evol-Instruct-110K  # 111,183 rows
-  split: train
-  column_map:
-    input: instruction
-    output: response
-  train_on_input: False  # True puts the instructions into the loss too
-""",
+    dataset=_instructions("ise-uiuc/Magicoder-Evol-Instruct-110K", 111_183, "instruction"),
 )  # fmt: skip
-METAMATH_DATA = """  _component_: torchtune.datasets.instruct_dataset
-  source: meta-math/MetaMathQA  # 395,000 rows
-  split: train
-  column_map:
-    input: query
-    output: response
-  train_on_input: False  # True puts the questions into the loss too
-"""
 METAMATH = Config(
     MISTRAL_7B, "for math, on MetaMathQA", "24 GB", devices=8, optimizer="AdamW", batch_size=4, accumulation=4,
-    max_seq_len=512, epochs=3, warmup=278, decay="0.0", dense="[]", dataset=METAMATH_DATA,
+    max_seq_len=512, epochs=3, warmup=278, decay="0.0", dense="[]",
+    dataset=_instructions("meta-math/MetaMathQA", 395_000, "query"),
     notes=PAPER + " Learning rate, batch (128), epochs, cosine schedule with 3 % warm-up and no weight decay are those "
     "that the authors of the data published for Mistral 7B; prompt, length and density are ours.",
 )  # fmt: skip
@@ -111,32 +107,34 @@ TULU = Config(
     accumulation=8, max_seq_len=2048, epochs=2, warmup=153, decay="0.0", dense="[]",
     notes=PAPER + " Learning rate, batch (128), epochs, 3 % warm-up, no weight decay and the prompt are those that the "
     "authors of the data published for Llama 2; cosine in place of their linear schedule, length and density are ours.",
-    prompt="""  prompt_template:  # What is put before and after each message
-    system: ["<|system|>\\n", "\\n"]
-    user: ["<|user|>\\n", "\\n<|assistant|>\\n"]
-    assistant: ["", "\\n"]
-""",
-    dataset="""  _component_: torchtune.datasets.chat_dataset
-  source: allenai/tulu-v2-sft-mixture  # 326,154 rows
-  split: train
-  conversation_column: messages
-  conversation_style: openai
-  train_on_input: False  # True puts the questions into the loss too
-""",
+    prompt=r"""
+    system: ["<|system|>\n", "\n"]
+    user: ["<|user|>\n", "\n<|assistant|>\n"]
+    assistant: ["", "\n"]""",
+    dataset={
+        "_component_": "torchtune.datasets.chat_dataset",
+        "source": "allenai/tulu-v2-sft-mixture  # 326,154 rows",
+        "split": "train",
+        "conversation_column": "messages",
+        "conversation_style": "openai",
+        "train_on_input": "False",
+    },
 )  # fmt: skip
 
-ULTRAFEEDBACK = """  _component_: torchtune.datasets.preference_dataset
-  source: HuggingFaceH4/ultrafeedback_binarized  # {rows}
-  split: {split}
-  column_map:  # Both hold whole conversations, lists of role and content
-    chosen: chosen
-    rejected: rejected
-  train_on_input: False  # True puts the questions into the log probabilities too
-"""
+
+def _ultrafeedback(pairs: int, split: str) -> dict[str, str]:
+    return {
+        "_component_": "torchtune.datasets.preference_dataset",
+        "source": f"HuggingFaceH4/ultrafeedback_binarized  # {pairs:,} pairs",
+        "split": split,
+        "column_map": "  # Both hold whole conversations, lists of role and content\n"
+        "    chosen: chosen\n    rejected: rejected",
+        "train_on_input": "False",
+    }
+
+
 LLAMA2_7B_CHAT = replace(LLAMA2_7B, title="Llama 2 7B Chat", repo="meta-llama/Llama-2-7b-chat-hf")
-MISTRAL_7B_INSTRUCT = replace(
-    MISTRAL_7B, title="Mistral 7B Instruct v0.1", repo="mistralai/Mistral-7B-Instruct-v0.1", token=True
-)
+MISTRAL_7B_INSTRUCT = replace(MISTRAL_7B, title="Mistral 7B Instruct v0.1", repo="mistralai/Mistral-7B-Instruct-v0.1")
 
 
 def _dpo(model: Model, card: str, **more) -> Config:
@@ -144,8 +142,8 @@ def _dpo(model: Model, card: str, **more) -> Config:
     where = f"{options['devices']} cards" if options["devices"] > 1 else f"one {card} card"
     return Config(
         model, f"by DPO on {where}, on UltraFeedback", card, lr="5e-7", warmup=95, decay="0.0", preferences=True,
-        dataset=ULTRAFEEDBACK.format(rows="61,135 pairs", split="train_prefs"),
-        held_out=ULTRAFEEDBACK.format(rows="2,000 pairs", split="test_prefs"),
+        dataset=_ultrafeedback(61_135, "train_prefs"),
+        held_out=_ultrafeedback(2_000, "test_prefs"),
         notes="Learning rate, beta and batch (64 pairs) are usual ones for DPO at this size; nobody has tuned them for "
         "a mask. Updates this small would be rounded away in bf16 weights, so the optimizer rounds stochastically.",
         **options,
@@ -226,7 +224,7 @@ def build() -> dict[str, str]:
 
 
 def build_docs() -> dict[Path, str]:
-    """docs/configs.md and README.md with their tables made anew, of the configs as they are on disk.
+    """docs/configs.md and README.md with new tables, of the configs as they are on disk.
 
     A file without the marks of its table stays as it is.
     """

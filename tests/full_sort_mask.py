@@ -4,19 +4,15 @@ gradient_mask._component_=full_sort_mask.FullSortMask
 """
 
 import full_sort
-import torch
 
 from gmt_tune import GradientMask
+from gmt_tune.masking.packing import pack_selection
+from gmt_tune.masking.selection import PackedSelection
 
 
 class FullSortMask(GradientMask):
-    """Zeroes what a full sort does not select; scope "tensor", score "magnitude", a selection at each step."""
+    """Selects what a full sort does; scope "tensor", score "magnitude", a selection at each step."""
 
-    def _mask(self, masked, dense, call, *, is_repeated=False):
-        with torch.no_grad():
-            for p in masked:
-                name = self._names[p]
-                (kept,) = full_sort.mask([p.grad], self.density)
-                p.grad.copy_(kept)
-                self._record(name, p.grad, torch.count_nonzero(kept), kept[kept != 0].abs().min())
-                self._steps[name] += 1
+    def select(self, parts):
+        kept = [full_sort.mask([part.local], self.density)[0] for part in parts]
+        return [PackedSelection(pack_selection(k != 0), k.shape, k[k != 0].abs().min()) for k in kept]

@@ -65,14 +65,24 @@ def tiny_llama(vocab_size: int, **changes):
     return model
 
 
-def write_gguf(path: Path, model, tokenizer: Tokenizer, quantization: str = "F32", architecture: str = "llama") -> None:
-    """Write ``model`` (a LlamaForCausalLM) and ``tokenizer``; matrices in ``quantization``, vectors in fp32."""
+def quantized(weight: torch.Tensor) -> torch.Tensor:
+    """What ``write_gguf`` keeps of a parameter: matrices in Q4_1."""
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    if weight.ndim == 1:
+        return weight.detach()
+    kind = GGMLQuantizationType.Q4_1
+    return torch.from_numpy(dequantize(quantize(weight.detach().numpy(), kind), kind))
+
+
+def write_gguf(path: Path, model, tokenizer: Tokenizer) -> None:
+    """Write ``model`` (a Llama with tied embeddings) and ``tokenizer``; matrices in Q4_1, vectors in fp32."""
     import json
 
     import gguf
 
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -95,34 +105,21 @@ def write_gguf(path: Path, model, tokenizer: Tokenizer, quantization: str = "F32
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
-    kind = gguf.GGMLQuantizationType[quantization]
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # tied
-        weight = weight.detach()
-        if name.endswith("q_proj.weight"):
-            weight = _interleave(weight, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            weight = _interleave(weight, config.num_key_value_heads)
-        array = weight.float().numpy()
-        if array.ndim == 2 and quantization != "F32":
-            writer.add_tensor(_gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
-        else:
+    kind = gguf.GGMLQuantizationType.Q4_1
+    for name, weight in model.named_parameters():
+        array = weight.detach().numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            # Each head's dimensions i and i + half, which rotate together, side by side
+            array = array.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2).reshape(array.shape)
+        if array.ndim == 1:
             writer.add_tensor(_gguf_name(name), array)
+        else:
+            writer.add_tensor(_gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _interleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Row by row: each head's dimensions i and i + half, which rotate together, come to stand side by side."""
-    head_dim = weight.shape[0] // num_heads
-    order = []
-    for head in range(num_heads):
-        for i in range(head_dim // 2):
-            order += [head * head_dim + i, head * head_dim + i + head_dim // 2]
-    return weight[order].contiguous()
 
 
 def _gguf_name(name: str) -> str:

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="what there is, and how many runs are done")
     listing.set_defaults(command=_list)
 
-    table = commands.add_parser("table", help="write docs/results: tables and figures from the JSON files")
+    table = commands.add_parser("table", help="write docs/results: tables and figures from the JSON lines")
     table.set_defaults(command=_table)
     return parser
 
@@ -95,15 +95,16 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _forget(suite: experiment.Suite, method: experiment.Method, args: argparse.Namespace) -> None:
-    phases = ("choose",) if args.choose else ("measure",)
-    for file in (results.RUNS / suite.name / method.name).glob("*.json"):
-        phase, rate, seed = file.stem.split("_")
+    for name in results.read_all(suite.name):
+        _, of_method, run = name.split("/")
+        phase, rate, seed = run.split("_")
         if (
-            phase in phases
+            of_method == method.name
+            and phase == ("choose" if args.choose else "measure")
             and (args.lr is None or float(rate.removeprefix("lr")) == args.lr)
             and (args.seeds is None or int(seed.removeprefix("seed")) in args.seeds)
         ):
-            file.unlink()
+            results.forget(name)
 
 
 def _config(args: argparse.Namespace) -> None:

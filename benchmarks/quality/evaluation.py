@@ -36,7 +36,7 @@ def load_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
         state.update(load_file(file))
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]:
-        raise ValueError(f"{folder} is not the model that its config.json tells of: {missing}, {unexpected}")
+        raise ValueError(f"{folder} is not the model that its config.json describes: {missing}, {unexpected}")
     model.tie_weights()
     return model.to(device).eval()
 

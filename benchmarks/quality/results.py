@@ -1,10 +1,17 @@
-"""Results on disk: one JSON file per run below ``docs/results/runs``, and what is chosen from them."""
+"""Results on disk: ``docs/results/runs/SUITE.jsonl`` has a line for each run; and what is chosen from them.
+
+Lines are only appended, by any number of processes at once. Of several lines of a run the last one counts; a line cut
+short, because its process was killed or the disk was full, counts for nothing.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from benchmarks.quality.experiment import ROOT, Method, Run, Suite, load_method
@@ -13,24 +20,55 @@ RESULTS = ROOT / "docs" / "results"
 RUNS = RESULTS / "runs"
 
 
-def result_file(name: str) -> Path:
-    """Where the result of a run of that name is."""
-    return RUNS / f"{name}.json"
+def suite_file(suite: str) -> Path:
+    """Where the results of a suite's runs are."""
+    return RUNS / f"{suite}.jsonl"
+
+
+def read_all(suite: str) -> dict[str, dict]:
+    """All results of a suite, by the name of the run."""
+    file = suite_file(suite)
+    if not file.is_file():
+        return {}
+    stat = file.stat()
+    return _parsed(file, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(file: Path, mtime_ns: int, size: int) -> dict[str, dict]:
+    results = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            result = json.loads(line)
+            results[result.pop("run")] = result
+        except (ValueError, KeyError, AttributeError, TypeError):
+            print(f"{file}: line {number} is not a whole result and is left out", file=sys.stderr)
+    return results
 
 
 def read(name: str) -> dict | None:
     """A result, or None if there is none yet."""
-    file = result_file(name)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_all(name.split("/")[0]).get(name)
 
 
 def write(name: str, result: dict) -> None:
-    """Write a result in one go."""
-    file = result_file(name)
+    """Append a result to its suite's file, on the disk when this returns."""
+    file = suite_file(name.split("/")[0])
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(_rounded(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(file)
+    line = json.dumps({"run": name} | _rounded(result), allow_nan=False)
+    with open(file, "a+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, end - 1))
+        is_cut = stream.read(1) not in (b"", b"\n")  # the line before is of a process that was killed
+        stream.write((b"\n" if is_cut else b"") + line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def forget(name: str) -> None:
+    """Let a run count as not made, until it is made again."""
+    write(name, {"key": None})
 
 
 def read_valid(run: Run) -> dict | None:
@@ -40,27 +78,19 @@ def read_valid(run: Run) -> dict | None:
 
 
 def chosen_learning_rate(suite: Suite, method: Method) -> float | None:
-    """The rate with the lowest mean validation loss over the choosing seeds; None while runs are missing.
-
-    A run that ended with a loss that is not finite counts as infinitely bad.
-    """
+    """The rate with the lowest mean validation loss over the choosing seeds; None while runs are missing."""
+    rates, seeds = suite.choose["learning_rates"], suite.choose["seeds"]
+    if len(rates) == 1:
+        return float(rates[0])
     chooser = method if method.learning_rate_of == method.name else load_method(method.learning_rate_of)
-    if len(suite.choose["learning_rates"]) == 1:
-        return float(suite.choose["learning_rates"][0])
-    means = {}
-    for rate in suite.choose["learning_rates"]:
-        losses = []
-        for seed in suite.choose["seeds"]:
-            result = read_valid(Run(suite, chooser, float(rate), seed, "choose"))
-            if result is None:
-                return None
-            losses.append(math.inf if result["failed"] else result["losses"]["validation"])
-        means[float(rate)] = sum(losses) / len(losses)
-    return min(means, key=means.get)
+    losses = choosing_losses(suite, chooser)
+    if sum(map(len, losses.values())) < len(rates) * len(seeds):
+        return None
+    return min(losses, key=lambda rate: sum(losses[rate]) / len(seeds))
 
 
 def choosing_losses(suite: Suite, method: Method) -> dict[float, list[float]]:
-    """Validation losses by learning rate, of the choosing runs that there are."""
+    """Validation losses by learning rate, of the choosing runs that there are; infinite for a run that diverged."""
     losses: dict[float, list[float]] = {}
     for rate in suite.choose["learning_rates"]:
         for seed in suite.choose["seeds"]:
@@ -81,10 +111,8 @@ def measured(suite: Suite, method: Method) -> dict[int, dict]:
 
 def measured_at_other_rates(suite: Suite, method: Method) -> dict[float, dict[int, dict]]:
     """Results by learning rate and seed, of the measured runs at rates that were not chosen."""
-    rates = {
-        float(file.name.split("_")[1].removeprefix("lr"))
-        for file in (RUNS / suite.name / method.name).glob("measure_*")
-    }
+    start = f"{suite.name}/{method.name}/measure_lr"
+    rates = {float(name.removeprefix(start).split("_")[0]) for name in read_all(suite.name) if name.startswith(start)}
     others = sorted(rates - {chosen_learning_rate(suite, method)})
     return {rate: runs for rate in others if (runs := _measured_at(suite, method, rate))}
 

@@ -1,4 +1,4 @@
-"""One run from its settings to its result: data, ``tune run``, evaluation, JSON. What is done is skipped."""
+"""One run from its settings to its result: data, ``tune run``, evaluation, a line of JSON. What is done is skipped."""
 
 from __future__ import annotations
 

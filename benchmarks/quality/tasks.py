@@ -1,4 +1,4 @@
-"""The tasks: questions with answers in three splits, and texts whose loss tells what a model forgot.
+"""The tasks: questions with answers in three splits, and texts whose loss shows what a model forgot.
 
 ``train`` is trained on, ``validation`` is cut from the training set and chooses learning rates, ``test`` is the data
 set's own held-out part and is asked once, of finished models.

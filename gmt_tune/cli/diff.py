@@ -3,10 +3,9 @@
 import argparse
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from gmt_tune.cli.paths import as_path
-
-_COLUMNS = ("tensors", "entries", "changed", "norm of change", "relative", "largest")
 
 
 def add_parser(subparsers) -> None:
@@ -32,30 +31,20 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print, and draw what was asked for.
-
-    Raises:
-        UserError: in one sentence, whatever kept the two from being compared.
-    """
+    """Compare, print, and draw what was asked for."""
     from gmt_tune.reporting.diff import compare
     from gmt_tune.reporting.weights_reader import Weights
 
     if args.html or args.png:
+        from gmt_tune.reporting.diff_page import draw_diff
         from gmt_tune.reporting.drawing import require_matplotlib
 
         require_matplotlib()  # now rather than after minutes of reading
     base, tuned = Weights(args.base), Weights(args.tuned)
     diff = compare(base, tuned, watch=_with_progress)
-    written = []
-    if args.html:
-        from gmt_tune.reporting.diff_page import write_diff_page
-
-        write_diff_page(diff, base.path, tuned.path, args.html, args.top)
-        written.append(str(args.html.resolve()))
-    if args.png:
-        from gmt_tune.reporting.diff_page import write_diff_pngs
-
-        written += [str(path.resolve()) for path in write_diff_pngs(diff, args.png, args.top)]
+    written: list[Path] = []
+    if args.html or args.png:
+        written = draw_diff(diff, base.path, tuned.path, html=args.html, png_dir=args.png, top=args.top)
     print(_as_json(diff, base, tuned) if args.json else _as_text(diff, base, tuned, args, written))
     return 0
 
@@ -90,7 +79,7 @@ def _as_json(diff, base, tuned) -> str:
     )
 
 
-def _as_text(diff, base, tuned, args: argparse.Namespace, written: list[str]) -> str:
+def _as_text(diff, base, tuned, args: argparse.Namespace, written: list[Path]) -> str:
     lines = [_described("BASE ", base), _described("TUNED", tuned), *diff.notes, ""]
     if total := diff.total:
         lines += _table("", [("all", total)])
@@ -102,7 +91,7 @@ def _as_text(diff, base, tuned, args: argparse.Namespace, written: list[str]) ->
         lines += _table("tensor", diff.tensors.items())
     if moved := diff.moved_most(args.top):
         lines += _table("moved most", moved)
-    lines += [f"Wrote {path}" for path in written]
+    lines += [f"Wrote {path.resolve()}" for path in written]
     return "\n".join(lines).rstrip()
 
 
@@ -114,22 +103,16 @@ def _described(side: str, weights) -> str:
 
 def _table(heading: str, changes) -> list[str]:
     """Lines of a table: names on the left, numbers on the right of their columns."""
-    rows = [
-        (
-            name,
-            str(change.tensors),
-            f"{change.numel:,}",
-            f"{change.fraction:.2%}",
-            f"{change.norm:.4g}",
-            f"{change.relative:.3g}",
-            f"{change.largest:.3g}" + (f" ({change.nonfinite:,} not finite)" if change.nonfinite else ""),
-        )
-        for name, change in changes
-    ]
-    header = (heading, *_COLUMNS)
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    from gmt_tune.reporting.diff import COLUMNS
+
+    rows = [[heading, "tensors", *COLUMNS]]
+    for name, change in changes:
+        rows.append([name, str(change.tensors), *change.cells()])
+        if change.nonfinite:
+            rows[-1][-1] += f" ({change.nonfinite:,} not finite)"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]).rstrip())
     return [*lines, ""]

@@ -1,16 +1,15 @@
 """``gmt-tune memory``: what a config will need on each device, before anything is downloaded or run.
 
-The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``: weights, gradients, optimizer states
-and the stored mask follow from shapes and dtypes; activations, passing needs and the reserve are estimates.
+The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``.
 """
 
 import argparse
-import difflib
+import dataclasses
 import json
 import re
 from pathlib import Path
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.errors import UserError, did_you_mean, one_line
 
 GIB = 2**30
 
@@ -45,15 +44,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Print the estimate for ``args.config``, or the table of all configs.
-
-    Returns:
-        int: 0.
-
-    Raises:
-        UserError: in one sentence, if there is no such config or it cannot be estimated.
-    """
+    """Print the estimate for ``args.config``, or the table of all configs."""
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
     if args.by_card and not args.all:
@@ -76,18 +67,14 @@ def load_config(name: str, overrides: list[str]):
         name: as ``tune ls`` shows it (of this package, or torchtune's own), or a file.
         overrides: ``key=value`` pairs, and ``~key`` to remove a key, as ``tune run`` takes them.
 
-    Returns:
-        tuple[DictConfig, int]: config and devices.
-
     Raises:
-        UserError: if there is no such config, it is no valid YAML, an override is malformed, or a key or a value is
-            none that ``tune run`` would take.
+        UserError: if there is no such config, or ``tune run`` would refuse it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from gmt_tune.integrations.torchtune.config_check import check_keys
-    from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
+    from gmt_tune.integrations.torchtune.config.check import check_keys
+    from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
     from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
     from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
@@ -152,28 +139,22 @@ def card_table(reports: list[dict]) -> str:
     if on_cpu:
         lines.append(f"| none: a CPU | {', '.join(on_cpu)} | |")
     for card in CARDS:
-        one: list[str] = []
-        several: list[str] = []
-        for r in reports:
-            if _is_gpu(r) and r["fits_on"][:1] == [card]:
-                count = r["world_size"]
-                (several if count > 1 else one).append(f"`{r['config']}`" + (f" ({count})" if count > 1 else ""))
-        if one or several:
-            lines.append(f"| {card} | {', '.join(one)} | {', '.join(several)} |")
+        needing = [r for r in reports if _is_gpu(r) and r["fits_on"][:1] == [card]]
+        alone = [f"`{r['config']}`" for r in needing if r["world_size"] == 1]
+        together = [f"`{r['config']}` ({r['world_size']})" for r in needing if r["world_size"] > 1]
+        if needing:
+            lines.append(f"| {card} | {', '.join(alone)} | {', '.join(together)} |")
     return "\n".join(lines)
 
 
 def report(name: str, world_size: int | None, overrides: list[str]) -> dict:
     """
-    The estimate of one config as plain data.
+    The estimate of one config as plain data; totals, like rows, in bytes of one device.
 
     Args:
         name: as in :func:`load_config`.
         world_size: devices; None for as many as the config's run line names.
         overrides: as in :func:`load_config`.
-
-    Returns:
-        dict: ``rows`` and totals in bytes of one device, ``fits_on``, ``assumptions``.
 
     Raises:
         UserError: if there is no such config or it cannot be estimated.
@@ -184,22 +165,10 @@ def report(name: str, world_size: int | None, overrides: list[str]) -> dict:
     result = estimate(cfg, world_size or devices)
     return {
         "config": name,
-        "world_size": result.world_size,
-        "device": result.device,
+        **dataclasses.asdict(result),
         "device_bytes": result.device_bytes,
         "host_bytes": result.host_bytes,
         "fits_on": cards_that_fit(result.device_bytes),
-        "rows": [
-            {
-                "name": row.name,
-                "device_bytes": row.device_bytes,
-                "host_bytes": row.host_bytes,
-                "exact": row.exact,
-                "note": row.note,
-            }
-            for row in result.rows
-        ],
-        "assumptions": result.assumptions,
     }
 
 
@@ -233,6 +202,5 @@ def _path_of(name: str) -> Path:
     for path in (theirs, Path(name).expanduser()):
         if path.is_file():
             return path
-    nearest = difflib.get_close_matches(name, ours, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`tune ls` lists them"
+    hint = did_you_mean(name, ours, "`tune ls` lists them", most=2, cutoff=0.5)
     raise UserError(f"there is no config {name!r}, nor such a file: {hint}")

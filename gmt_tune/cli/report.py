@@ -25,11 +25,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and say where it is.
-
-    Raises:
-        UserError: in one sentence, whatever kept it from being written.
-    """
+    """Write the report and say where it is."""
     from gmt_tune.reporting.report import write_report
 
     page, pngs = write_report(args.run_dirs, args.output, args.png)

@@ -4,9 +4,6 @@ It generates greedily with the model that is being trained, as it is: a torchtun
 compiled, sharded or neither. There is no key-value cache, which keeps it short, and slow for long answers.
 """
 
-from __future__ import annotations
-
-import json
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ from torchtune import utils
 from torchtune.data import Message
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
+from gmt_tune.data.files import json_lines
 from gmt_tune.data.quickstart import quickstart_questions
 from gmt_tune.data.village import Question, Split
 from gmt_tune.errors import UserError
@@ -84,22 +82,11 @@ class ExactMatch:
         self._max_new_tokens, self._batch_size, self._show = max_new_tokens, batch_size, show
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """
-        Ask ``model`` all questions. Its training mode and the state of all random generators stay as they are.
-
-        Args:
-            model (nn.Module): a torchtune ``TransformerDecoder``.
-
-        Returns:
-            dict[str, float]: ``accuracy``, the fraction of right answers.
-        """
-        answers = self.answers(model)
-        right = [
-            self._extracted(answer) == self._extracted(question.answer)
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        """Ask all questions; the model's training mode and the state of all random generators stay as they are."""
+        asked = list(zip(self.questions, self.answers(model), strict=True))
+        right = [self._extracted(answer) == self._extracted(question.answer) for question, answer in asked]
         utils.log_rank_zero(_log, f"{sum(right)} of {len(right)} {self.name} were answered word for word. Such as:")
-        for question, answer, is_right in list(zip(self.questions, answers, right, strict=True))[: self._show]:
+        for (question, answer), is_right in list(zip(asked, right, strict=True))[: self._show]:
             expected = "right" if is_right else f"expected: {question.answer!r}"
             utils.log_rank_zero(_log, f"  {question.prompt!r} -> {answer!r} ({expected})")
         return {"accuracy": sum(right) / len(right)}
@@ -144,8 +131,7 @@ def generate_greedily(
     stop_tokens: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """
-    Go on from each prompt with the likeliest token until it is a stop token.
+    """Go on from each prompt with the likeliest token until it is a stop token.
 
     Args:
         model (nn.Module): maps tokens [batch, sequence] to logits [batch, sequence, vocabulary], each position
@@ -156,7 +142,7 @@ def generate_greedily(
         pad_id (int): any valid id, for positions that are not looked at.
 
     Returns:
-        list[list[int]]: the new token ids of each prompt, without the stop token.
+        The new token ids of each prompt, without the stop token.
     """
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
@@ -220,37 +206,22 @@ def _compile(extract: str | None) -> re.Pattern | None:
 
 
 def _read_questions(file: Path, prompt_column: str, answer_column: str, size: int | None) -> list[Question]:
+    name = f"evaluation.data_files {file}"
     if not file.is_file():
-        raise UserError(f"evaluation.data_files {file} does not exist: name a JSON Lines file")
+        raise UserError(f"{name} does not exist: name a JSON Lines file")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"evaluation.data_files {file} is not UTF-8 ({error}): convert the file") from None
-    questions = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"evaluation.data_files {file} is no JSON Lines file: line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"evaluation.data_files {file} has in line {number} no object with columns: delete the line"
-            )
-        try:
-            asked = {column: row[column] for column in (prompt_column, answer_column)}
-        except KeyError as error:
-            raise UserError(
-                f"evaluation.data_files {file} has no {error} in line {number}: set evaluation.prompt_column and "
-                f"answer_column to two of {', '.join(row)}"
-            ) from None
-        for column, value in asked.items():
-            if value is None:
+        rows = list(json_lines(file))
+    except UserError as error:
+        raise UserError(f"evaluation.data_files: {error}") from None
+    if not rows:
+        raise UserError(f"{name} has no rows")
+    for number, row in rows:
+        for column in (prompt_column, answer_column):
+            if column not in row:
                 raise UserError(
-                    f"evaluation.data_files {file} has in line {number} the {column} null: fill it in or delete it"
+                    f"{name} has no {column!r} in line {number}: set evaluation.prompt_column and answer_column to two "
+                    f"of {', '.join(row)}"
                 )
-        questions.append(Question(*map(str, asked.values())))
-    if not questions:
-        raise UserError(f"evaluation.data_files {file} has no rows")
-    return questions[:size]
+            if row[column] is None:
+                raise UserError(f"{name} has in line {number} the {column} null: fill it in or delete it")
+    return [Question(str(row[prompt_column]), str(row[answer_column])) for _, row in rows[:size]]

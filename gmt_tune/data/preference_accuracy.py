@@ -1,7 +1,5 @@
 """The share of held-out pairs whose better answer a model finds likelier: a recipe's ``evaluation`` section."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +12,9 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from torchtune.rlhf import get_batch_log_probs
 
 from gmt_tune.data.exact_match import evaluating
+from gmt_tune.data.files import fault_of_files
 from gmt_tune.data.quickstart import quickstart_preference_dataset
-from gmt_tune.data.rows import CheckedRows, cause_in_words, fault_of_files
+from gmt_tune.data.rows import CheckedRows, cause_in_words
 from gmt_tune.data.village import Split
 from gmt_tune.errors import UserError
 
@@ -24,8 +23,8 @@ class PreferenceAccuracy:
     """
     Compares the log probabilities of both answers of each pair, and returns ``{"preference_accuracy": ...}``.
 
-    No reference model takes part, so that it tells of a model before training too: a model that does not know what
-    makes an answer better is right about half of the time.
+    No reference model takes part, so it can judge a model before training too: one that does not know what makes an
+    answer better is right about half of the time.
 
     Without ``data_files`` it takes the quickstart's pairs. Under several processes each must make the same call.
 
@@ -74,15 +73,7 @@ class PreferenceAccuracy:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """
-        Compare all pairs. The model's training mode and the state of all random generators stay as they are.
-
-        Args:
-            model (nn.Module): a torchtune ``TransformerDecoder``, compiled, sharded or neither.
-
-        Returns:
-            dict[str, float]: ``preference_accuracy``, the fraction of pairs whose chosen answer is likelier.
-        """
+        """Compare all pairs; the model's training mode and the state of all random generators stay as they are."""
         device = next(model.parameters()).device
         right = []
         with evaluating(model):

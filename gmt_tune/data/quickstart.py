@@ -1,12 +1,8 @@
 """The quickstarts' questions, and pairs of answers to them, as torchtune data sets."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch.utils.data import Dataset
 from torchtune.data import ChosenRejectedToMessages, InputOutputToMessages
-from torchtune.datasets import PackedDataset, PreferenceDataset
+from torchtune.datasets import PackedDataset, PreferenceDataset, SFTDataset
 from torchtune.datasets._sft import SFTTransform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
@@ -58,17 +54,7 @@ def quickstart_preference_dataset(
     """
     The same questions, each with its answer and a worse one: a true sentence that answers another question.
 
-    Args:
-        tokenizer (ModelTokenizer): turns messages into tokens.
-        split (Split): ``train`` (864 pairs) or ``held_out`` (288, about people that ``train`` does not name).
-        size (int | None): how many pairs; default None, all.
-        seed (int): which pairs, if ``size`` is set, and in which order.
-
-    Returns:
-        PreferenceDataset: rows like those of ``torchtune.datasets.preference_dataset``.
-
-    Raises:
-        UserError: if there is no such split, or it has fewer than ``size`` pairs.
+    The arguments are those of :func:`quickstart_dataset`; rows are those of ``torchtune.datasets.preference_dataset``.
     """
     return _PairDataset(_first(preferences(split, seed), split, size), tokenizer)
 
@@ -79,33 +65,25 @@ def _first(asked: list, split: Split, size: int | None) -> list:
     return asked[:size]
 
 
-class _QuestionDataset(Dataset):
+class _QuestionDataset(SFTDataset):
+    """Rows from memory instead of from a source that ``datasets.load_dataset`` reads."""
+
     def __init__(self, asked: list[Question], tokenizer: ModelTokenizer) -> None:
-        self._rows = [question._asdict() for question in asked]
         columns = InputOutputToMessages(column_map={"input": "prompt", "output": "answer"})
         self._prepare_sample = SFTTransform(message_transform=columns, model_transform=tokenizer)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._prepare_sample(self._rows[index])
+        self._data = [question._asdict() for question in asked]
 
 
 class _PairDataset(PreferenceDataset):
-    """Rows from memory instead of from a source that ``datasets.load_dataset`` reads."""
+    """The same for pairs."""
 
     def __init__(self, pairs: list[Preference], tokenizer: ModelTokenizer) -> None:
         self._tokenizer = tokenizer
         self._message_transform = ChosenRejectedToMessages()
-        self._data = pairs
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self._data[index]
-        question = {"role": "user", "content": pair.prompt}
-        return self._prepare_sample(
+        self._data = [
             {
-                "chosen": [dict(question), {"role": "assistant", "content": pair.chosen}],
-                "rejected": [dict(question), {"role": "assistant", "content": pair.rejected}],
+                kind: [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": answer}]
+                for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
             }
-        )
+            for pair in pairs
+        ]

@@ -4,13 +4,7 @@ torchtune prepares a row when its turn comes, which may be hours after the start
 faults raise no error at all: in a chat, torchtune takes a message whose content is null for a copy of the one before.
 """
 
-from __future__ import annotations
-
-import csv
-import glob
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
@@ -26,24 +20,12 @@ from torchtune.data import (
 from torchtune.datasets import ConcatDataset, PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
 from torchtune.datasets._stack_exchange_paired import StackExchangePairedToMessages
 
-from gmt_tune.errors import UserError, UserErrorOfOneRank
+from gmt_tune.data.files import shortened
+from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 # So many rows are looked at before training, about ten seconds' worth; further ones when their turn comes.
 ROWS_CHECKED_AHEAD = 100_000
 _REMEDY = "correct it or delete the row"
-
-# What torchtune's transforms read of a row, by the names that their column_map may replace.
-_TEXTS: dict[type, tuple[str, ...]] = {
-    InputOutputToMessages: ("input", "output"),
-    AlpacaToMessages: ("output",),
-    StackExchangePairedToMessages: ("prompt", "chosen", "rejected"),
-}
-_FORMATTED: dict[type, tuple[str, ...]] = {AlpacaToMessages: ("instruction",)}
-_CONVERSATIONS: dict[type, tuple[str, ...]] = {
-    OpenAIToMessages: ("messages",),
-    ShareGPTToMessages: ("conversations",),
-    ChosenRejectedToMessages: ("chosen", "rejected"),
-}
 
 
 class _Columns(NamedTuple):
@@ -57,6 +39,17 @@ class _Columns(NamedTuple):
     assistant: str = "assistant"  # the role of the model's own messages
     needs_answer: bool = False
     skips_system: bool = False  # the config's new_system_prompt stands for the messages of the system
+
+
+# What torchtune's transforms read of a row, by the names that their column_map may replace.
+_READ: dict[type, _Columns] = {
+    InputOutputToMessages: _Columns(texts=("input", "output")),
+    AlpacaToMessages: _Columns(texts=("output",), formatted=("instruction",)),
+    StackExchangePairedToMessages: _Columns(texts=("prompt", "chosen", "rejected")),
+    OpenAIToMessages: _Columns(conversations=("messages",)),
+    ShareGPTToMessages: _Columns(conversations=("conversations",), role="from", content="value", assistant="gpt"),
+    ChosenRejectedToMessages: _Columns(conversations=("chosen", "rejected")),
+}
 
 
 class CheckedRows(Dataset):
@@ -108,11 +101,10 @@ class CheckedRows(Dataset):
         if self._raw is None:
             return
         read = self._columns.texts + self._columns.formatted + self._columns.conversations
-        missing = [name for name in read if name not in self._names()]
-        if missing:
+        if missing := [name for name in read if name not in self._raw.column_names]:
             raise UserError(
                 f"{self._name}: its rows have no column '{missing[0]}': set column_map to those that there are "
-                f"({', '.join(self._names())})"
+                f"({', '.join(self._raw.column_names)})"
             )
         samples = iter(self._raw)  # in order, which is faster than one by one
         for index in range(len(self) if rows is None else min(rows, len(self))):
@@ -123,9 +115,6 @@ class CheckedRows(Dataset):
                 raise UserError(self._sentence(index, _in_words(error))) from error
             if fault is not None:
                 raise UserError(self._sentence(index, fault))
-
-    def _names(self) -> list[str]:
-        return list(self._raw.column_names)
 
     def _sentence(self, index: int, fault: str, remedy: str = _REMEDY) -> str:
         return f"row {index} of {self._name}: {fault}: {remedy} (rows are counted from 0)"
@@ -146,7 +135,7 @@ class CheckedRows(Dataset):
 
     def _fault_of_messages(self, sample: Mapping) -> str | None:
         """What torchtune says of the row's messages, where finding out neither reads images nor runs others' code."""
-        if type(self._transform) not in {**_TEXTS, **_CONVERSATIONS} or "image" in self._names():
+        if type(self._transform) not in _READ or "image" in self._raw.column_names:
             return None
         conversations = self._transform(sample)
         if "messages" in conversations:
@@ -164,19 +153,12 @@ def check_packed(packed: PackedDataset, name: str) -> None:
     CheckedRows(packed.ds, name).check(None)
 
 
-def rows_of_packs(packed: PackedDataset, packs: Iterable[int]) -> list[int]:
-    """The rows, or parts of rows, that are in some of the packs, ascending."""
-    wanted = set(packs)
-    rows: set[int] = set()
-    begun = 0  # rows that begin in the packs so far
-    for index in range(max(wanted, default=-1) + 1):
-        # Positions count from 0 in each row, and go on behind the last one, in the padding
-        positions = packed.packs[index]["input_pos"]
-        begin_here = int((positions == 0).sum())
-        if index in wanted:
-            rows.update(range(begun - int(positions[0] != 0), begun + begin_here))
-        begun += begin_here
-    return sorted(rows)
+def rows_of_pack(packed: PackedDataset, index: int) -> range:
+    """The rows that are in a pack, wholly or in part."""
+    # Positions count from 0 in each row, and go on behind the last one, in the padding
+    begin = [int((pack["input_pos"] == 0).sum()) for pack in packed.packs[: index + 1]]
+    goes_on = bool(packed.packs[index]["input_pos"][0] != 0)
+    return range(sum(begin[:-1]) - goes_on, sum(begin))
 
 
 def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
@@ -188,144 +170,48 @@ def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
     for part in parts:
         for position in positions:
             if 0 <= position - first_pack < len(part):
-                rows = rows_of_packs(part, [position - first_pack])
+                rows = rows_of_pack(part, position - first_pack)
                 first, last = first_row + rows[0], first_row + rows[-1]
                 ranges.append(f"{first}-{last}" if last > first else f"{first}")
         first_pack, first_row = first_pack + len(part), first_row + len(part.ds)
     return f"packs {list(positions)} of the data set (rows {', '.join(ranges)})"
 
 
-def fault_of_files(files: object, kind: object) -> str | None:
-    """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
-
-    Args:
-        files: a path, with or without wildcards, a list of paths, or either by split, as ``datasets.load_dataset``
-            takes them.
-        kind: "json", "csv" or "text"; files of others are not looked at.
-    """
-    if kind not in ("json", "csv", "text"):
-        return None
-    found = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in paths_in(files)}
-    for pattern, paths in found.items():
-        if glob.has_magic(pattern) and "://" not in pattern and not paths:
-            return f"no file matches {pattern}"
-    for path in (Path(path) for paths in found.values() for path in paths):
-        if path.is_file() and path.suffix not in (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"):
-            fault = _fault_of_file(path, str(kind))
-            if fault is not None:
-                return fault
-    return None
-
-
-def paths_in(files: object) -> list[str]:
-    """The paths of a ``data_files``: one, a list of them, or either by split."""
-    if isinstance(files, Mapping):
-        files = list(files.values())
-    if isinstance(files, (list, tuple)):
-        return [path for part in files for path in paths_in(part)]
-    return [] if files is None else [str(files)]
-
-
 def cause_in_words(error: BaseException) -> str:
     """Why a data set could not be loaded: ``datasets`` often says that there was an error, and which in its cause."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return cause_in_words(error.__cause__)
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-def _fault_of_file(path: Path, kind: str) -> str | None:
-    first: list[bytes] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return f"line {number} of {path} is not UTF-8: convert the file"
-            if line.strip() and len(first) < 2:
-                first.append(line.strip().removeprefix(b"\xef\xbb\xbf"))
-    if not first:
-        return f"{path} is empty"
-    if kind == "csv":
-        return f"{path} has a header and no rows" if len(first) == 1 else _fault_of_csv(path)
-    if kind == "json":
-        # A row a line, or one JSON text over all lines, whose second line does not begin an object that the first left
-        is_lines = _is_json(first[0]) or all(line.startswith(b"{") for line in first)
-        return _fault_of_json_lines(path) if is_lines and len(first) == 2 else _fault_of_json(path)
-    return None
-
-
-def _fault_of_csv(path: Path) -> str | None:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        width = len(next(reader))
-        for row in reader:
-            if len(row) > width:
-                return (
-                    f"line {reader.line_num} of {path} has {len(row)} cells, but the header has {width}: put a cell "
-                    "that holds a comma in quotes"
-                )
-    return None
-
-
-def _fault_of_json(path: Path) -> str | None:
-    try:
-        json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        return f"{path} is no valid JSON ({error.msg} in line {error.lineno}): correct it, or copy the file again"
-    return None
-
-
-def _fault_of_json_lines(path: Path) -> str | None:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                is_last = not any(later.strip() for later in file)
-                remedy = "the file is cut off there: copy it again, or delete the line" if is_last else "correct it"
-                return f"line {number} of {path} is no valid JSON ({error.msg}): {remedy}"
-            if not isinstance(row, dict):
-                return f"line {number} of {path} is {_short(row)}, not an object with the row's columns"
-    return None
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    return one_line(error)[:400]
 
 
 def _columns_of(dataset: Dataset) -> _Columns:
     if isinstance(dataset, TextCompletionDataset):
         return _Columns(texts=(dataset._column,))
     transform = getattr(dataset, "_message_transform", None)
+    read = _READ.get(type(transform), _Columns())
     mapped = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
-    texts, formatted, conversations = (
-        tuple(mapped.get(name, name) for name in names.get(type(transform), ()))
-        for names in (_TEXTS, _FORMATTED, _CONVERSATIONS)
+    texts, formatted, conversations = (tuple(mapped.get(name, name) for name in names) for names in read[:3])
+    return read._replace(
+        texts=texts,
+        formatted=formatted,
+        conversations=conversations,
+        # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
+        needs_answer=isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True),
+        skips_system=getattr(transform, "new_system_prompt", None) is not None,
     )
-    names = ("from", "value", "gpt") if isinstance(transform, ShareGPTToMessages) else ("role", "content", "assistant")
-    # A conversation without an answer has something to learn only where the prompt is learnt; a pair never has
-    needs_answer = isinstance(transform, ChosenRejectedToMessages) or not getattr(transform, "train_on_input", True)
-    skips_system = getattr(transform, "new_system_prompt", None) is not None
-    return _Columns(texts, formatted, conversations, *names, needs_answer, skips_system)
 
 
 def _fault_of_conversation(messages: object, column: str, columns: _Columns) -> str | None:
     if messages is None:
         return f"{column} is null"
     if not isinstance(messages, (list, tuple)):
-        return f"{column} is {_short(messages)}, not a list of messages"
+        return f"{column} is {shortened(messages)}, not a list of messages"
     if not messages:
         return f"{column} is an empty list"
     for number, message in enumerate(messages):
         where = f"message {number} of {column}"
         if not isinstance(message, Mapping):
-            return f"{where} is {_short(message)}, not an object with {columns.role} and {columns.content}"
+            return f"{where} is {shortened(message)}, not an object with {columns.role} and {columns.content}"
         if not isinstance(message.get(columns.role), str):
             return f"{columns.role} of {where} {_not_text(message.get(columns.role))}"
         if columns.skips_system and message[columns.role] == "system":
@@ -344,15 +230,9 @@ def _not_text(value: object) -> str:
     if value is None:
         return "is null"
     remedy = " (write it in quotes, in a file of JSON Lines)" if isinstance(value, (int, float)) else ""
-    return f"is {_short(value)}, not text{remedy}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"is {shortened(value)}, not text{remedy}"
 
 
 def _in_words(error: Exception) -> str:
-    message = " ".join(str(error).split())
     # torchtune says in a ValueError what it wants of a conversation; other errors say little without their type
-    return message[:400] if message and isinstance(error, ValueError) else f"{type(error).__name__}: {message[:400]}"
+    return one_line(error, with_type=not isinstance(error, ValueError))[:400]

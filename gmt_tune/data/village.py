@@ -1,4 +1,4 @@
-"""The quickstart's world: a village of invented people, text that tells about them, questions about them.
+"""The quickstart's world: a village of invented people, text about them, questions about them.
 
 Everything is generated here, from fixed seeds and without a network, so that the quickstart's base model
 (``scripts/pretrain_quickstart.py``) and its fine-tuning data always agree on the facts:
@@ -99,11 +99,7 @@ class Preference(NamedTuple):
 
 
 def people() -> dict[str, dict[str, str]]:
-    """Everyone in the village with what is true of them, always the same.
-
-    Returns:
-        Name -> {"town": ..., "trade": ..., "animal": ..., "food": ...}, in a fixed order.
-    """
+    """Everyone in the village: name -> {"town": ..., "trade": ..., "animal": ..., "food": ...}, always the same."""
     rng = random.Random(_WORLD_SEED)
     names = [first + last for first in _FIRST for last in _LAST]
     rng.shuffle(names)
@@ -111,14 +107,9 @@ def people() -> dict[str, dict[str, str]]:
 
 
 def corpus(num_documents: int, seed: int = 0) -> list[str]:
-    """Text to pretrain on: each document tells all that is known of one person, in any order and wording.
+    """Documents to pretrain on: each says all that is known of one person, in an order and wording by ``seed``.
 
-    Args:
-        num_documents: how many; the people take turns, so every one is told of equally often.
-        seed: of the order and the wording. The facts do not depend on it.
-
-    Returns:
-        One string for each document.
+    The people take turns, so that each has the same number of documents.
     """
     rng = random.Random(seed)
     village = people()
@@ -135,17 +126,9 @@ def corpus(num_documents: int, seed: int = 0) -> list[str]:
 
 
 def questions(split: Split, seed: int = 0) -> list[Question]:
-    """Every question of a split, shuffled.
+    """Every question of a split with its answer, word for word, in the order of ``seed``.
 
-    Args:
-        split: ``train`` asks about three quarters of the people, ``held_out`` about the others.
-        seed: of the order alone. Who is held out does not depend on it.
-
-    Returns:
-        Questions with the answers that are expected, word for word.
-
-    Raises:
-        UserError: for any other ``split``.
+    ``train`` asks about three quarters of the people, ``held_out`` about the others; any other split is a UserError.
     """
     asked = [Question(prompt, _answer(name, known, fact)) for name, known, fact, prompt in _asked(split)]
     random.Random(seed).shuffle(asked)
@@ -153,21 +136,14 @@ def questions(split: Split, seed: int = 0) -> list[Question]:
 
 
 def preferences(split: Split, seed: int = 0) -> list[Preference]:
-    """Every question of a split, shuffled, with its answer and the answer to another question about that person.
+    """The same questions, each with its answer and the answer to another question about that person.
 
     Both are true, and sentences of the corpus: what makes one better is the question alone.
-
-    Args:
-        split: as for ``questions``; the questions are the same.
-        seed: of the order alone.
-
-    Raises:
-        UserError: for any other ``split``.
     """
     rng = random.Random(_WORLD_SEED)
     pairs = []
     for name, known, fact, prompt in _asked(split):
-        other = rng.choice([one for one in _FACTS if one != fact])
+        other = rng.choice([each for each in _FACTS if each != fact])
         pairs.append(Preference(prompt, _answer(name, known, fact), _answer(name, known, other)))
     random.Random(seed).shuffle(pairs)
     return pairs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 SCOPES = ("tensor", "global")
 SCORES = ("magnitude", "saliency", "random")
@@ -40,58 +42,58 @@ def check_score(value: object) -> str:
     return _check_choice("score", value, SCORES)
 
 
+def check_int(key: str, value: object) -> int:
+    """The value, if it is a whole number; else raises TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{key} must be a whole number, got {value!r}")
+    return value
+
+
+def check_refresh_every(value: object) -> int | None:
+    """The value, if it is a whole number of steps or None; else raises ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"refresh_every must be a whole number of optimizer steps from 1 on, or null to select once, got {value!r}"
+        )
+    return value
+
+
+def check_patterns(key: str, patterns: Any) -> tuple[str, ...]:
+    """Name patterns as a tuple, if they are a list of strings or None; else raises TypeError."""
+    if patterns is None:
+        return ()
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f'{key} must be a list of name patterns such as ["*norm*"], got {patterns!r}')
+    return tuple(patterns)
+
+
 def check_dtype(tensor: Any) -> None:
-    """Raises TypeError unless the tensor (or saliency) is dense and float32, bfloat16 or float16."""
+    """Raises TypeError unless the tensor (or product) is dense and float32, bfloat16 or float16."""
     if tensor.layout != torch.strided:
         raise TypeError("gradients must be dense, got a sparse one: set sparse=False on the embedding")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"gradients must be float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def nonfinite_flags(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """For each tensor a 0-d bool tensor on its device: whether it holds NaN or infinity. Does not wait."""
-    return [_is_nonfinite(t.detach()) for t in tensors]
-
-
-def _is_nonfinite(tensor: Tensor) -> Tensor:
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor._values()
-    if tensor.numel() == 0:
-        return torch.zeros((), dtype=torch.bool, device=tensor.device)
-    # On the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.
-    if tensor.device.type == "cpu" and tensor.dtype != torch.float16 and tensor.sum().isfinite():
-        return torch.tensor(False)
-    return ~torch.stack(tensor.aminmax()).isfinite().all()  # both are NaN if an entry is
-
-
-def raise_if_nonfinite(named_tensors: Mapping[str, Tensor], where: str = "") -> None:
-    """Raise if a gradient holds NaN or infinity; waits for the device.
-
-    Args:
-        named_tensors: what to check, by the name that the message shall give.
-        where: what the message says behind the name, such as " at optimizer step 3".
-
-    Raises:
-        RuntimeError: names the first such gradient, how many others there are, and the way out.
-    """
-    raise_for_flags(list(named_tensors), nonfinite_flags(list(named_tensors.values())), where)
-
-
-def raise_for_flags(names: Sequence[str], flags: Sequence[Any], where: str = "") -> None:
-    """:func:`raise_if_nonfinite` for flags that were computed before, perhaps many steps ago."""
-    if flags and all(isinstance(flag, Tensor) for flag in flags):
-        flags = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # wait for the device once
-    bad = [name for name, flag in zip(names, flags, strict=True) if flag]
-    if not bad:
-        return
-    others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-    raise RuntimeError(
-        f"the gradient of '{bad[0]}'{others} holds NaN or infinity{where}: lower the learning rate or clip "
-        "gradients, or set error_if_nonfinite to False to let such entries pass through"
-    )
-
-
 def _check_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def names_unknown_keys(init: Callable) -> Callable:
+    """Let a misspelt keyword fail with the nearest right one; ``inspect.signature`` still sees the original."""
+    known = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        for key, value in kwargs.items():
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{nearest[0]}'?" if nearest else f"it takes {', '.join(known[1:])}"
+                raise TypeError(f"{type(self).__name__} has no argument '{key}' (given {value!r}): {hint}")
+        init(self, *args, **kwargs)
+
+    return checked

@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.bits import INT_DTYPE, magnitude_bits, row_major_blocks, smallest_selected_bits
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.bits import INT_DTYPE, row_major_blocks
+from gmt_tune.masking.parts import own_entries, own_ranges
+from gmt_tune.masking.search.entries import Product
 
 _BLOCK = {"cpu": 1 << 18, "other": 1 << 21}  # entries packed at a time: bounds the passing memory
 # Multiplying 8 bytes of 0 or 1 by this gathers them, in order, in the product's upper byte
 _GATHER = 0x0102040810204080
 
 
-def pack_selection(selected: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape into bits.
+def pack_selection(entries: Tensor | Product, is_selected: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Pack a selection of a tensor's entries into bits, without ever holding it as a bool tensor.
+
+    Args:
+        entries: of any shape; bool, True where selected, unless ``is_selected`` is given.
+        is_selected: makes the bool tensor of a 1-d block of entries.
 
     Returns:
         1-d uint8 tensor of ``ceil(numel / 8)`` bytes; entry ``i`` (row-major) is bit ``i % 8`` of byte
         ``i // 8``.
     """
-    flat = selected.reshape(-1)
-    packed = torch.empty((flat.numel() + 7) // 8, dtype=torch.uint8, device=flat.device)
-    for start in range(0, flat.numel(), _block(flat)):
-        _pack_into(packed, start, flat[start : start + _block(flat)])
-    return packed
-
-
-def _part(flat: Tensor | Saliency, part: slice) -> Tensor:
-    return flat.read(lambda t: t[part]) if isinstance(flat, Saliency) else flat[part]
-
-
-def pack_selected(score: Tensor | Saliency, threshold: Tensor) -> Tensor:
-    """``pack_selection(selection(score, threshold))`` without ever holding the bool tensor."""
-    packed = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8, device=score.device)
-    smallest = smallest_selected_bits(threshold.to(score.device), score.dtype)
-    if isinstance(score, Saliency):
-        flat = Saliency(score.grad.reshape(-1), score.weight.reshape(-1))
+    if isinstance(entries, Product):
+        flat: Tensor | Product = Product(entries.grad.reshape(-1), entries.weight.reshape(-1))
     else:
-        flat = score.detach().reshape(-1)
-    for start in range(0, flat.numel(), _block(flat)):
-        part = slice(start, start + _block(flat))
-        bits = magnitude_bits(_part(flat, part))
-        _pack_into(packed, start, bits >= smallest)
+        flat = entries.detach().reshape(-1)
+    packed = torch.empty((flat.numel() + 7) // 8, dtype=torch.uint8, device=flat.device)
+    size = _block(flat)
+    for start in range(0, flat.numel(), size):
+        part = slice(start, start + size)
+        block = flat.read(lambda t: t[part]) if isinstance(flat, Product) else flat[part]  # noqa: B023
+        _pack_into(packed, start, block if is_selected is None else is_selected(block))
     return packed
 
 
@@ -71,7 +64,32 @@ def apply_packed_(grad: Tensor, packed: Tensor) -> Tensor:
     return count
 
 
-def _block(tensor: Tensor | Saliency) -> int:
+def check_saved_bits(name: str, packed: object, p: Tensor, shards: Mapping[str, list]) -> None:
+    """Raise ValueError unless a saved selection is of the entries that this rank holds of a parameter.
+
+    Args:
+        name: of the parameter.
+        packed: its selection, as ``pack_selection`` packs it.
+        p: the parameter.
+        shards: by name, what :func:`own_ranges` said where it was saved; states of earlier releases lack it.
+    """
+    own = own_ranges(p)
+    if shards.get(name, own) != own:
+        raise ValueError(
+            f"the selection of '{name}' was saved by a rank that held the entries {shards[name]} of it, and this one "
+            f"holds {own}: save and load one state on each rank, as they were sharded then"
+        )
+    numel = own_entries(p).numel()
+    wanted = (numel + 7) // 8
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != (wanted,):
+        found = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
+        raise ValueError(
+            f"the saved selection of '{name}' does not fit: {numel} entries take uint8 ({wanted},), and it is {found}: "
+            "load the state of the same model, sharded as it was when it was saved"
+        )
+
+
+def _block(tensor: Tensor | Product) -> int:
     return _BLOCK["cpu" if tensor.device.type == "cpu" else "other"]
 
 
@@ -91,5 +109,5 @@ def _unpack(packed: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _bytes_of_bits(device: torch.device) -> Tensor:
     """For each byte, 8 bytes that hold its bits from the lowest on, as an int64."""
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return bits.to(torch.uint8).view(torch.int64).view(-1).to(device)
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return bits.to(torch.uint8).view(torch.int64).view(-1)

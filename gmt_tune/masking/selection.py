@@ -1,184 +1,247 @@
-"""Exact selection of the largest magnitudes, without sorting, at about the speed of memory.
+"""A selection as a value: which of a part's entries stay, made from thresholds, a draw, or bits that were kept.
 
-What is selected: of n entries, k = max(1, floor(density * n)); T is the k-th largest magnitude; an entry stays
-if its magnitude is at least T and not zero. NaN ranks above infinity.
-
-How T is found, and why it is exact: the magnitude of an IEEE float orders like the integer of its bits
-without the sign. T is therefore the one integer t with #(bits > t) < k <= #(bits >= t), and counting proves
-it; nothing is rounded, sorted or copied. Which t to count for is the only question, and the answer differs:
-
-- on the CPU, a sample guesses t, and a few counts correct the guess (``cpu_search``);
-- on a GPU with Triton, the same for all tensors in a few launches (``triton_search``);
-- elsewhere, where a tensor's memory has gaps, and where tensors are sharded, t is found digit by digit
-  (``histogram``).
-
-The measuring step (``measuring``) and the applying step (``applying``) are separate functions, and between
-optimizer steps nothing is kept. This module is the interface to all of them.
+Measuring (``scores``, ``search``) makes selections and changes nothing; :func:`apply_` zeroes what they leave out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.applying import apply_thresholds_, selection
-from gmt_tune.masking.checks import (
-    SCOPES,
-    SCORES,
-    check_density,
-    check_dtype,
-    check_scope,
-    check_score,
-    nonfinite_flags,
-    raise_for_flags,
-    raise_if_nonfinite,
+from gmt_tune.masking.bits import (
+    INFINITY_BITS,
+    INT_DTYPE,
+    MAGNITUDE_MASK,
+    bits_to_float,
+    blocks_of_each,
+    magnitude_bits,
+    smallest_selected_bits,
 )
-from gmt_tune.masking.dtensor import any_sharded
-from gmt_tune.masking.measuring import (
-    Measurement,
-    entries_to_keep,
-    kth_largest_magnitude,
-    measure,
-    measure_thresholds,
-)
-from gmt_tune.masking.packing import apply_packed_, pack_selected, pack_selection, unpack_selection
-from gmt_tune.masking.random_selection import apply_random_, random_key, random_selection
-from gmt_tune.masking.saliency import Saliency
+from gmt_tune.masking.draws import CHUNK, apply_random_, random_selection
+from gmt_tune.masking.packing import apply_packed_, pack_selection, unpack_selection
+from gmt_tune.masking.parts import Part, sum_counts
+from gmt_tune.masking.search.devices import kernels_for, try_triton
+from gmt_tune.masking.search.entries import Product
 
-__all__ = [
-    "SCOPES",
-    "SCORES",
-    "MaskStatistics",
-    "Measurement",
-    "Saliency",
-    "apply_packed_",
-    "apply_random_",
-    "apply_thresholds_",
-    "check_density",
-    "check_dtype",
-    "check_scope",
-    "check_score",
-    "entries_to_keep",
-    "kth_largest_magnitude",
-    "mask_grads_",
-    "measure",
-    "measure_thresholds",
-    "nonfinite_flags",
-    "pack_selected",
-    "pack_selection",
-    "raise_for_flags",
-    "raise_if_nonfinite",
-    "random_key",
-    "random_selection",
-    "selection",
-    "unpack_selection",
-]
+_BLOCK = {"cpu": 1 << 17, "other": 1 << 21}  # entries compared at a time: bounds the passing memory
 
 
-@dataclass
-class MaskStatistics:
-    """What one masking did. Holds 0-d tensors on the device; reading a property waits for the device.
+class Selection:
+    """Which of the entries that this process holds of a gradient are selected; see the subclasses.
 
     Attributes:
-        thresholds: name (or position) of each tensor to its 0-d threshold; empty for score "random".
-        selected: name to a 0-d int64 tensor: entries that stayed.
-        numel: name to the number of entries.
+        threshold: the smallest selected score, a 0-d tensor, where entries were ranked.
+        count: how many entries of the whole gradient are selected, 0-d int64, where it is known before it is applied.
+        nonfinite: 0-d bool tensor: whether the gradient holds NaN or infinity, where it was seen on the way.
+        outlasts_step: whether it must be kept to be used in another step; what is drawn can be drawn once more.
     """
 
-    thresholds: dict[str, Tensor] = field(default_factory=dict)
-    selected: dict[str, Tensor] = field(default_factory=dict)
-    numel: dict[str, int] = field(default_factory=dict)
+    threshold: Tensor | None = None
+    count: Tensor | None = None
+    nonfinite: Tensor | None = None
+    outlasts_step = True
 
-    @property
-    def density(self) -> float:
-        """Fraction of the masked tensors' entries that stayed; 1.0 where nothing was masked."""
-        total = sum(self.numel.values())
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for count in self.selected.values():
-            by_device.setdefault(count.device, []).append(count)
-        kept = sum(int(torch.stack(counts).sum()) for counts in by_device.values())
-        return kept / total if total else 1.0
+    def mask(self) -> Tensor:
+        """Bool tensor of the shape of the part's entries."""
+        raise NotImplementedError
+
+    def apply_(self, grad: Tensor) -> Tensor:
+        """Zero, in place, the entries of the part that are not selected; returns how many are, 0-d int64."""
+        kept = self.mask()
+        grad.masked_fill_(~kept, 0)
+        return kept.sum()
+
+    def pack(self, threshold: Tensor | None = None) -> PackedSelection:
+        """The same selection at 1 bit per entry, which will show this threshold."""
+        mask = self.mask()
+        return PackedSelection(pack_selection(mask), mask.shape, threshold)
+
+    def compact(self, values: Tensor) -> Tensor:
+        """The selected entries of a tensor of the part's shape, 1-d, in row-major order."""
+        return values.detach().masked_select(self.mask())
+
+    def expand(self, values: Tensor) -> Tensor:
+        """A tensor of the part's shape with these selected entries, as ``compact`` gives them, and zeros elsewhere."""
+        mask = self.mask()
+        return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+
+
+class ThresholdSelection(Selection):
+    """The entries whose score has at least the threshold's magnitude and is not zero.
+
+    NaN ranks above everything: it is always selected, and a NaN threshold selects nothing else.
+
+    Args:
+        score: of this process's entries; the gradient itself, another tensor of its shape, or a product.
+        threshold, count, nonfinite: see :class:`Selection`.
+    """
+
+    def __init__(
+        self,
+        score: Tensor | Product,
+        threshold: Tensor,
+        count: Tensor | None = None,
+        nonfinite: Tensor | None = None,
+    ) -> None:
+        self.score = score
+        self.threshold: Tensor = threshold.to(score.device)
+        self.count, self.nonfinite = count, nonfinite
+
+    def smallest(self) -> Tensor:
+        """The magnitude bits from which entries are selected, 0-d int32."""
+        return smallest_selected_bits(self.threshold, self.score.dtype)
+
+    def mask(self) -> Tensor:
+        score = self.score.read(lambda t: t) if isinstance(self.score, Product) else self.score
+        return magnitude_bits(score) >= self.smallest()
+
+    def pack(self, threshold: Tensor | None = None) -> PackedSelection:
+        # Block by block: neither the bool tensor nor the product is ever there as a whole
+        smallest = self.smallest()
+        packed = pack_selection(self.score, lambda block: magnitude_bits(block) >= smallest)
+        return PackedSelection(packed, self.score.shape, threshold)
+
+    def apply_(self, grad: Tensor) -> Tensor:
+        if self.score is grad and grad.device.type == "cpu":
+            # One vectorised operation: it zeroes what lies within [-lambd, lambd], so not NaN
+            torch.ops.aten.hardshrink.out(grad, self._largest_dropped(), out=grad)
+            return torch.count_nonzero(grad.view(INT_DTYPE[grad.dtype])) if self.count is None else self.count
+        smallest = self.smallest()
+        count = torch.zeros((), dtype=torch.int64, device=grad.device)
+        factors = [self.score.grad, self.score.weight] if isinstance(self.score, Product) else [self.score]
+        for grad_block, *score_blocks in blocks_of_each([grad, *factors], _BLOCK["cpu" if grad.is_cpu else "other"]):
+            bits = magnitude_bits(math.prod(score_blocks[1:], start=score_blocks[0]))
+            # Integers 0 and 1: multiplying the bits by them is faster than filling by a bool mask, and zeroes NaN.
+            kept = torch.ge(bits, smallest, out=bits)
+            count += kept.sum(dtype=torch.int32)
+            grad_bits = grad_block.view(INT_DTYPE[grad.dtype])
+            grad_bits.mul_(kept.to(grad_bits.dtype))
+        return count
+
+    def _largest_dropped(self) -> float:
+        """The largest magnitude that is not selected; waits for the device."""
+        dtype = self.score.dtype
+        if self.threshold.dtype == dtype:
+            smallest = max(1, int(self.threshold.view(INT_DTYPE[dtype])) & MAGNITUDE_MASK[dtype])
+        else:
+            smallest = int(self.smallest())
+        return bits_to_float(min(smallest - 1, INFINITY_BITS[dtype]), dtype)
+
+
+class PackedSelection(Selection):
+    """A selection that was kept, at 1 bit per entry.
+
+    Args:
+        bits: uint8, as :func:`gmt_tune.masking.packing.pack_selection` lays them out.
+        shape: of the part's entries.
+        threshold: the one it was made with, if any.
+    """
+
+    def __init__(self, bits: Tensor, shape: Sequence[int], threshold: Tensor | None = None) -> None:
+        self.bits, self.shape, self.threshold = bits, torch.Size(shape), threshold
+
+    def mask(self) -> Tensor:
+        return unpack_selection(self.bits, self.shape.numel()).view(self.shape)
+
+    def apply_(self, grad: Tensor) -> Tensor:
+        return apply_packed_(grad, self.bits)
+
+
+class RandomSelection(Selection):
+    """Entries that a hash of their place in the whole gradient draws, each with probability ``density``.
+
+    Args:
+        part: whose entries.
+        density: in (0, 1].
+        key: of the draw; see :func:`gmt_tune.masking.draws.random_key`.
+    """
+
+    outlasts_step = False
+
+    def __init__(self, part: Part, density: float, key: int) -> None:
+        self._part, self._density, self._key = part, density, key
+
+    def mask(self) -> Tensor:
+        mask = torch.ones(self._part.local.shape, device=self._part.local.device)
+        self.apply_(mask)
+        return mask.bool()
+
+    def apply_(self, grad: Tensor) -> Tensor:
+        count = torch.zeros((), dtype=torch.int64, device=grad.device)
+        if grad.numel() == 0:
+            return count
+        if grad.dim() == 0:
+            return apply_random_(grad, self._density, self._key)
+        shape = self._part.grad.shape
+        (first, last), *others = self._part.ranges()
+        row = math.prod(shape[1:])
+        if all((0, size) == held for size, held in zip(shape[1:], others, strict=True)):
+            return apply_random_(grad, self._density, self._key, offset=first * row)
+        # Other ranks hold a part of each row: draw whole rows, and keep what is ours
+        step = max(1, CHUNK // row)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            kept = random_selection(start * row, stop * row, self._density, self._key, grad.device)
+            kept = kept.view(stop - start, *shape[1:])
+            for dim, (low, high) in enumerate(others, start=1):
+                kept = kept.narrow(dim, low, high - low)
+            grad[start - first : stop - first].masked_fill_(~kept, 0)
+            count += kept.sum()
+        return count
+
+
+class WholeSelection(Selection):
+    """All entries of a part, or none."""
+
+    outlasts_step = False
+
+    def __init__(self, part: Part, is_selected: bool = True) -> None:
+        self._local, self.is_selected = part.local, is_selected
+        self.count: Tensor = torch.tensor(part.numel if is_selected else 0)
+
+    def mask(self) -> Tensor:
+        return torch.full(self._local.shape, self.is_selected, device=self._local.device)
+
+    def apply_(self, grad: Tensor) -> Tensor:
+        if not self.is_selected:
+            grad.zero_()
+        return self.count
 
 
 @torch.no_grad()
-def mask_grads_(
-    parameters: Tensor | Iterable[Tensor],
-    density: float,
-    *,
-    scope: str = "tensor",
-    score: str = "magnitude",
-    error_if_nonfinite: bool = True,
-    seed: int = 0,
-    step: int = 0,
-) -> MaskStatistics:
-    r"""Zero, in place, all gradient entries but the fraction ``density`` with the largest score.
-
-    With :math:`n` entries in the scope, :math:`k = \max(1, \lfloor \text{density} \cdot n \rfloor)` and
-    :math:`T` the k-th largest score, an entry stays if its score is at least :math:`T` and not zero. Call it
-    like ``torch.nn.utils.clip_grad_norm_``: after accumulation and clipping, right before the optimizer step.
-
-    The gradient is zeroed, not the update: an optimizer with momentum or weight decay still moves weights
-    whose gradient was zeroed.
-
-    Args:
-        parameters: a tensor or an iterable of tensors whose ``.grad`` is masked; those without are skipped.
-            Gradients are float32, bfloat16 or float16, of any shape and stride, or sharded as DTensors.
-        density: fraction of entries that stay, in (0, 1]; 1.0 changes nothing.
-        scope: over what the top fraction is taken: each "tensor" by itself, or all together ("global").
-        score: what entries are ranked by: "magnitude" of the gradient, "saliency" (magnitude of gradient
-            times weight), or "random" (each entry stays with probability ``density``).
-        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any gradient is changed; on
-            CUDA this waits for the device. With False, NaN ranks above infinity and passes through.
-        seed: of the random score.
-        step: which draw of the random score; give the optimizer step for a new selection at each.
+def apply_(parts: Sequence[Part], selections: Sequence[Selection]) -> list[Tensor]:
+    """Zero, in place, what selections leave out of gradients. On CUDA it does not wait for the device.
 
     Returns:
-        Thresholds, numbers of entries and of those that stayed, by the tensor's position ("0", "1", ...).
-
-    Raises:
-        ValueError: if density, scope or score is out of range.
-        TypeError: if a gradient is sparse or of another dtype than float32, bfloat16 or float16.
-        RuntimeError: for NaN or infinity, see ``error_if_nonfinite``.
-
-    Example:
-        >>> loss.backward()
-        >>> mask_grads_(model.parameters(), density=0.2)
-        >>> optimizer.step()
+        For each gradient a 0-d int64 tensor: how many entries of the whole gradient stay.
     """
-    density, scope, score = check_density(density), check_scope(scope), check_score(score)
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    named = {str(i): p for i, p in enumerate(parameters) if p.grad is not None}
-    grads = [p.grad for p in named.values() if p.grad is not None]
-    for grad in grads:
-        check_dtype(grad)
-    if any_sharded(grads):
-        from gmt_tune.masking import sharded
+    own = _apply_by_kernels_(parts, selections)
+    for i, (part, selection) in enumerate(zip(parts, selections, strict=True)):
+        if i not in own:
+            own[i] = selection.apply_(part.local)
+    counts = [own[i] if selection.count is None else selection.count for i, selection in enumerate(selections)]
+    unknown = [i for i, selection in enumerate(selections) if selection.count is None]
+    for i, total in zip(unknown, sum_counts([own[i] for i in unknown], [parts[i] for i in unknown]), strict=True):
+        counts[i] = total
+    return counts
 
-        return sharded.mask_grads_(named, density, scope, score, error_if_nonfinite, seed, step)
-    statistics = MaskStatistics(numel={name: grad.numel() for name, grad in zip(named, grads, strict=True)})
-    labels = [f"parameter {name}" for name in named]
-    ranks_gradients = score == "magnitude" and density < 1.0
-    if error_if_nonfinite and not ranks_gradients:
-        raise_if_nonfinite(dict(zip(labels, grads, strict=True)))
-    if density == 1.0:
-        statistics.selected = {name: torch.tensor(n) for name, n in statistics.numel.items()}
-    elif ranks_gradients:
-        measured = measure(grads, density, scope)
-        if error_if_nonfinite:
-            raise_for_flags(labels, measured.nonfinite)
-        counts = apply_thresholds_(grads, measured.thresholds, selected=measured.selected)
-        statistics.thresholds = dict(zip(named, measured.thresholds, strict=True))
-        statistics.selected = dict(zip(named, counts, strict=True))
-    elif score == "random":
-        for name, grad in zip(named, grads, strict=True):
-            statistics.selected[name] = apply_random_(grad, density, random_key(seed, step, name))
-    else:
-        scores = [Saliency(grad, p) for grad, p in zip(grads, named.values(), strict=True)]
-        thresholds = measure_thresholds(scores, density, scope)
-        counts = apply_thresholds_(grads, thresholds, scores)
-        statistics.thresholds = dict(zip(named, thresholds, strict=True))
-        statistics.selected = dict(zip(named, counts, strict=True))
-    return statistics
+
+def _apply_by_kernels_(parts: Sequence[Part], selections: Sequence[Selection]) -> dict[int, Tensor]:
+    """Apply, in a few launches, the thresholds that Triton's kernels can: own counts by position."""
+    able: list[tuple[int, Tensor, ThresholdSelection]] = []
+    kernels = None
+    for i, (part, selection) in enumerate(zip(parts, selections, strict=True)):
+        if isinstance(selection, ThresholdSelection) and part.local.numel():
+            serving = kernels_for([part.local])
+            if serving is not None and serving.can_apply(part.local, selection.score):
+                kernels = serving
+                able.append((i, part.local, selection))
+    if kernels is None:
+        return {}
+    positions, grads, chosen = zip(*able, strict=True)
+    thresholds, scores = [s.threshold for s in chosen], [s.score for s in chosen]
+    counts = try_triton(kernels.apply_thresholds_, grads, thresholds, scores)
+    return {} if counts is None else dict(zip(positions, counts, strict=True))

@@ -1,4 +1,4 @@
-"""How much memory a config will need, told from the config alone: no weights, no network, no accelerator.
+"""How much memory a config will need, from the config alone: no weights, no network, no accelerator.
 
 - ``states``: weights, gradients, optimizer states and the mask's stored bits. Exact: bytes of tensors whose
   shapes and dtypes are known, checked against real optimizers in the tests.

@@ -8,7 +8,7 @@ the largest counts. Gradients are counted in full, as from the second micro-batc
 import functools
 import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, get_type_hints
 
@@ -18,8 +18,8 @@ from torch import nn
 from torchtune import config, training
 
 from gmt_tune.errors import UserError, one_line
+from gmt_tune.integrations.torchtune.config.components import component_path, import_component, is_known_package
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
-from gmt_tune.integrations.torchtune.config_components import component_path, import_component, is_known_package
 from gmt_tune.masking import GradientMask
 from gmt_tune.memory import activations as act
 from gmt_tune.memory.sharding import Mesh, largest_units, local_shapes
@@ -27,28 +27,20 @@ from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes, step_
 
 GIB = 2**30
 ASSUMED_SEQ_LEN = 2048
-# CUDA context, kernels and library workspaces, and what the allocator cannot use; with NCCL's buffers on top.
-RESERVE = {"one": GIB, "several": 2 * GIB}
+RESERVE = GIB  # CUDA context, kernels and library workspaces, and what the allocator cannot use
+RESERVE_NCCL = GIB
 MASK_SCRATCH = 8 * 2**20  # of the selection, besides 1/16 of the largest tensor
 
 
 @dataclass(frozen=True)
 class Row:
-    """One demand, on one device.
-
-    Args:
-        name: what it is for.
-        device_bytes: on the device.
-        host_bytes: in the host's memory, for this device.
-        note: how it comes about.
-        exact: whether it follows from shapes and dtypes alone.
-    """
+    """One demand, on one device."""
 
     name: str
     device_bytes: int
-    host_bytes: int = 0
-    note: str = ""
-    exact: bool = False
+    host_bytes: int = 0  # for this device
+    note: str = ""  # how it comes about
+    exact: bool = False  # it follows from shapes and dtypes alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Estimate:
     world_size: int
     device: str
     rows: list[Row]
-    assumptions: list[str] = field(default_factory=list)
+    assumptions: list[str]
 
     @property
     def device_bytes(self) -> int:
@@ -67,6 +59,41 @@ class Estimate:
     @property
     def host_bytes(self) -> int:
         return sum(row.host_bytes for row in self.rows)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the rows are counted from."""
+
+    cfg: DictConfig
+    model: nn.Module  # on the meta device
+    dtype: torch.dtype
+    mesh: Mesh
+    shapes: dict[str, torch.Size]  # of all parameters, as this device holds them
+    stepped: dict[str, torch.Size]  # of those that are trained
+    gathered: dict[str, torch.Size]  # of all parameters, gathered from the ranks that share data
+    unit: int  # entries of the largest module that FSDP2 gathers as one
+    rest: int  # entries of what belongs to no such module
+    optimizer: tuple[type, dict, str]  # class, options, and how it is named
+
+    @property
+    def offloaded(self) -> bool:
+        return bool(self.cfg.get("fsdp_cpu_offload", False)) and self.mesh.data > 1
+
+    @property
+    def in_backward(self) -> bool:
+        return bool(self.cfg.get("optimizer_in_bwd", False))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference model runs beside the one that is trained: DPO, on pairs of sequences."""
+        return self.cfg.get("ref_checkpointer", None) is not None
+
+    def lasting(self, name: str, count: int, note: str) -> Row:
+        """A row of tensors that last: in the host's memory with ``fsdp_cpu_offload``."""
+        if self.offloaded:
+            return Row(name, 0, count, note + "; fsdp_cpu_offload: on the host", exact=True)
+        return Row(name, count, note=note, exact=True)
 
 
 def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
@@ -82,7 +109,7 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     """
     for key in ("model", "optimizer", "batch_size", "dtype"):
         if cfg.get(key, None) is None:
-            raise UserError(f"{key} is missing in the config: without it the memory cannot be told")
+            raise UserError(f"{key} is missing in the config: without it the memory cannot be estimated")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
     if dtype is None:
         raise UserError(f"dtype must be bf16 or fp32 for full fine-tuning, got {cfg.dtype!r}")
@@ -91,105 +118,78 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     trainable = _apply_mask_patterns(cfg, model)
     plan = _tensor_parallel_plan(cfg) if mesh.tensor > 1 else None
     shapes = local_shapes(model, mesh, plan)
-    stepped = {name: shapes[name] for name in trainable}
     gathered = local_shapes(model, Mesh(tensor=mesh.tensor), plan)
-
     separately = tuple(cfg.get("custom_sharded_layers", None) or ())
-    unit, rest = largest_units(model, separately, gathered) if mesh.data > 1 else (0, 0)
-    offloaded = bool(cfg.get("fsdp_cpu_offload", False)) and mesh.data > 1
-    in_backward = bool(cfg.get("optimizer_in_bwd", False))
-
-    rows = [
-        *_state_rows(cfg, model, dtype, shapes, stepped, mesh, unit, in_backward, offloaded),
-        *_activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded),
-        *_sharding_rows(cfg, dtype, gathered, mesh, unit, rest),
-    ]
-    several = world_size > 1
-    rows.append(
-        Row(
-            "reserve",
-            RESERVE["several" if several else "one"],
-            note="CUDA context, workspaces, fragmentation" + (", NCCL buffers" if several else ""),
-        )
-    )
-    return Estimate(world_size, str(cfg.get("device", "cuda")), rows, _assumptions(cfg, model))
+    unit, rest = largest_units(separately, gathered) if mesh.data > 1 else (0, 0)
+    stepped = {name: shapes[name] for name in trainable}
+    job = _Job(cfg, model, dtype, mesh, shapes, stepped, gathered, unit, rest, _optimizer(cfg))
+    nccl = RESERVE_NCCL if world_size > 1 else 0
+    note = "CUDA context, workspaces, fragmentation" + (", NCCL buffers" if nccl else "")
+    rows = [*_state_rows(job), *_activation_rows(job), *_sharding_rows(job), Row("reserve", RESERVE + nccl, note=note)]
+    return Estimate(world_size, str(cfg.get("device", "cuda")), rows, _assumptions(job))
 
 
-# ---------------------------------------------------------------------------- states
-
-
-def _state_rows(cfg, model, dtype, shapes, stepped, mesh, unit, in_backward, offloaded) -> list[Row]:
-    e = dtype.itemsize
+def _state_rows(job: _Job) -> list[Row]:
+    e, model = job.dtype.itemsize, job.model
+    weights = e * sum(shape.numel() for shape in job.shapes.values())
     total = sum(p.numel() for p in model.parameters())
-    weights = e * sum(shape.numel() for shape in shapes.values())
-    rope = _rope_bytes(model)
-    rows = [_placed("weights", weights, offloaded, f"{_count(total)} parameters in {cfg.dtype}")]
-    if rope:
-        rows[0] = Row(
-            "weights", rows[0].device_bytes + rope, rows[0].host_bytes, rows[0].note + ", rotary tables", exact=True
-        )
-    if cfg.get("ref_checkpointer", None) is not None:
-        rows.append(_placed("reference model", weights, offloaded, "its weights alone"))
+    row = job.lasting("weights", weights, f"{_count(total)} parameters in {job.cfg.dtype}")
+    if rope := _rope_bytes(model):  # on the device in any case
+        row = replace(row, device_bytes=row.device_bytes + rope, note=row.note + ", rotary tables")
+    rows = [row]
+    if job.has_reference:
+        rows.append(job.lasting("reference model", weights, "its weights alone"))
 
-    numels = [shape.numel() for shape in stepped.values()]
-    if not in_backward:
-        gradients, note = sum(numels), f"of {_count(sum(model.get_parameter(n).numel() for n in stepped))} entries"
-    elif mesh.data > 1:
-        gradients, note = math.ceil(unit / mesh.data), "optimizer_in_bwd: of one layer at a time"
+    numels = [shape.numel() for shape in job.stepped.values()]
+    if not job.in_backward:
+        trained = sum(model.get_parameter(name).numel() for name in job.stepped)
+        gradients, note = sum(numels), f"of {_count(trained)} entries"
+    elif job.mesh.data > 1:
+        gradients, note = math.ceil(job.unit / job.mesh.data), "optimizer_in_bwd: of one layer at a time"
     else:
         gradients, note = max(numels, default=0), "optimizer_in_bwd: of the largest tensor alone"
-    rows.append(_placed("gradients", e * gradients, offloaded, note))
+    rows.append(job.lasting("gradients", e * gradients, note))
 
-    component, options, note = _optimizer(cfg)
-    states = optimizer_state_bytes(component, options, stepped.values(), dtype)
-    rows.append(_placed("optimizer states", states, offloaded, note))
-    rows.append(_mask_row(cfg, stepped, offloaded))
+    component, options, note = job.optimizer
+    states = optimizer_state_bytes(component, options, job.stepped.values(), job.dtype)
+    rows.append(job.lasting("optimizer states", states, note))
+    rows.append(_mask_row(job))
     return rows
 
 
-def _mask_row(cfg, stepped, offloaded) -> Row:
-    section = cfg.get("gradient_mask", None)
+def _mask_row(job: _Job) -> Row:
+    section = job.cfg.get("gradient_mask", None)
     if section is None:
         return Row("gradient mask", 0, note="none: plain full fine-tuning", exact=True)
     if section.get("refresh_every", 1) == 1 or section.get("score", "magnitude") == "random":
         return Row("gradient mask", 0, note="nothing is kept between steps", exact=True)
-    dense = _matching(stepped, section.get("dense", None) or ())
-    masked = [shape.numel() for name, shape in stepped.items() if name not in dense]
-    return _placed("gradient mask", mask_bits_bytes(masked), offloaded, "1 bit an entry, kept between refreshes")
+    dense = _matching(job.stepped, section.get("dense", None) or ())
+    masked = [shape.numel() for name, shape in job.stepped.items() if name not in dense]
+    return job.lasting("gradient mask", mask_bits_bytes(masked), "1 bit an entry, kept between refreshes")
 
 
-def _placed(name: str, count: int, offloaded: bool, note: str) -> Row:
-    """A row of lasting tensors: in the host's memory with ``fsdp_cpu_offload``."""
-    if offloaded:
-        return Row(name, 0, count, note + "; fsdp_cpu_offload: on the host", exact=True)
-    return Row(name, count, note=note, exact=True)
-
-
-# ---------------------------------------------------------------------------- activations
-
-
-def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -> list[Row]:
-    pairs = 2 if cfg.get("ref_checkpointer", None) is not None else 1  # DPO runs chosen and rejected together
-    shape = act.shape_of(model, pairs * cfg.batch_size, _seq_len(cfg, model)[0], dtype.itemsize)
+def _activation_rows(job: _Job) -> list[Row]:
+    cfg, e, tensor = job.cfg, job.dtype.itemsize, job.mesh.tensor
+    rows_of_sample = 2 if job.has_reference else 1  # chosen and rejected together
+    shape = act.shape_of(job.model, rows_of_sample * cfg.batch_size, _seq_len(cfg, job.model)[0], e)
     if shape is None:
-        return [Row("activations", 0, note=f"not estimated for a {type(model).__name__}")]
-    kept, kept_on_host, note = _kept_activations(cfg, shape, mesh.tensor)
-    largest = max((s.numel() for s in stepped.values()), default=0)
-    component, options, _ = _optimizer(cfg)
-    step = step_scratch_bytes(
-        component, options, largest, dtype, largest if in_backward else sum(s.numel() for s in stepped.values())
-    )
+        return [Row("activations", 0, note=f"not estimated for a {type(job.model).__name__}")]
+    kept, kept_on_host, note = _kept_activations(cfg, shape, tensor)
+    largest = max((s.numel() for s in job.stepped.values()), default=0)
+    component, options, _ = job.optimizer
+    at_once = largest if job.in_backward else sum(s.numel() for s in job.stepped.values())
+    step = step_scratch_bytes(component, options, largest, job.dtype, at_once)
     if cfg.get("gradient_mask", None) is not None:
-        step = max(step, largest * dtype.itemsize // 16 + MASK_SCRATCH)
-    if offloaded:
+        step = max(step, largest * e // 16 + MASK_SCRATCH)
+    if job.offloaded:
         step = 0  # on the host
-    elif not in_backward:
+    elif not job.in_backward:
         step = max(0, step - kept)  # by then the activations are gone
     # Before it is added to the one that is there. Under FSDP2 "gathered layers" has it.
-    new_gradient = dtype.itemsize * largest if mesh.data == 1 else 0
+    new_gradient = e * largest if job.mesh.data == 1 else 0
     phases = {
-        "logits and loss": act.head_bytes(shape, _output_chunks(cfg), pairs=pairs == 2) + new_gradient,
-        "recomputing a layer": act.layer_bytes(shape, mesh.tensor) + act.layer_scratch_bytes(shape, mesh.tensor),
+        "logits and loss": act.head_bytes(shape, _output_chunks(cfg), pairs=job.has_reference) + new_gradient,
+        "recomputing a layer": act.layer_bytes(shape, tensor) + act.layer_scratch_bytes(shape, tensor),
         "optimizer step": step,
     }
     phase = max(phases, key=lambda name: phases[name])
@@ -199,7 +199,7 @@ def _activation_rows(cfg, model, dtype, stepped, mesh, in_backward, offloaded) -
     ]
 
 
-def _kept_activations(cfg, shape: act.Shape, tensor_parallel: int) -> tuple[int, int, str]:
+def _kept_activations(cfg: DictConfig, shape: act.Shape, tensor_parallel: int) -> tuple[int, int, str]:
     """Bytes kept for backward on the device and on the host, and how that comes about."""
     layers, mode = shape.num_layers, cfg.get("ac_mode", None)
     checkpointed = layers if cfg.get("enable_activation_checkpointing", False) or mode == "full" else 0
@@ -217,20 +217,38 @@ def _kept_activations(cfg, shape: act.Shape, tensor_parallel: int) -> tuple[int,
     return whole + stash, inputs, f"{note}, offloaded to the host but for {act.OFFLOAD_STASH}"
 
 
-# ---------------------------------------------------------------------------- sharding
-
-
-def _sharding_rows(cfg, dtype, gathered, mesh, unit, rest) -> list[Row]:
-    if mesh.data == 1:
+def _sharding_rows(job: _Job) -> list[Row]:
+    if job.mesh.data == 1:
         return []
-    if cfg.get("fsdp_reshard_after_forward", True):
-        entries, note = 4 * unit + 2 * rest, "weights and gradients of two layers"
-        if rest > unit // 10:
+    if job.cfg.get("fsdp_reshard_after_forward", True):
+        entries, note = 4 * job.unit + 2 * job.rest, "weights and gradients of two layers"
+        if job.rest > job.unit // 10:
             note += " and of the embeddings, which custom_sharded_layers does not name"
     else:
-        entries = sum(shape.numel() for shape in gathered.values()) + 2 * unit
+        entries = sum(shape.numel() for shape in job.gathered.values()) + 2 * job.unit
         note = "all weights (fsdp_reshard_after_forward: False), gradients of two layers"
-    return [Row("gathered layers", dtype.itemsize * entries, note=note)]
+    return [Row("gathered layers", job.dtype.itemsize * entries, note=note)]
+
+
+def _assumptions(job: _Job) -> list[str]:
+    length, assumed = _seq_len(job.cfg, job.model)
+    source = "assumed, for tokenizer.max_seq_len is null" if assumed else "tokenizer.max_seq_len"
+    rows = "pairs of sequences" if job.has_reference else "sequences"
+    lines = [f"{job.cfg.batch_size} {rows} of {length} tokens in a micro-batch ({source})"]
+    if job.cfg.get("compile", False):
+        lines.append("compile: True needs less than this estimate, which is made without it")
+    return lines
+
+
+def _count(entries: int) -> str:
+    return f"{entries / 1e9:.2f} B" if entries >= 1e9 else f"{entries / 1e6:.1f} M"
+
+
+# ---------------------------------------------------------------------------- reading the config
+
+# A config is code: its components are called with its keys. An estimate is often asked for a config that somebody else
+# wrote, so what it calls is checked to be what the section is for; components of packages that we do not know are not
+# even imported, but for the model, which nothing else can count.
 
 
 def _mesh(cfg, world_size: int) -> Mesh:
@@ -242,13 +260,6 @@ def _mesh(cfg, world_size: int) -> Mesh:
     if tensor > 1 and cfg.get("tensor_parallel_plan", None) is None:
         raise UserError(f"tensor_parallel_dim is {tensor}, but tensor_parallel_plan is missing: add the section")
     return Mesh(data=world_size // tensor, tensor=tensor)
-
-
-# ---------------------------------------------------------------------------- reading the config
-
-# A config is code: its components are called with its keys. An estimate is often asked for a config that somebody else
-# wrote, so what it calls is checked to be what the section is for; components of packages that we do not know are not
-# even imported, but for the model, which nothing else can count.
 
 
 def _meta_model(cfg: DictConfig, dtype: torch.dtype) -> nn.Module:
@@ -349,17 +360,3 @@ def _rope_bytes(model: nn.Module) -> int:
     """Rotary tables, which recipes compute on the device in fp32: a cosine and a sine for each position and pair."""
     ropes = [m for m in model.modules() if hasattr(m, "rope_init")]
     return sum(4 * getattr(m, "max_seq_len", 0) * getattr(m, "dim", 0) for m in ropes)
-
-
-def _assumptions(cfg: DictConfig, model: nn.Module) -> list[str]:
-    length, assumed = _seq_len(cfg, model)
-    source = "assumed, for tokenizer.max_seq_len is null" if assumed else "tokenizer.max_seq_len"
-    rows = "pairs of sequences" if cfg.get("ref_checkpointer", None) is not None else "sequences"
-    lines = [f"{cfg.batch_size} {rows} of {length} tokens in a micro-batch ({source})"]
-    if cfg.get("compile", False):
-        lines.append("compile: True needs less than this estimate, which is made without it")
-    return lines
-
-
-def _count(entries: int) -> str:
-    return f"{entries / 1e9:.2f} B" if entries >= 1e9 else f"{entries / 1e6:.1f} M"

@@ -1,7 +1,7 @@
 """The part of each parameter that one device holds, as torchtune's distributed recipe splits a model.
 
-Of the devices, the one with the largest share is told: FSDP2 cuts dimension 0 into pieces of
-``ceil(size / devices)``, so the first device never holds less than another.
+The device with the largest share counts: FSDP2 cuts dimension 0 into pieces of ``ceil(size / devices)``, so the first
+device never holds less than another.
 """
 
 import math
@@ -27,11 +27,8 @@ def local_shapes(model: nn.Module, mesh: Mesh, tensor_parallel_plan: dict | None
     Args:
         model: on any device, the meta device included.
         mesh: how many devices share in each way.
-        tensor_parallel_plan: module name patterns to torch's parallel styles, as ``parallelize_module`` takes it.
-
-    Returns:
-        Parameter name to shape, in the model's order. Parameters outside the plan are whole on every tensor
-        parallel device.
+        tensor_parallel_plan: module name patterns to torch's parallel styles, as ``parallelize_module`` takes it;
+            parameters outside the plan are whole on every tensor parallel device.
     """
     shapes = {}
     for name, parameter in model.named_parameters():
@@ -61,20 +58,14 @@ def _tensor_parallel_dim(name: str, model: nn.Module, plan: dict) -> int | None:
     return None
 
 
-def largest_units(model: nn.Module, separately: tuple[str, ...], tensor_parallel_shapes: dict) -> tuple[int, int]:
-    """Entries of the modules that FSDP2 gathers as one.
+def largest_units(separately: tuple[str, ...], gathered: dict[str, torch.Size]) -> tuple[int, int]:
+    """Entries of the largest module that FSDP2 gathers as one, and of what belongs to none.
 
-    Args:
-        model: with ``layers``; each of them is a unit.
-        separately: names of further modules that are units of their own (``custom_sharded_layers``).
-        tensor_parallel_shapes: :func:`local_shapes` without data parallelism.
-
-    Returns:
-        Entries of the largest unit, and of the rest of the model, which FSDP2 keeps gathered between forward
-        and backward.
+    The latter stays gathered between forward and backward. Such modules are the model's ``layers`` and those that
+    ``separately`` names (``custom_sharded_layers``). ``gathered`` are the shapes without data parallelism.
     """
     units: dict[str, int] = {}
-    for name, shape in tensor_parallel_shapes.items():
+    for name, shape in gathered.items():
         parts = name.split(".")
         owner = next((s for s in separately if name == s or name.startswith(s + ".")), None)
         if owner is None and "layers" in parts[:-1] and parts[parts.index("layers") + 1].isdigit():

@@ -69,19 +69,11 @@ def mask_bits_bytes(numels: Iterable[int]) -> int:
 
 def step_scratch_bytes(component: Callable, options: dict, largest: int, dtype: torch.dtype, total: int) -> int:
     """
-    Bytes that an optimizer's step needs for a moment. An estimate.
+    Bytes that an optimizer's step needs for a moment: an estimate, from the entries of the largest tensor and of all.
 
-    Args:
-        component: the optimizer's class.
-        options: what the config passes to it.
-        largest: entries of the largest tensor that it steps.
-        dtype: of the parameters.
-        total: entries of all tensors of one step.
-
-    Returns:
-        Torchao's compiled update keeps two fp32 copies of one tensor (seen in the code that inductor generates);
-        ``fused=True`` works in place; torch's default on an accelerator (``foreach``) holds the square root of all
-        second moments at once.
+    Torchao's compiled update keeps two fp32 copies of one tensor (seen in the code that inductor generates);
+    ``fused=True`` works in place; torch's default on an accelerator (``foreach``) holds the square root of all second
+    moments at once.
     """
     if _torchao_format(component) is not None:
         return 2 * 4 * largest

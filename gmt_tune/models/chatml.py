@@ -80,31 +80,16 @@ class ChatMLTokenizer:
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """
-        Encode plain text. Special tokens written out in it become single ids.
-
-        Args:
-            text (str): the text.
-            add_bos (bool): there for torchtune's interface; ChatML has no such token and none is added.
-            add_eos (bool): append ``<|im_end|>``; default True, as in torchtune.
-
-        Returns:
-            list[int]: token ids.
+        Token ids of plain text, ``<|im_end|>`` at their end if ``add_eos``. Special tokens written out in it become
+        single ids. ``add_bos`` is there for torchtune's interface: ChatML has no such token, and none is added.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*ids, self.eos_id] if add_eos else ids
 
     def decode(self, token_ids: Sequence[int], truncate_at_eos: bool = False, skip_special_tokens: bool = True) -> str:
         """
-        Turn token ids into text.
-
-        Args:
-            token_ids (Sequence[int]): token ids.
-            truncate_at_eos (bool): stop before the first ``<|im_end|>``; default False, because in a
-                conversation that is the end of its first message.
-            skip_special_tokens (bool): leave special tokens out of the text; default True.
-
-        Returns:
-            str: the text.
+        Text of token ids, without special tokens if ``skip_special_tokens``. With ``truncate_at_eos`` it stops before
+        the first ``<|im_end|>``: in a conversation, the end of its first message.
         """
         token_ids = list(token_ids)
         if truncate_at_eos and self.eos_id in token_ids:
@@ -147,14 +132,8 @@ class ChatMLTokenizer:
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
         """
-        Replace ``messages`` in a dataset's sample with ``tokens`` and ``mask``.
-
-        Args:
-            sample (dict[str, Any]): a sample with ``messages``, a list of torchtune's ``Message``.
-            inference (bool): leave the conversation open for the model to go on; default False.
-
-        Returns:
-            dict[str, Any]: the same sample, changed in place.
+        Replace ``messages`` in a dataset's sample with ``tokens`` and ``mask``, in place; with ``inference``, the
+        conversation stays open for the model to go on.
         """
         messages = sample.pop("messages")
         sample["tokens"], sample["mask"] = self.tokenize_messages(messages, add_end_tokens=not inference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -16,43 +17,37 @@ from gmt_tune.reporting.weights_reader import Weights
 # Entries that are compared together: few enough that they stay in the cache from one operation to the next.
 _SLICE = 1 << 20
 
+COLUMNS = ("entries", "changed", "norm of change", "relative", "largest")
+
 _OUTPUT, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Change:
-    """The change of one tensor, or of several together.
-
-    Attributes:
-        numel: entries compared.
-        changed: entries that differ.
-        square_of_change, square_of_base: sums of squares, of tuned minus base and of base.
-        largest: the largest magnitude by which an entry changed.
-        nonfinite: entries that are NaN or infinite on either side; they are in no norm.
-        tensors: how many tensors this is about.
-    """
+    """The change of one tensor, or of several together."""
 
     numel: int = 0
-    changed: int = 0
-    square_of_change: float = 0.0
+    changed: int = 0  # entries
+    square_of_change: float = 0.0  # sum over the entries, of tuned minus base
     square_of_base: float = 0.0
-    largest: float = 0.0
-    nonfinite: int = 0
+    largest: float = 0.0  # magnitude by which an entry changed
+    nonfinite: int = 0  # entries that are NaN or infinite on either side; they are in no norm
     tensors: int = 0
 
-    def __iadd__(self, other: Change) -> Change:
-        self.numel += other.numel
-        self.changed += other.changed
-        self.square_of_change += other.square_of_change
-        self.square_of_base += other.square_of_base
-        self.largest = max(self.largest, other.largest)
-        self.nonfinite += other.nonfinite
-        self.tensors += other.tensors
-        return self
+    def __add__(self, other: Change) -> Change:
+        return Change(
+            self.numel + other.numel,
+            self.changed + other.changed,
+            self.square_of_change + other.square_of_change,
+            self.square_of_base + other.square_of_base,
+            max(self.largest, other.largest),
+            self.nonfinite + other.nonfinite,
+            self.tensors + other.tensors,
+        )
 
     @property
     def fraction(self) -> float:
-        """Fraction of the entries that changed."""
+        """Of the entries that changed."""
         return self.changed / self.numel if self.numel else 0.0
 
     @property
@@ -66,6 +61,11 @@ class Change:
         if self.square_of_change == 0:
             return 0.0
         return math.sqrt(self.square_of_change / self.square_of_base) if self.square_of_base else math.inf
+
+    def cells(self) -> list[str]:
+        """Of a table, under ``COLUMNS``."""
+        numbers = f"{self.norm:.4g}", f"{self.relative:.3g}", f"{self.largest:.3g}"
+        return [f"{self.numel:,}", f"{self.fraction:.2%}", *numbers]
 
     def to_dict(self) -> dict[str, float | int | None]:
         """For JSON: what is infinite becomes None."""
@@ -83,25 +83,18 @@ class Change:
 
 @dataclass
 class Diff:
-    """What :func:`compare` found.
+    """What changed between two checkpoints."""
 
-    Attributes:
-        tensors: change of each tensor by name, in the order of the base's files.
-        notes: sentences on what was cast, tied, missing or not comparable.
-        missing, extra: names that only the base, or only the tuned model, has.
-        reshaped: names whose shapes differ.
-    """
-
-    tensors: dict[str, Change] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-    reshaped: list[str] = field(default_factory=list)
+    tensors: dict[str, Change] = field(default_factory=dict)  # by name, in the order of the base
+    notes: list[str] = field(default_factory=list)  # sentences on what was cast, tied, missing or not comparable
+    missing: list[str] = field(default_factory=list)  # names that only the base has
+    extra: list[str] = field(default_factory=list)  # names that only the tuned model has
+    reshaped: list[str] = field(default_factory=list)  # names whose shapes differ
 
     @property
     def total(self) -> Change:
         """All tensors together."""
-        return _sum(self.tensors.values())
+        return sum(self.tensors.values(), Change())
 
     def by_module(self) -> dict[str, Change]:
         """Summed over the layers; parameters outside the layers stand by themselves."""
@@ -120,8 +113,7 @@ class Diff:
         groups: dict = {}
         for name, change in self.tensors.items():
             if key(name) is not None:
-                groups.setdefault(key(name), Change())
-                groups[key(name)] += change
+                groups[key(name)] = groups.get(key(name), Change()) + change
         return groups
 
 
@@ -145,36 +137,31 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
             f"{tuned.path} and {base.path} have no tensor in common (one has '{_first(tuned)}', the other "
             f"'{_first(base)}'): name two checkpoints of the same model in the same format"
         )
-    casts: dict[tuple[str, str], int] = {}
+    casts: Counter[tuple[str, str]] = Counter()
     for name in watch(list(pairs)):
         in_base, in_tuned = pairs[name]
-        one, other = base.tensors[in_base], tuned.tensors[in_tuned]
-        if one.shape != other.shape:
+        before, after = base.tensors[in_base], tuned.tensors[in_tuned]
+        if before.shape != after.shape:
+            shapes = f"{_shape(before)} in BASE, {_shape(after)} in TUNED"
             diff.reshaped.append(name)
-            diff.notes.append(f"{name} was not compared: its shape is {_shape(one)} in BASE, {_shape(other)} in TUNED.")
+            diff.notes.append(f"{name} was not compared: its shape is {shapes}.")
             continue
-        if one.dtype != other.dtype:
-            casts[one.dtype, other.dtype] = casts.get((one.dtype, other.dtype), 0) + 1
-        change = Change(tensors=1)
+        if before.dtype != after.dtype:
+            casts[before.dtype, after.dtype] += 1
         slices = zip(base.slices(in_base, _SLICE), tuned.slices(in_tuned, _SLICE), strict=True)
-        for before, after in slices:
-            change += _compare_slices(before, after)
-        diff.tensors[name] = change
+        diff.tensors[name] = sum((_compare_slices(*pair) for pair in slices), Change(tensors=1))
     if not diff.tensors:
         raise UserError(
             f"no tensor of {tuned.path} has the shape that it has in {base.path} ({diff.notes[-1].rstrip('.')}): name "
             "two checkpoints of the same model"
         )
-    for (one, other), count in casts.items():
-        diff.notes.insert(
-            0,
-            f"{count} tensors are {one} in BASE and {other} in TUNED: both were cast to the dtype with fewer digits "
-            "before comparing.",
-        )
+    for (in_base, in_tuned), count in casts.items():
+        cast = f"{count} tensors are {in_base} in BASE and {in_tuned} in TUNED"
+        diff.notes.insert(0, f"{cast}: both were cast to the dtype with fewer digits before comparing.")
     if diff.missing:
-        diff.notes.append(f"Only in BASE: {_some(diff.missing)}.")
+        diff.notes.append(f"Only in BASE: {_first_names(diff.missing)}.")
     if diff.extra:
-        diff.notes.append(f"Only in TUNED: {_some(diff.extra)}.")
+        diff.notes.append(f"Only in TUNED: {_first_names(diff.extra)}.")
     return diff
 
 
@@ -226,20 +213,11 @@ def _sum_of_squares(tensor: Tensor) -> float:
     return float(torch.stack([torch.dot(row, row) for row in rows]).sum(dtype=torch.float64))
 
 
-def _narrower(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+def _narrower(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     """The dtype with fewer digits."""
-    if one == other:
-        return one
-    if one.is_floating_point and other.is_floating_point:
-        return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.promote_types(one, other)
-
-
-def _sum(changes: Iterable[Change]) -> Change:
-    total = Change()
-    for change in changes:
-        total += change
-    return total
+    if first != second and first.is_floating_point and second.is_floating_point:
+        return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.promote_types(first, second)
 
 
 def _first(weights: Weights) -> str:
@@ -250,5 +228,5 @@ def _shape(info) -> str:
     return " x ".join(map(str, info.shape)) or "a single number"
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

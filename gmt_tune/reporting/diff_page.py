@@ -1,21 +1,14 @@
 """Pictures of how far a checkpoint went from its base: a page, and PNG files."""
 
-from __future__ import annotations
-
 import math
-import time
-from functools import partial
 from pathlib import Path
 
-from gmt_tune._version import __version__
-from gmt_tune.reporting.diff import Change, Diff
+from gmt_tune.reporting.diff import COLUMNS, Diff
 from gmt_tune.reporting.drawing import Figure, Table, to_png
-from gmt_tune.reporting.figures import grid_table
-from gmt_tune.reporting.page import build_page, write_page
+from gmt_tune.reporting.figures import grid_figure
+from gmt_tune.reporting.page import Section, write_page
 from gmt_tune.reporting.parameter_names import to_grid
-from gmt_tune.reporting.plots import draw_bars, draw_grid, grid_height
-
-_HEADER = ("entries", "changed", "norm of change", "relative", "largest")
+from gmt_tune.reporting.plots import draw_bars
 
 
 def diff_figures(diff: Diff, top: int = 10) -> list[Figure]:
@@ -28,24 +21,11 @@ def diff_figures(diff: Diff, top: int = 10) -> list[Figure]:
     for key, title, note, attribute in maps:
         numbers = {name: getattr(change, attribute) for name, change in diff.tensors.items()}
         grid = to_grid(numbers)
-        values = [value for row in grid.values for value in row if math.isfinite(value)]
+        values = [value for value, _, _ in grid.cells()]
         if not values:
             continue
-        alt = (
-            f"Heat map of {len(grid.layers)} layers by {len(grid.modules)} modules, "
-            f"from {min(values):.3g} to {max(values):.3g}."
-        )
-        figures.append(
-            Figure(
-                key=key,
-                title=title,
-                note=note,
-                alt=alt,
-                draw=partial(draw_grid, grid=grid, label=key),
-                height=grid_height(grid),
-                table=grid_table(grid),
-            )
-        )
+        seen = f", from {min(values):.3g} to {max(values):.3g}."
+        figures.append(grid_figure(key, title, note, seen, grid, label=key))
     moved = [(name, change) for name, change in diff.moved_most(top) if math.isfinite(change.relative)]
     if moved:
         labels = [_label(name) for name, _ in moved]
@@ -63,51 +43,37 @@ def diff_figures(diff: Diff, top: int = 10) -> list[Figure]:
     return figures
 
 
-def write_diff_page(diff: Diff, base: Path, tuned: Path, output: Path, top: int = 10) -> None:
-    """Write the page.
+def draw_diff(
+    diff: Diff, base: Path, tuned: Path, *, html: Path | None = None, png_dir: Path | None = None, top: int = 10
+) -> list[Path]:
+    """Write a page, and each figure as a PNG file into a folder: what is asked for of the two.
+
+    Returns:
+        The files.
 
     Raises:
-        UserError: if it cannot be written, or matplotlib is missing.
+        UserError: if one cannot be written, or matplotlib is missing.
     """
-    total = diff.total
-    lead = (
-        f"{total.numel:,} entries in {total.tensors} tensors: {total.fraction:.2%} changed, norm of the change "
-        f"{total.norm:.4g}, which is {total.relative:.3g} of the base's norm. " + " ".join(diff.notes)
-    )
-    tables = [
-        ("By module", _table("module", diff.by_module())),
-        ("By layer", _table("layer", {str(layer): change for layer, change in diff.by_layer().items()})),
-    ]
-    page = build_page(
-        f"What changed from {base.resolve().name} to {tuned.resolve().name}",
-        [
-            ("Pictures", diff_figures(diff, top)),
-            ("Numbers", [(caption, table) for caption, table in tables if table.rows]),
-        ],
-        f"Made {time.strftime('%Y-%m-%d %H:%M')} by gmt-tune {__version__} (gmt-tune diff).",
-        lead=lead,
-    )
-    write_page(output, page)
-
-
-def write_diff_pngs(diff: Diff, folder: Path, top: int = 10) -> list[Path]:
-    """Write the figures as PNG files into a folder."""
-    return [to_png(figure, folder) for figure in diff_figures(diff, top)]
-
-
-def _table(what: str, changes: dict[str, Change]) -> Table:
-    rows = [
-        [
-            name,
-            f"{change.numel:,}",
-            f"{change.fraction:.2%}",
-            f"{change.norm:.4g}",
-            f"{change.relative:.3g}",
-            f"{change.largest:.3g}",
+    figures = diff_figures(diff, top)
+    if html is not None:
+        total = diff.total
+        lead = (
+            f"{total.numel:,} entries in {total.tensors} tensors: {total.fraction:.2%} changed, norm of the change "
+            f"{total.norm:.4g}, which is {total.relative:.3g} of the base's norm. " + " ".join(diff.notes)
+        )
+        tables = [
+            (
+                f"By {group}",
+                Table([group, *COLUMNS], [[str(name), *change.cells()] for name, change in changes.items()]),
+            )
+            for group, changes in (("module", diff.by_module()), ("layer", diff.by_layer()))
+            if changes
         ]
-        for name, change in changes.items()
-    ]
-    return Table([what, *_HEADER], rows)
+        title = f"What changed from {base.resolve().name} to {tuned.resolve().name}"
+        sections = [Section("Pictures", figures=figures), Section("Numbers", tables=tables)]
+        write_page(html, title, sections, "gmt-tune diff", lead)
+    pngs = [to_png(figure, png_dir) for figure in figures] if png_dir is not None else []
+    return [*([html] if html is not None else []), *pngs]
 
 
 def _label(name: str, longest: int = 26) -> str:

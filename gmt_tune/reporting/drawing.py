@@ -35,33 +35,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, not drawn yet.
+    """A figure, not drawn yet."""
 
-    Attributes:
-        key: short name, for its file and its place in the page.
-        title: what it shows.
-        note: units, and how to read it; one or two sentences.
-        alt: what one sees in it, in words and numbers.
-        draw: draws it on an empty matplotlib figure.
-        height: in CSS pixels.
-        table: its numbers, where they are few.
-    """
-
-    key: str
-    title: str
-    note: str
-    alt: str
-    draw: Callable[[Canvas], None]
-    height: int = 230
-    table: Table | None = None
+    key: str  # short name, for its file and its place in the page
+    title: str  # what it shows
+    note: str  # units, and how to read it; one or two sentences
+    alt: str  # what one sees in it, in words and numbers
+    draw: Callable[[Canvas], None]  # draws it on an empty matplotlib figure
+    height: int = 230  # in CSS pixels
+    table: Table | None = None  # its numbers, where they are few
 
 
 def require_matplotlib() -> None:
-    """Say in one sentence what to install where the plotting library is missing.
-
-    Raises:
-        UserError: if it is.
-    """
+    """Raise UserError, which says what to install, where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -105,7 +91,9 @@ def _render(figure: Figure, target, kind: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(_style()):
+    colors = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), LIGHT["muted"])
+    colors |= {"grid.color": LIGHT["grid"], "text.color": LIGHT["ink"]}
+    with matplotlib.rc_context(colors, fname=Path(__file__).with_name("figures.mplstyle")):
         height = figure.height + (26 if kind == "png" else 0)
         canvas = Canvas(figsize=(WIDTH / 72, height / 72), layout="constrained", facecolor=LIGHT["card"])
         figure.draw(canvas)
@@ -114,33 +102,3 @@ def _render(figure: Figure, target, kind: str) -> None:
             canvas.savefig(target, format="png", dpi=72 * _PNG_PIXELS)
         else:
             canvas.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-
-
-def _style() -> dict[str, object]:
-    return {
-        "text.parse_math": False,  # names are shown as they are, dollars too
-        "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-        "svg.hashsalt": "gmt-tune",
-        "font.family": "DejaVu Sans",
-        "font.size": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": LIGHT["muted"],
-        "axes.linewidth": 0.8,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.labelcolor": LIGHT["muted"],
-        "axes.labelsize": 10.5,
-        "axes.facecolor": "none",
-        "grid.color": LIGHT["grid"],
-        "grid.linewidth": 0.8,
-        "text.color": LIGHT["ink"],
-        "xtick.color": LIGHT["muted"],
-        "ytick.color": LIGHT["muted"],
-        "xtick.major.size": 3,
-        "ytick.major.size": 3,
-        "legend.frameon": False,
-        "legend.fontsize": 10,
-        "lines.linewidth": 1.6,
-        "path.simplify_threshold": 0.3,
-    }

@@ -1,16 +1,14 @@
 """The figures of a report: which metric is drawn how, for one run or several on the same axes."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from gmt_tune.reporting.drawing import Figure, Table
 from gmt_tune.reporting.mask_metrics import is_group_metric
 from gmt_tune.reporting.parameter_names import Grid, to_grid
-from gmt_tune.reporting.plots import Curve, draw_curves, draw_grid, grid_height, legend_height, shorten
+from gmt_tune.reporting.plots import MAX_POINTS, Curve, draw_curves, draw_grid, grid_height, legend_height, shorten
 from gmt_tune.reporting.run_reader import Run, Series
 
 # Metric, title, note. Drawn in this order, where logged; the loss comes before, pictures by layer after them.
@@ -30,57 +28,57 @@ _CURVES = (
     ("skipped_steps", "Steps left out", "Steps whose loss or gradient was not finite, counted."),
 )
 _MEMORY = ("peak_memory_reserved", "peak_memory_alloc", "peak_memory_active")
-_LOSSES = ("loss", "val_loss")
+_LOSSES = {"loss": "training", "val_loss": "validation"}
 _THRESHOLDS = ("mask/threshold_min", "mask/threshold_median", "mask/threshold_max")
 
 
-def build_figures(runs: Sequence[Run]) -> list[Figure]:
-    """All figures that these runs have numbers for, in the order of the page."""
-    figures = [_loss(runs)]
-    for metric, title, note in _CURVES:
-        figures.append(_of_metric(runs, metric, title, note))
-    figures.append(_threshold_over_time(runs))
-    memory = next((metric for metric in _MEMORY if any(run.has(metric) for run in runs)), None)
-    if memory is not None:
-        what = memory.removeprefix("peak_memory_")
-        what = {"alloc": "allocated"}.get(what, what)
-        figures.append(_of_metric(runs, memory, "Peak memory", f"GiB {what} on a device, the most so far."))
-    figures += _other_curves(runs)
-    figures += _thresholds_by_depth(runs)
-    figures += _heat_maps(runs, "density", "Density by layer and module", "Fraction that stayed", mean=True)
-    figures += _heat_maps(runs, "coverage", "Coverage by layer and module", "Fraction selected at least once")
-    figures += _heat_maps(runs, "overlap", "Overlap by layer and module", "Fraction selected again", mean=True)
-    return _with_unique_keys([figure for figure in figures if figure is not None])
-
-
-def _with_unique_keys(figures: list[Figure]) -> list[Figure]:
-    """Keys are ids in the page and names of files, and made from names that may differ in signs alone."""
+def build_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[Figure]]:
+    """All figures that these runs have numbers for, in the order of the page: over the run, and by layer."""
+    memory = next((metric for metric in _MEMORY if any(run.has(metric) for run in runs)), _MEMORY[0])
+    what = memory.removeprefix("peak_memory_").replace("alloc", "allocated")
+    over_time = (
+        _loss(runs),
+        *(_of_metric(runs, metric, title, note) for metric, title, note in _CURVES),
+        _threshold_over_time(runs),
+        _of_metric(runs, memory, "Peak memory", f"GiB {what} on a device, the most so far."),
+        *(_of_metric(runs, name, name, "As logged.") for name in _other_names(runs)),
+    )
+    by_layer = (
+        *_thresholds_by_depth(runs),
+        *_heat_maps(runs, "density", "Density by layer and module", "Fraction that stayed", mean=True),
+        *_heat_maps(runs, "coverage", "Coverage by layer and module", "Fraction selected at least once"),
+        *_heat_maps(runs, "overlap", "Overlap by layer and module", "Fraction selected again", mean=True),
+    )
     keys: set[str] = set()
-    for i, figure in enumerate(figures):
-        key = figure.key[:80] or "metric"
-        if key in keys:
-            key = f"{key}-figure-{i}"
-        keys.add(key)
-        figures[i] = replace(figure, key=key)
-    return figures
+    first, second = (
+        [_with_unique_key(figure, keys) for figure in figures if figure is not None]
+        for figures in (over_time, by_layer)
+    )
+    return first, second
+
+
+def _with_unique_key(figure: Figure, keys: set[str]) -> Figure:
+    """Keys are ids in the page and names of files, and made from names that may differ in signs alone."""
+    key = figure.key[:80] or "metric"
+    if key in keys:
+        key = f"{key}-figure-{len(keys)}"
+    keys.add(key)
+    return replace(figure, key=key)
 
 
 def _loss(runs: Sequence[Run]) -> Figure | None:
     curves, sentences = [], []
     for i, run in enumerate(runs):
-        for metric in _LOSSES:
+        for metric, kind in _LOSSES.items():
             if run.has(metric):
-                kind = "validation" if metric == "val_loss" else "training"
                 label = kind if len(runs) == 1 else f"{shorten(run.name)}, {kind}"
-                # A single run's two losses are told apart by colour too
+                # A single run's two losses differ in colour too
                 index = i if len(runs) > 1 or metric == "loss" else 1
                 series = run.series[metric]
                 curves.append(Curve(label, series.steps, series.values, index, dashed=metric == "val_loss"))
                 sentences.append(f"{kind.capitalize()} loss{_of(run, runs)} {in_words(series)}")
-    if not curves:
-        return None
-    is_grouped = any(len(curve.x) > 240 for curve in curves)
     note = "Mean over the preference pairs" if any(map(_prefers, runs)) else "Mean cross-entropy per token, in nats"
+    is_grouped = any(len(curve.x) > MAX_POINTS for curve in curves)
     note += "; line: mean of neighbouring steps, band: their range." if is_grouped else "."
     return _curves_figure("loss", "Loss", note, curves, sentences)
 
@@ -93,71 +91,53 @@ def _prefers(run: Run) -> bool:
 
 
 def _of_metric(runs: Sequence[Run], metric: str, title: str, note: str) -> Figure | None:
-    curves, sentences = [], []
-    for i, run in enumerate(runs):
-        if run.has(metric):
-            series = run.series[metric]
-            curves.append(Curve(shorten(run.name), series.steps, series.values, i))
-            sentences.append(f"{title}{_of(run, runs)} {in_words(series)}")
-    return _curves_figure(_key(metric), title, note, curves, sentences) if curves else None
+    logged = {i: run.series[metric] for i, run in enumerate(runs) if run.has(metric)}
+    curves = [Curve(shorten(runs[i].name), series.steps, series.values, i) for i, series in logged.items()]
+    sentences = [f"{title}{_of(runs[i], runs)} {in_words(series)}" for i, series in logged.items()]
+    return _curves_figure(_key(metric), title, note, curves, sentences)
 
 
 def _threshold_over_time(runs: Sequence[Run]) -> Figure | None:
     curves, sentences = [], []
     for i, run in enumerate(runs):
-        if all(run.has(metric) for metric in _THRESHOLDS):
-            three = [run.series[metric] for metric in _THRESHOLDS]
-            by_step = [dict(zip(series.steps, series.values, strict=True)) for series in three]
-            steps = [step for step in by_step[1] if all(step in values for values in by_step)]
-            if not steps:
-                continue
+        by_step = [dict(zip(s.steps, s.values, strict=True)) for m in _THRESHOLDS if (s := run.series.get(m))]
+        steps = sorted(set.intersection(*map(set, by_step))) if len(by_step) == len(_THRESHOLDS) else []
+        if steps:
             low, median, high = ([values[step] for step in steps] for values in by_step)
             curves.append(Curve(shorten(run.name), steps, median, i, band=(low, high)))
             sentences.append(f"Median threshold{_of(run, runs)} {in_words(Series(steps, median))}")
-    if not curves:
-        return None
     note = "Score that an entry needs to stay. Line: median over the tensors; band: the lowest and the highest."
     return _curves_figure("threshold", "Threshold", note, curves, sentences, log=True)
 
 
-def _other_curves(runs: Sequence[Run]) -> list[Figure]:
+def _other_names(runs: Sequence[Run]) -> list[str]:
     """What else was logged at more than one step, such as a user's own metrics."""
     known = {*_LOSSES, *_THRESHOLDS, *_MEMORY, *(metric for metric, _, _ in _CURVES)}
     names = {name: None for run in runs for name, series in run.series.items() if len(series.steps) > 1}
-    names = [name for name in names if name not in known and not is_group_metric(name)]
-    figures = [_of_metric(runs, name, name, "As logged.") for name in names]
-    return [figure for figure in figures if figure is not None]
+    return [name for name in names if name not in known and not is_group_metric(name)]
 
 
-def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure]:
+def _thresholds_by_depth(runs: Sequence[Run]) -> list[Figure | None]:
     """One figure per run, all on the same axes: a line for each module over the layers."""
-    grids = {}
-    for i, run in enumerate(runs):
-        if run.details.get("threshold"):
-            step, numbers = run.details["threshold"][-1]
-            grid = to_grid(numbers)
-            if len(grid.layers) > 1:
-                grids[i] = step, grid
-    values = [v for _, grid in grids.values() for row in grid.values for v in row if v > 0 and math.isfinite(v)]
-    if not values:
-        return []
+    last = {i: run.details["threshold"][-1] for i, run in enumerate(runs) if run.details.get("threshold")}
+    grids = {i: to_grid(numbers) for i, (_, numbers) in last.items()}
+    grids = {i: grid for i, grid in grids.items() if len(grid.layers) > 1}
+    values = [value for grid in grids.values() for value, _, _ in grid.cells() if value > 0]
     figures = []
-    for i, (step, grid) in grids.items():
-        run = runs[i]
-        own = {v for row in grid.values for v in row if math.isfinite(v)}
-        if len(own) < 2:  # scope: global, or nothing to draw
+    for i, grid in grids.items():
+        cells = grid.cells()
+        if not values or len({value for value, _, _ in cells}) < 2:  # scope: global, or nothing to draw
             continue
-        curves = [
-            Curve(module, grid.layers, [row[j] for row in grid.values], j) for j, module in enumerate(grid.modules)
-        ]
-        largest = max(((row[j], layer, module) for row, layer, j, module in _cells(grid)), key=lambda cell: cell[0])
+        highest = max(cells, key=lambda cell: cell[0])
+        columns = zip(*grid.values, strict=True)
+        curves = [Curve(name, grid.layers, y, j) for j, (name, y) in enumerate(zip(grid.modules, columns, strict=True))]
         figures.append(
             _curves_figure(
                 f"threshold-by-depth-{i}",
-                f"Thresholds by depth{_of(run, runs)}",
-                f"Score that an entry needed to stay at step {step}, for each module.",
+                f"Thresholds by depth{_of(runs[i], runs)}",
+                f"Score that an entry needed to stay at step {last[i][0]}, for each module.",
                 curves,
-                [f"Highest: {_number(largest[0])} in {largest[2]} of layer {largest[1]}"],
+                [f"Highest: {_number(highest[0])} in {highest[2]} of layer {highest[1]}"],
                 log=True,
                 xlabel="layer",
                 limits=(min(values) / 1.3, max(values) * 1.3),
@@ -173,58 +153,54 @@ def _heat_maps(runs: Sequence[Run], kind: str, title: str, meaning: str, mean: b
     grids: dict[int, tuple[Grid, str]] = {}
     for i, run in enumerate(runs):
         rows = run.details.get(kind)
-        if not rows:
-            continue
-        numbers = _mean(rows) if mean else rows[-1][1]
-        when = f"mean of {len(rows)} logged steps" if mean and len(rows) > 1 else f"step {rows[-1][0]}"
-        grid = to_grid(numbers)
-        if any(_cells(grid)):
-            grids[i] = grid, when
-    values = [v for grid, _ in grids.values() for row in grid.values for v in row if math.isfinite(v)]
+        if rows:
+            grid = to_grid(_mean(rows) if mean else rows[-1][1])
+            when = f"mean of {len(rows)} logged steps" if mean and len(rows) > 1 else f"step {rows[-1][0]}"
+            if grid.cells():
+                grids[i] = grid, f"{meaning}; {when}."
+    values = [value for grid, _ in grids.values() for value, _, _ in grid.cells()]
     low, top = min(values, default=0.0), max(values, default=1.0)
     if top - low < 0.1 * top:  # hardly any difference: let it look so
         low, top = 0.0, min(1.0, 2 * top)
     figures = []
-    for i, (grid, when) in grids.items():
-        cells = [(row[j], layer, module) for row, layer, j, module in _cells(grid)]
-        lowest, highest = min(cells), max(cells)
+    for i, (grid, note) in grids.items():
+        lowest, highest = min(grid.cells()), max(grid.cells())
         if highest[0] - lowest[0] < 1e-9:
-            seen = f"All cells are {_number(lowest[0])}"
+            seen = f". All cells are {_number(lowest[0])}."
         else:
             seen = (
-                f"From {_number(lowest[0])} in {lowest[2]} of layer {lowest[1]} "
-                f"to {_number(highest[0])} in {highest[2]} of layer {highest[1]}"
+                f". From {_number(lowest[0])} in {lowest[2]} of layer {lowest[1]} "
+                f"to {_number(highest[0])} in {highest[2]} of layer {highest[1]}."
             )
-        figures.append(
-            Figure(
-                key=f"{kind}-map-{i}",
-                title=f"{title}{_of(runs[i], runs)}",
-                note=f"{meaning}; {when}.",
-                alt=f"Heat map of {len(grid.layers)} layers by {len(grid.modules)} modules. {seen}.",
-                draw=partial(draw_grid, grid=grid, label=kind, low=low, top=top),
-                height=grid_height(grid),
-                table=grid_table(grid),
-            )
-        )
+        title_of_run = f"{title}{_of(runs[i], runs)}"
+        figures.append(grid_figure(f"{kind}-map-{i}", title_of_run, note, seen, grid, label=kind, low=low, top=top))
     return figures
+
+
+def grid_figure(key: str, title: str, note: str, seen: str, grid: Grid, **how) -> Figure:
+    """A heat map with its table; ``seen`` says in words what it shows."""
+    alt = f"Heat map of {len(grid.layers)} layers by {len(grid.modules)} modules{seen}"
+    return Figure(key, title, note, alt, partial(draw_grid, grid=grid, **how), grid_height(grid), grid_table(grid))
 
 
 def _curves_figure(
     key: str,
     title: str,
     note: str,
-    curves: list[Curve],
-    sentences: list[str],
+    curves: Sequence[Curve],
+    sentences: Sequence[str],
     *,
     columns: int = 1,
     table: Table | None = None,
     **how,
-) -> Figure:
-    draw: Callable = lambda canvas: draw_curves(canvas, curves, legend_columns=columns, **how)  # noqa: E731
-    height = 215 + legend_height(len(curves), columns)
+) -> Figure | None:
+    """Curves on the same axes, and what they show in words; None where there is no curve."""
+    if not curves:
+        return None
     if not all(math.isfinite(value) for curve in curves for value in curve.y):
         note += " A cross at the bottom: NaN or infinity."
-    return Figure(key, title, note, ". ".join(sentences) + ".", draw, height, table)
+    draw = partial(draw_curves, curves=curves, legend_columns=columns, **how)
+    return Figure(key, title, note, ". ".join(sentences) + ".", draw, 215 + legend_height(len(curves), columns), table)
 
 
 def in_words(series: Series) -> str:
@@ -237,13 +213,6 @@ def in_words(series: Series) -> str:
         return f"is {_number(series.last)} at step {series.steps[0]}"
     first, last = (f"{_number(series.values[i])} at step {series.steps[i]}" for i in (0, -1))
     return f"goes from {first} to {last}, lowest {_number(min(finite))}, highest {_number(max(finite))}{broken}"
-
-
-def _cells(grid: Grid):
-    for row, layer in zip(grid.values, grid.layers, strict=True):
-        for j, module in enumerate(grid.modules):
-            if math.isfinite(row[j]):
-                yield row, layer, j, module
 
 
 def grid_table(grid: Grid) -> Table:
@@ -259,10 +228,9 @@ def grid_table(grid: Grid) -> Table:
 
 def _mean(rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
-    for _, numbers in rows:
-        for name, value in numbers.items():
-            if math.isfinite(value):
-                values.setdefault(name, []).append(value)
+    for name, value in (item for _, numbers in rows for item in numbers.items()):
+        if math.isfinite(value):
+            values.setdefault(name, []).append(value)
     return {name: sum(own) / len(own) for name, own in values.items()}
 
 

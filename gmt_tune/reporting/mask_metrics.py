@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gmt_tune.reporting.parameter_names import split_name
-from gmt_tune.reporting.run_log import mask_detail
 
 if TYPE_CHECKING:
     from gmt_tune.masking import GradientMask
-    from gmt_tune.reporting.selection_tracker import SelectionTracker
+    from gmt_tune.masking.tracker import SelectionTracker
 
 _GROUPED = ("density", "threshold", "overlap", "coverage")
 
@@ -29,25 +28,18 @@ class MaskMetrics:
         self._tracker = tracker
 
     def totals(self) -> dict[str, float]:
-        """Over the whole model, such as ``mask/density``: see ``GradientMask.metrics``, ``SelectionTracker.metrics``.
-
-        Waits for the device.
-        """
+        """Over the whole model, such as ``mask/density``; waits for the device."""
         return self._mask.metrics() | (self._tracker.metrics() if self._tracker is not None else {})
 
     def detail(self) -> dict[str, dict[str, float]]:
-        """By parameter: kind ("density", "threshold", "overlap", "coverage") to ``{parameter: number}``.
-
-        Waits for the device.
-        """
-        return mask_detail(self._mask) | (self._tracker.detail() if self._tracker is not None else {})
+        """By parameter: kind (of ``_GROUPED``) to ``{parameter: number}``; waits for the device."""
+        numel, selected = self._mask.statistics.numel, _to_numbers(self._mask.statistics.selected)
+        density = {name: count / numel[name] for name, count in selected.items() if numel[name]}
+        of_mask = {"density": density, "threshold": _to_numbers(self._mask.statistics.thresholds)}
+        return of_mask | (self._tracker.detail() if self._tracker is not None else {})
 
     def by_group(self, detail: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """By module and by layer, for a metric logger: see :func:`group_metrics`.
-
-        Args:
-            detail: what :meth:`detail` gave; empty where nothing is due.
-        """
+        """By module and by layer, for a metric logger, what :meth:`detail` gave; empty where nothing was due."""
         return group_metrics(detail, self._mask.statistics.numel) if detail else {}
 
 
@@ -89,6 +81,19 @@ def group_metrics(detail: Mapping[str, Mapping[str, float]], numel: Mapping[str,
                 entries = sum(numel[name] for name in names)
                 metrics[group] = sum(numbers[name] * numel[name] for name in names) / entries if entries else 0.0
     return metrics
+
+
+def _to_numbers(tensors: Mapping[str, Any]) -> dict[str, float]:
+    """0-d tensors to numbers, with one transfer per device and dtype rather than one per tensor."""
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.device, tensor.dtype), []).append(name)
+    numbers: dict[str, float] = {}
+    for names in groups.values():
+        import torch  # there are tensors, so it is loaded already
+
+        numbers.update(zip(names, torch.stack([tensors[name].detach() for name in names]).tolist(), strict=True))
+    return {name: numbers[name] for name in tensors}
 
 
 def is_group_metric(name: str) -> bool:

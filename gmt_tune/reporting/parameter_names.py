@@ -1,10 +1,8 @@
 """Where in a model a parameter sits, from its name, be it torchtune's or Hugging Face's."""
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
@@ -30,19 +28,21 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 @dataclass
 class Grid:
-    """Numbers per parameter, laid out by layer and module.
+    """Numbers per parameter, laid out by layer and module."""
 
-    Attributes:
-        layers: in rising order.
-        modules: short names, in the order in which a layer uses them.
-        values: one row per layer, one column per module; NaN where the layer has no such module.
-        outside: parameters that belong to no layer, with their numbers.
-    """
+    layers: list[int]  # in rising order
+    modules: list[str]  # short names, in the order in which a layer uses them
+    values: list[list[float]]  # one row per layer, one column per module; NaN where the layer has no such module
+    outside: dict[str, float]  # of parameters that belong to no layer
 
-    layers: list[int]
-    modules: list[str]
-    values: list[list[float]]
-    outside: dict[str, float]
+    def cells(self) -> list[tuple[float, int, str]]:
+        """Finite values with their layer and module."""
+        return [
+            (value, layer, module)
+            for layer, row in zip(self.layers, self.values, strict=True)
+            for module, value in zip(self.modules, row, strict=True)
+            if math.isfinite(value)
+        ]
 
 
 def to_grid(numbers: Mapping[str, float]) -> Grid:
@@ -58,23 +58,19 @@ def to_grid(numbers: Mapping[str, float]) -> Grid:
     layers = sorted({layer for layer, _ in cells})
     modules = sorted({module for _, module in cells}, key=_position)
     values = [[cells.get((layer, module), math.nan) for module in modules] for layer in layers]
-    return Grid(layers, short_names(modules), values, outside)
+    short = [".".join(ending) for ending in distinct_endings([tuple(module.split(".")) for module in modules])]
+    return Grid(layers, short, values, outside)
 
 
-def short_names(modules: Iterable[str]) -> list[str]:
-    """Last parts of dotted module names, as many as it takes to tell each from the others."""
-    parts = [module.split(".") for module in modules]
-    short = []
-    for own in parts:
-        length = 1
-        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
-            length += 1
-        short.append(".".join(own[-length:]))
-    return short
+def distinct_endings(names: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Of names in parts, as many last parts as it takes to tell each from the others."""
+    endings = []
+    for name in names:
+        lengths = range(1, len(name) + 1)
+        length = next((n for n in lengths if len({other for other in names if other[-n:] == name[-n:]}) == 1), 0)
+        endings.append(name[-length:])
+    return endings
 
 
 def _position(module: str) -> tuple[int, str]:
-    for position, part in enumerate(_ORDER):
-        if part in module:
-            return position, module
-    return len(_ORDER), module
+    return next((i for i, part in enumerate(_ORDER) if part in module), len(_ORDER)), module

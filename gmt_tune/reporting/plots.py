@@ -1,7 +1,5 @@
 """The kinds of plot that figures are made of: curves over steps, a grid of numbers, bars."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +14,14 @@ _GROUPS = 120
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot.
+    """One line of a plot."""
 
-    Attributes:
-        label: for the legend.
-        x, y: its points; values that are not finite are gaps, marked at the bottom.
-        index: decides the colour.
-        dashed: drawn with dashes and dots, to tell it from another curve of the same colour.
-        band: lower and upper ends of a range around the line.
-    """
-
-    label: str
+    label: str  # for the legend
     x: Sequence[float]
-    y: Sequence[float]
-    index: int = 0
-    dashed: bool = False
-    band: tuple[Sequence[float], Sequence[float]] | None = None
+    y: Sequence[float]  # values that are not finite are gaps, marked at the bottom
+    index: int = 0  # decides the colour
+    dashed: bool = False  # with dashes and dots, to tell it from another curve of the same colour
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # lower and upper ends of a range around the line
 
 
 def shorten(name: str, longest: int = 30) -> str:
@@ -44,7 +34,7 @@ def draw_curves(
     curves: Sequence[Curve],
     *,
     log: bool = False,
-    limits: tuple[float | None, float | None] = (None, None),
+    limits: tuple[float, float] | None = None,
     xlabel: str = "optimizer step",
     legend_columns: int = 1,
 ) -> None:
@@ -54,7 +44,7 @@ def draw_curves(
     axes = canvas.add_subplot()
     if log:
         drawn = [value for curve in curves for values in (curve.y, *(curve.band or ())) for value in values]
-        _set_log_scale(axes, [*drawn, *(limit for limit in limits if limit is not None)])
+        _set_log_scale(axes, [*drawn, *(limits or ())])
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
@@ -65,9 +55,8 @@ def draw_curves(
     if not any(math.isfinite(value) for curve in curves for value in curve.y):
         axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=LIGHT["muted"])
         axes.set_yticks([])
-    low, high = limits
-    if low is not None or high is not None:
-        axes.set_ylim(low, high)
+    if limits is not None:
+        axes.set_ylim(*limits)
     elif not log:
         _widen_if_flat(axes)
     steps = [x for curve in curves for x in curve.x]
@@ -106,8 +95,7 @@ def draw_grid(canvas, grid: Grid, *, label: str, low: float = 0.0, top: float | 
         ha="right",
         rotation_mode="anchor",
     )
-    every = max(1, math.ceil(len(grid.layers) / 16))
-    shown = range(0, len(grid.layers), every)
+    shown = range(0, len(grid.layers), max(1, math.ceil(len(grid.layers) / 16)))
     axes.set_yticks([i + 0.5 for i in shown], [str(grid.layers[i]) for i in shown])
     axes.set_ylabel("layer")
     axes.grid(visible=False)
@@ -128,6 +116,8 @@ def grid_height(grid: Grid) -> int:
 
 def draw_bars(canvas, labels: Sequence[str], values: Sequence[float], *, xlabel: str) -> None:
     """Draw horizontal bars, the first on top, each with its number."""
+    from matplotlib.ticker import MaxNLocator
+
     axes = canvas.add_subplot()
     bars = axes.barh(range(len(labels)), values, color=series_color(0), height=0.66)
     axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9.5, color=LIGHT["ink"])
@@ -137,7 +127,7 @@ def draw_bars(canvas, labels: Sequence[str], values: Sequence[float], *, xlabel:
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(xlabel)
-    axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
 
 
 def _set_log_scale(axes, values: Sequence[float]) -> None:
@@ -167,28 +157,19 @@ def _widen_if_flat(axes) -> None:
         axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
-def _few_ticks():
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4)
-
-
 def _draw_curve(axes, curve: Curve) -> None:
     color = series_color(curve.index)
     y = [value if math.isfinite(value) else math.nan for value in curve.y]
-    x, lower, upper = list(curve.x), None, None
-    if curve.band is not None:
-        lower, upper = curve.band
+    x, (lower, upper) = list(curve.x), curve.band or (None, None)
     if len(x) > MAX_POINTS:
         x, y, lower, upper = _grouped(x, y, lower, upper)
-    few = len(x) <= 30
     axes.plot(
         x,
         y,
         label=" " * curve.label.startswith("_") + shorten(curve.label, 44),  # matplotlib hides what begins with "_"
         color=color,
         linestyle=(0, (4, 2)) if curve.dashed else series_dash(curve.index),
-        marker="o" if curve.dashed or few else None,
+        marker="o" if curve.dashed or len(x) <= 30 else None,
         markersize=3.5,
     )
     if lower is not None and len(x) == 1:

@@ -5,10 +5,9 @@ like (the password in a URL, a token of a well-known service). Values that come 
 business of whoever resolves them: ``public_config`` of the torchtune integration.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 HIDDEN = "***"
 
@@ -65,7 +64,14 @@ _ASSIGNMENT = re.compile(r"""([\w-]+)(=['"]?)([^;&\s'"]+)""")
 
 def without_secrets(config):
     """A copy of plain dicts and lists in which passwords, tokens and keys read ``***``, wherever they stand."""
-    return _without(config, hidden_values(config))
+    values = hidden_values(config)
+
+    def hide(value, is_secret: bool):
+        if is_secret:  # None, True, False and what is empty say no secret
+            return value if value is None or isinstance(value, bool) or value == "" else HIDDEN
+        return scrub(value, values) if isinstance(value, str) else value
+
+    return _map_values(config, hide)
 
 
 def is_secret_key(key: str) -> bool:
@@ -128,40 +134,23 @@ def scrub(text: str, values: Iterable[str] = ()) -> str:
 
 def hidden_values(config) -> list[str]:
     """The texts that :func:`without_secrets` hides for their key's name."""
-    if isinstance(config, Mapping):
-        return [
-            text
-            for key, value in config.items()
-            for text in (_texts(value) if _is_secret(str(key), value) else hidden_values(value))
-        ]
-    if isinstance(config, (list, tuple)):
-        return [text for value in config for text in hidden_values(value)]
-    return []
+    texts: list[str] = []
+
+    def collect(value, is_secret: bool) -> None:
+        if is_secret and value is not None and not isinstance(value, bool):
+            texts.append(str(value))
+
+    _map_values(config, collect)
+    return texts
 
 
-def _without(config, values: list[str]):
+def _map_values(config, change: Callable[[Any, bool], Any], is_secret: bool = False):
+    """Dicts and lists as they are, with ``change(value, whether a key above it is secret)`` for each other value."""
     if isinstance(config, Mapping):
         return {
-            str(key): _hidden(value) if _is_secret(str(key), value) else _without(value, values)
+            str(key): _map_values(value, change, is_secret or _is_secret(str(key), value))
             for key, value in config.items()
         }
     if isinstance(config, (list, tuple)):
-        return [_without(value, values) for value in config]
-    return scrub(config, values) if isinstance(config, str) else config
-
-
-def _hidden(value):
-    """``***`` for each value below; None, True, False and what is empty say no secret."""
-    if isinstance(value, Mapping):
-        return {str(key): _hidden(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_hidden(part) for part in value]
-    return value if value is None or isinstance(value, bool) or value == "" else HIDDEN
-
-
-def _texts(value) -> list[str]:
-    if isinstance(value, Mapping):
-        return [text for part in value.values() for text in _texts(part)]
-    if isinstance(value, (list, tuple)):
-        return [text for part in value for text in _texts(part)]
-    return [] if value is None or isinstance(value, bool) else [str(value)]
+        return [_map_values(value, change, is_secret) for value in config]
+    return change(config, is_secret)

@@ -1,17 +1,17 @@
 """The report of one run or several: puts figures and the summary on a page."""
 
-from __future__ import annotations
-
-import time
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmt_tune._version import __version__
-from gmt_tune.reporting.drawing import Figure, require_matplotlib, to_png
+from gmt_tune.errors import UserError
+from gmt_tune.reporting.drawing import require_matplotlib, to_png
 from gmt_tune.reporting.figures import build_figures
-from gmt_tune.reporting.page import build_page, write_page
-from gmt_tune.reporting.run_reader import Run, read_runs
+from gmt_tune.reporting.page import Section, write_page
+from gmt_tune.reporting.run_reader import read_runs
 from gmt_tune.reporting.summary import summary_tables
+
+log = logging.getLogger(__name__)
 
 
 def write_report(
@@ -32,25 +32,30 @@ def write_report(
     """
     require_matplotlib()
     runs = read_runs(run_dirs)
-    figures = build_figures(runs)
+    over_time, by_layer = build_figures(runs)
+    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    sections = [
+        Section("Summary", tables=summary_tables(runs)),
+        Section("Over the run", figures=over_time),
+        Section("By layer and module", figures=by_layer, in_pairs=len(runs) == 2),
+    ]
     output = Path(output) if output is not None else runs[0].path / "report.html"
-    write_page(output, _page(runs, figures))
-    pngs = [to_png(figure, Path(png_dir)) for figure in figures] if png_dir is not None else []
+    write_page(output, f"Fine-tuning report: {title}", sections, "gmt-tune report")
+    pngs = [to_png(figure, Path(png_dir)) for figure in (*over_time, *by_layer)] if png_dir is not None else []
     return output, pngs
 
 
-def _page(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
-    by_layer = [figure for figure in figures if "-map-" in figure.key or "-by-depth-" in figure.key]
-    over_time = [figure for figure in figures if figure not in by_layer]
-    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime())
-    return build_page(
-        f"Fine-tuning report: {title}",
-        [
-            ("Summary", summary_tables(runs)),
-            ("Over the run", over_time),
-            ("By layer and module", by_layer),
-        ],
-        f"Made {made} by gmt-tune {__version__} (gmt-tune report).",
-        in_pairs=["By layer and module"] if len(runs) == 2 else [],
-    )
+def report_at_end(run_dir: str | Path) -> str:
+    """Draw the report of a run that ends: whatever is wrong with it does not end the run.
+
+    Returns:
+        A sentence for the run's last line: where the report is, or how to get one.
+    """
+    try:
+        page, _ = write_report([run_dir])
+        return f"its report is {page.resolve()}"
+    except UserError as error:
+        return f"it has no report ({error}); to draw it: gmt-tune report {run_dir}"
+    except Exception:
+        log.warning("The report of %s could not be drawn: the run itself is complete.", run_dir, exc_info=True)
+        return f"to draw it: gmt-tune report {run_dir}"

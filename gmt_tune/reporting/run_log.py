@@ -6,16 +6,14 @@ steps as the run gets longer. Both are appended to line by line, so that a kille
 Standard library only; how they are read is in ``run_reader``.
 """
 
-from __future__ import annotations
-
+import contextlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from gmt_tune.reporting.redaction import without_secrets
 
@@ -48,12 +46,9 @@ class RunLog:
         self._is_broken = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line.
+        """Append a line: optimizer steps done, and name to number (anything that ``float`` takes).
 
-        Args:
-            step: optimizer steps done.
-            metrics: name to number (float, int, or anything that ``float`` takes). A name may come again at the
-                same step in another call; the last value counts.
+        A name may come again at the same step in another call; the last value counts.
         """
         line = {"step": int(step), "time": round(time.time(), 3)}
         self._append(RUN_LOG_FILE, line | {name: _json_number(value) for name, value in metrics.items()})
@@ -65,8 +60,7 @@ class RunLog:
 
         Args:
             step: optimizer steps done.
-            make_detail: gives them, as :func:`mask_detail` does; called only where they are due, because
-                reading them waits for the device.
+            make_detail: gives them, as ``MaskMetrics.detail`` does, which waits for the device; called where due.
 
         Returns:
             What was written; empty where it was not due.
@@ -76,42 +70,36 @@ class RunLog:
         detail = make_detail()
         if not any(detail.values()):
             return {}
-        line: dict = {"step": int(step)}
-        for kind, numbers in detail.items():
-            line[kind] = {name: _json_number(value, digits=6) for name, value in numbers.items()}
-        self._append(MASK_DETAIL_FILE, line)
+        line = {kind: {n: _json_number(v, digits=6) for n, v in numbers.items()} for kind, numbers in detail.items()}
+        self._append(MASK_DETAIL_FILE, {"step": int(step), **line})
         self._last_detail = step
         return detail
 
     def truncate_after(self, step: int) -> None:
-        """Start or resume: keep what was logged up to a step, under this run's header; drop what came later.
-
-        Args:
-            step: the step that the run goes on from; 0 for a run that starts anew, which drops everything.
-        """
+        """Go on from a step, 0 for a new run: keep what was logged until then, under this run's header."""
         for name in (RUN_LOG_FILE, MASK_DETAIL_FILE):
             path = self._folder / name
-            lines = self._guarded(lambda path, _: read_lines(path), path, None) if step > 0 else []
+            lines = self._guarded(read_lines, path) if step > 0 else []
             if lines is None:  # it cannot be read, and is not replaced by less
                 continue
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
             if name == MASK_DETAIL_FILE:
                 self._last_detail = kept[-1]["step"] if kept else None
-            self._guarded(_write_whole, path, [self._header_of(name), *kept])
+            self._guarded(write_whole, path, b"".join(map(_dumps, [self._header_of(name), *kept])))
 
     def _append(self, name: str, line: dict) -> None:
         path = self._folder / name
         if not path.exists():
-            self._guarded(_write_whole, path, [self._header_of(name)])
+            self._guarded(write_whole, path, _dumps(self._header_of(name)))
         self._guarded(_append_line, path, line)
 
     def _header_of(self, name: str) -> dict:
         header = {"format": FORMAT, "version": FORMAT_VERSION, "file": name, "time": round(time.time(), 3)}
         return {**header, "config": self._config} if name == RUN_LOG_FILE else header
 
-    def _guarded(self, write: Callable, path: Path, content):
+    def _guarded(self, action: Callable, path: Path, *content):
         try:
-            return write(path, content)
+            return action(path, *content)
         except OSError as error:
             if not self._is_broken:
                 log.warning("The run log %s cannot be written (%s): the run goes on without it.", path, error)
@@ -119,56 +107,16 @@ class RunLog:
             return None
 
 
-def mask_detail(mask) -> dict[str, dict[str, float]]:
-    """What the last step of a mask did to each parameter.
-
-    Args:
-        mask: a ``gmt_tune.GradientMask``, or any object whose ``statistics`` hold ``selected``, ``numel`` and
-            ``thresholds`` by name. Reading them waits for the device, and is the same on all ranks.
-
-    Returns:
-        ``{"density": {name: fraction that stayed}, "threshold": {name: T}}``.
-    """
-    statistics = mask.statistics
-    selected = _to_numbers(statistics.selected)
-    density = {name: count / statistics.numel[name] for name, count in selected.items() if statistics.numel[name]}
-    return {"density": density, "threshold": _to_numbers(statistics.thresholds)}
-
-
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a file, one per line; lines that are none (such as a torn last one) are left out.
 
     What is no file reads as empty. NaN and infinity are the strings that ``float`` takes.
     """
-    lines: list[dict] = []
-    if not path.is_file():
-        return lines
-    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):  # the latter for deep nesting
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
-
-
-def _step_of(line: dict) -> float:
-    step = line.get("step")
-    return step if isinstance(step, int) else math.inf
-
-
-def _to_numbers(tensors: Mapping[str, Any]) -> dict[str, float]:
-    """0-d tensors to numbers, with one transfer per device and dtype rather than one per tensor."""
-    groups: dict[tuple, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    numbers: dict[str, float] = {}
-    for names in groups.values():
-        import torch  # there are tensors, so it is loaded already
-
-        numbers.update(zip(names, torch.stack([tensors[name].detach() for name in names]).tolist(), strict=True))
-    return {name: numbers[name] for name in tensors}
+    lines = []
+    for raw in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):  # the latter for deep nesting
+            lines.append(json.loads(raw))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _json_number(value, digits: int | None = None) -> float | int | str:
@@ -176,7 +124,7 @@ def _json_number(value, digits: int | None = None) -> float | int | str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return json.dumps(value)  # its names for them
     return float(f"{value:.{digits}g}") if digits else value
 
 
@@ -195,15 +143,16 @@ def _append_line(path: Path, line: dict) -> None:
         os.close(file)
 
 
-def _write_whole(path: Path, lines: Iterable[dict]) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Replace a file in one go: a reader, or a run killed meanwhile, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.writelines(_dumps(line) for line in lines)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # also where the folder is none
+            part.unlink(missing_ok=True)

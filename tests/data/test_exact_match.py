@@ -150,11 +150,11 @@ def test_model_modes_gradients_and_random_state_stay_as_they_were(tokenizer, wor
         ({"extract": "#### (.*)"}, "finds nothing in the answer"),
         ({"data_files": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"data_files": "rows.jsonl"}, "has no 'prompt' in line 1: .* two of question, answer"),
-        ({"data_files": "broken.jsonl"}, "is no JSON Lines file: line 2"),
+        ({"data_files": "broken.jsonl"}, "line 2 of broken.jsonl is no valid JSON"),
         ({"data_files": "empty.jsonl"}, "has no rows"),
         ({"data_files": "null.jsonl"}, "has in line 2 the answer null: fill it in or delete it"),
-        ({"data_files": "number.jsonl"}, "has in line 1 no object with columns"),
-        ({"data_files": "latin.jsonl"}, "is not UTF-8"),
+        ({"data_files": "number.jsonl"}, "line 1 of number.jsonl is 5, not an object with the row's columns"),
+        ({"data_files": "latin.jsonl"}, "line 1 of latin.jsonl is not UTF-8"),
     ],
 )
 def test_wrong_keys_are_refused_by_name(tokenizer, tmp_path, monkeypatch, keys, message):

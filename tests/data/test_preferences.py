@@ -94,8 +94,10 @@ def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_is_likelier(liked, w
     pairs = preferences("held_out", seed=5)[:20]
     evaluate = PreferenceAccuracy(tokenizer, data_files=pairs_file, batch_size=8)
     numbers = torch.get_rng_state()
-    ones = {pair.prompt: getattr(pair, liked) for pair in pairs}
-    model = Favours(tokenizer, [f"{prompt}<|im_end|>\n<|im_start|>assistant\n{one}" for prompt, one in ones.items()])
+    answers = {pair.prompt: getattr(pair, liked) for pair in pairs}
+    model = Favours(
+        tokenizer, [f"{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}" for prompt, answer in answers.items()]
+    )
     model.train()
     assert evaluate(model) == {"preference_accuracy": wanted}
     assert model.training and torch.equal(torch.get_rng_state(), numbers)

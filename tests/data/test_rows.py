@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchtune.datasets import ConcatDataset, PackedDataset, SFTDataset
 
 from gmt_tune.data.preference_accuracy import PreferenceAccuracy
-from gmt_tune.data.rows import CheckedRows, rows_of_packs
+from gmt_tune.data.rows import CheckedRows, rows_of_pack
 from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune.run.data import build_dataset
 from gmt_tune.models.chatml import ChatMLTokenizer
@@ -139,7 +139,7 @@ def test_a_system_message_that_new_system_prompt_replaces_may_be_null(kind, buil
         build(SECTIONS[kind], lines(RIGHT[kind], with_null))
 
 
-def test_a_row_beyond_those_that_are_checked_ahead_is_named_alike_when_its_turn_comes(build):
+def test_a_row_beyond_those_that_are_checked_ahead_is_named_in_the_same_way_when_its_turn_comes(build):
     inner = build(INSTRUCT, lines(*[RIGHT["instruct"]] * 3))._dataset
     inner._data = inner._data.map(lambda row, i: {"answer": None if i == 2 else "a"}, with_indices=True)
     dataset = CheckedRows(inner, "dataset (rows.jsonl)")
@@ -258,5 +258,4 @@ def test_the_rows_of_a_pack_are_those_whose_tokens_it_holds(split_across_pack):
     assert len(packed) > 3
     for pack in range(len(packed)):
         wanted = sorted({token - 1 for token in packed[pack]["tokens"].tolist() if token})
-        assert rows_of_packs(packed, [pack]) == wanted
-    assert rows_of_packs(packed, range(len(packed))) == list(range(len(rows)))
+        assert list(rows_of_pack(packed, pack)) == wanted

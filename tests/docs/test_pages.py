@@ -138,10 +138,9 @@ def _override_problem(overrides: list[str], config: Path) -> str | None:
 
 
 def _keys_of_recipes() -> set[str]:
-    from gmt_tune.integrations.torchtune import config_check
-    from gmt_tune.integrations.torchtune.run import preference
+    from gmt_tune.integrations.torchtune.config.keys import KEYS
 
-    return {*config_check._REQUIRED, *config_check._OPTIONAL, *preference.OWN_KEYS}
+    return {name for name in KEYS if "." not in name}
 
 
 _LOOKED_AT = [f for f in FENCES if f.language == "sh" and (not f.runs or "slow" in f.marks)]
@@ -162,12 +161,10 @@ _FRAGMENTS = [f for f in FENCES if f.language == "yaml" and not f.options and "i
 
 @pytest.mark.parametrize("fence", _FRAGMENTS, ids=_ids(_FRAGMENTS))
 def test_part_of_a_config_has_only_keys_of_the_recipe(fence):
-    from gmt_tune.integrations.torchtune import config_check
     from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
-    from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
     cfg = OmegaConf.create(fence.text)
-    unknown = set(cfg) - {*config_check._REQUIRED, *config_check._OPTIONAL, *OWN_KEYS}
+    unknown = set(cfg) - _keys_of_recipes()
     assert not unknown, f"{fence.where}: {sorted(unknown)[0]} is no key of the recipe"
     mask = cfg.get("gradient_mask", None)
     if mask is not None and str(mask.get("_component_")).startswith("gmt_tune."):

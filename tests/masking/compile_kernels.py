@@ -11,10 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gmt_tune.masking.kernels import apply, count, narrow, sample
-from gmt_tune.masking.kernels.tables import make_table
-from gmt_tune.masking.saliency import Saliency
-from gmt_tune.masking.triton_search import BINS
+from gmt_tune.masking.search.entries import Product
+from gmt_tune.masking.search.kernels import apply, count, narrow, sample
+from gmt_tune.masking.search.kernels.tables import make_table
+from gmt_tune.masking.search.triton import BINS
 
 backend, arch = sys.argv[1].split(":")
 TARGET = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
@@ -44,10 +44,10 @@ def wide_loads(compiled) -> int:
 
 CASES = [
     (torch.float32, make_table([[torch.ones(64)]])),
-    (torch.bfloat16, make_table([[Saliency(torch.ones(64).bfloat16(), torch.ones(64).bfloat16())]])),
+    (torch.bfloat16, make_table([[Product(torch.ones(64).bfloat16(), torch.ones(64).bfloat16())]])),
     (torch.bfloat16, make_table([[torch.ones(64).bfloat16()]])),
     (torch.float16, make_table([[torch.ones(64).half()]])),
-    (torch.float32, make_table([[Saliency(torch.ones(64).bfloat16(), torch.ones(64))]])),
+    (torch.float32, make_table([[Product(torch.ones(64).bfloat16(), torch.ones(64))]])),
     (torch.float32, make_table([[torch.ones(64).half()]], [torch.ones(64)])),
 ]
 

@@ -14,9 +14,10 @@ import torch
 from test_selection import DTYPES, clone_with_strides, densities, parameters_with, tensors
 
 from gmt_tune import GradientMask, kth_largest_magnitude, mask_grads_
-from gmt_tune.masking import applying, measuring, triton_search
 from gmt_tune.masking.bits import INT_DTYPE, NAN_BITS, from_bits
-from gmt_tune.masking.kernels import apply, count, sample, tables
+from gmt_tune.masking.search import devices
+from gmt_tune.masking.search import triton as kernels
+from gmt_tune.masking.search.kernels import apply, count, sample, tables
 
 hypothesis.settings.register_profile("interpreter", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("interpreter")
@@ -27,18 +28,17 @@ FIXTURE = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.func
 def on_kernels(monkeypatch):
     launches = {"searched": 0, "applied": 0}
 
-    def searched(*arguments, search=triton_search.kth_largest):
+    def searched(*arguments, search=kernels.kth_largest):
         launches["searched"] += 1
         return search(*arguments)
 
-    def applied(*arguments, apply=triton_search.apply_thresholds_):
+    def applied(*arguments, apply=kernels.apply_thresholds_):
         launches["applied"] += 1
         return apply(*arguments)
 
-    monkeypatch.setattr(triton_search, "kth_largest", searched)
-    monkeypatch.setattr(triton_search, "apply_thresholds_", applied)
-    for module in (measuring, applying):
-        monkeypatch.setattr(module, "triton_search_for", lambda members: triton_search)
+    monkeypatch.setattr(kernels, "kth_largest", searched)
+    monkeypatch.setattr(kernels, "apply_thresholds_", applied)
+    monkeypatch.setattr(devices, "_SERVED", ("cpu",))
     return launches
 
 
@@ -91,7 +91,7 @@ def test_mask_by_saliency_equals_full_sort(small, grads, density, data):
 @pytest.mark.parametrize("misled", [False, True])
 def test_threshold_is_exact_at_full_size_however_bad_the_sample(dtype, misled, monkeypatch, on_kernels):
     if misled:
-        original = triton_search.sample_windows
+        original = kernels.sample_windows
 
         def mislead(*arguments):
             state = original(*arguments)
@@ -99,7 +99,7 @@ def test_threshold_is_exact_at_full_size_however_bad_the_sample(dtype, misled, m
             state[3].fill_(1)
             return state
 
-        monkeypatch.setattr(triton_search, "sample_windows", mislead)
+        monkeypatch.setattr(kernels, "sample_windows", mislead)
     generator = torch.Generator().manual_seed(0)
     grads = [
         (torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()).to(dtype)
@@ -157,8 +157,7 @@ def test_gradient_mask_selects_as_on_the_cpu(mask_class, score, refresh_every, s
 
     by_kernels = masked_gradients()
     assert on_kernels["searched"] and on_kernels["applied"]
-    for module in (measuring, applying):
-        monkeypatch.setattr(module, "triton_search_for", lambda members: None)
+    monkeypatch.setattr(devices, "_SERVED", ())
     for a, b in zip(by_kernels, masked_gradients(), strict=True):
         assert full_sort.same_bits(a, b)
 

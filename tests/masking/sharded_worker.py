@@ -296,7 +296,7 @@ def count_collectives() -> dict[str, tuple[int, int, int, set[str]]]:
 
 
 def nonfinite(ranks: Unsharded) -> dict[str, list[str]]:
-    """What each rank is told of a NaN that one of them holds, and whether a masked gradient was changed."""
+    """What each rank says of a NaN that one of them holds, and whether a masked gradient was changed."""
     messages = {}
     for score, refresh_every, density in (
         ("magnitude", 1, 0.3), ("saliency", 1, 0.3), ("random", 1, 0.3), ("magnitude", None, 0.3), ("magnitude", 1, 1.0)
@@ -321,7 +321,7 @@ def nonfinite(ranks: Unsharded) -> dict[str, list[str]]:
 
 
 def dense_nonfinite(ranks: Unsharded) -> list[str]:
-    """What each rank is told of a NaN that one of them holds in a dense parameter."""
+    """What each rank says of a NaN that one of them holds in a dense parameter."""
     parameters = {name: nn.Parameter(ranks.weight(name, whole(name, torch.float32, -1))) for name in SHAPES}
     mask = GradientMask(parameters.items(), 0.3, dense=["odder"])
     for name, p in parameters.items():
@@ -340,7 +340,7 @@ def dense_nonfinite(ranks: Unsharded) -> list[str]:
 
 
 def load_states(ranks: Unsharded) -> list[dict[str, str]]:
-    """What each rank is told when it loads its own state, and that of rank 0."""
+    """What each rank says when it loads its own state, and that of rank 0."""
     mask, other = (
         GradientMask(
             [(name, nn.Parameter(ranks.weight(name, whole(name, torch.float32, -1)))) for name in SHAPES],
@@ -368,10 +368,27 @@ def load_states(ranks: Unsharded) -> list[dict[str, str]]:
     return everyone
 
 
+def serve_by_kernels() -> list[int]:
+    """Let Triton's kernels, in its interpreter, count and apply what is on the CPU; the widths of digits counted."""
+    from gmt_tune.masking.search import devices
+    from gmt_tune.masking.search import triton as kernels
+
+    devices._SERVED = ("cpu",)
+    launches, count = [], kernels.Counter.count
+
+    def counted(self, prefixes, shift, width, with_flag):
+        launches.append(width)
+        return count(self, prefixes, shift, width, with_flag)
+
+    kernels.Counter.count = counted
+    return launches
+
+
 def main(output_file: str) -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     layouts = ways(world_size)
+    launches = serve_by_kernels() if "TRITON_INTERPRET" in os.environ else []
     results = {"policies": {}, "function": run_function(layouts["rows"])}
     for layout, ranks in layouts.items():
         for case, policy in policies().items():
@@ -384,7 +401,8 @@ def main(output_file: str) -> None:
     results["nonfinite"] = nonfinite(layouts["rows"])
     results["dense nonfinite"] = dense_nonfinite(layouts["rows"])
     results["loaded"] = {layout: load_states(layouts[layout]) for layout in ("rows", "columns", "FSDP2")}
-    results["collectives"] = count_collectives() if world_size == 2 else {}
+    results["collectives"] = count_collectives() if world_size == 2 and not launches else {}
+    results["launches"] = len(launches)
     if rank == 0:
         torch.save(results, output_file)
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gmt_tune import GradientMask
-from gmt_tune.masking import delayed
+from gmt_tune.masking import nonfinite as delayed
 
 
 class Flag:

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gmt_tune import GradientMask
 from gmt_tune.masking.names import bare_name, bare_names
-from gmt_tune.reporting.selection_tracker import SelectionTracker
+from gmt_tune.masking.tracker import SelectionTracker
 
 
 def make_model() -> nn.Module:

@@ -5,13 +5,8 @@ import pytest
 import torch
 
 from gmt_tune.masking import packing
-from gmt_tune.masking.selection import (
-    apply_packed_,
-    pack_selected,
-    pack_selection,
-    selection,
-    unpack_selection,
-)
+from gmt_tune.masking.packing import apply_packed_, pack_selection, unpack_selection
+from gmt_tune.masking.selection import ThresholdSelection
 
 
 @pytest.fixture(params=[None, 64], ids=["one block", "many blocks"])
@@ -44,5 +39,14 @@ def test_packed_selection_masks_any_layout(dtype, block):
 
 def test_packing_by_threshold_equals_packing_the_selection(block):
     for score in (torch.randn(30, 51), torch.randn(51, 30).bfloat16().t()):
-        threshold = score.abs().median()
-        assert torch.equal(pack_selected(score, threshold), pack_selection(selection(score, threshold)))
+        selection = ThresholdSelection(score, score.abs().median())
+        assert torch.equal(selection.pack().bits, pack_selection(selection.mask()))
+        assert torch.equal(selection.pack().mask(), selection.mask())
+
+
+def test_selected_values_come_back_to_their_places():
+    grad = torch.randn(30, 51, generator=torch.Generator().manual_seed(0))
+    selection = ThresholdSelection(grad, grad.abs().median())
+    values = selection.compact(grad)
+    assert torch.equal(values, grad[selection.mask()]) and len(values) == 766
+    assert torch.equal(selection.pack().expand(values), torch.where(selection.mask(), grad, 0))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gmt_tune import mask_grads_
-from gmt_tune.masking import random_selection as module
-from gmt_tune.masking.selection import apply_random_, random_key, random_selection
+from gmt_tune.masking import draws as module
+from gmt_tune.masking.draws import apply_random_, random_key, random_selection
 
 KEY = random_key(0, 0, "layers.0.weight")
 

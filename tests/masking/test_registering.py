@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from gmt_tune import GradientMask
-from gmt_tune.masking.momentum import MomentumResetMask
-from gmt_tune.reporting.selection_tracker import SelectionTracker
+from gmt_tune.masking.tracker import SelectionTracker
 
 
 def make_model() -> nn.Sequential:
@@ -361,27 +360,6 @@ def test_a_closure_that_is_called_once_costs_no_bits():
     mask.register(optimizer)
     optimizer.step(lambda: backward(model))
     assert mask._selections == {} and mask.step == 1
-
-
-def test_an_unselected_weight_stands_still_also_where_a_closure_computes_the_gradient():
-    """MomentumResetMask empties the momentum of what this step's selection leaves out."""
-    moved = []
-    for with_closure in (False, True):
-        model = make_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-        mask = MomentumResetMask(model.named_parameters(), density=0.1)
-        mask.register(optimizer)
-        moved.append([])
-        for _ in range(3):
-            before = model[0].weight.detach().clone()
-            optimizer.zero_grad()
-            if with_closure:
-                optimizer.step(lambda model=model: backward(model))
-            else:
-                backward(model)
-                optimizer.step()
-            moved[-1].append((model[0].weight != before).sum().item())
-    assert moved[0] == moved[1] == [60, 60, 60]
 
 
 @pytest.mark.parametrize("refresh_every", [1, 2, None])

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from gmt_tune import kth_largest_magnitude, mask_grads_
-from gmt_tune.masking import cpu_search, measuring
 from gmt_tune.masking.bits import INT_DTYPE, NAN_BITS, from_bits, magnitude_bits
-from gmt_tune.masking.selection import apply_thresholds_, measure, selection
+from gmt_tune.masking.parts import part_of
+from gmt_tune.masking.scores import entries_to_keep, select_largest
+from gmt_tune.masking.search import cpu as cpu_search
+from gmt_tune.masking.search import digits
+from gmt_tune.masking.selection import ThresholdSelection, apply_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e-45, -1e-40, 6e-8, 1.2e-38, 3.4e38, 65504.0]
@@ -128,7 +131,7 @@ def test_threshold_is_exact_however_bad_the_guess(small_blocks, tensor, data):
 def test_threshold_by_digits_equals_full_sort(tensor, data):
     """The way taken on devices without a faster one, and by shards."""
     k = data.draw(st.integers(1, tensor.numel()))
-    bits = measuring.kth_bits(lambda: [tensor], k, tensor.dtype)
+    bits = digits.kth_bits(lambda: [tensor], k, tensor.dtype)
     threshold, wanted = from_bits(bits, tensor.dtype), full_sort.kth_largest([tensor], k).to(tensor.dtype)
     assert full_sort.same_bits(threshold, wanted) or (threshold.isnan() and wanted.isnan())
 
@@ -160,7 +163,7 @@ def test_k_outside_of_the_tensor_is_refused():
 
 
 def test_k_is_the_floor_of_the_rounded_product():
-    assert [measuring.entries_to_keep(n, d) for n, d in [(1, 0.2), (10, 0.3), (100, 0.29), (5, 1.0)]] == [1, 3, 28, 5]
+    assert [entries_to_keep(n, d) for n, d in [(1, 0.2), (10, 0.3), (100, 0.29), (5, 1.0)]] == [1, 3, 28, 5]
 
 
 # ------------------------------------------------------------------ the mask
@@ -209,9 +212,9 @@ def test_threshold_of_a_wider_dtype_is_not_rounded(score, data):
     hypothesis.assume(math.isfinite(near))
     threshold = from_bits((magnitude_bits(torch.tensor(near)) + data.draw(st.integers(-1, 1))).clamp(0), torch.float32)
     wanted = full_sort.selected(score, threshold)
-    assert torch.equal(selection(score, threshold), wanted)
+    assert torch.equal(ThresholdSelection(score, threshold).mask(), wanted)
     grad = clone_with_strides(score)
-    (count,) = apply_thresholds_([grad], [threshold])
+    (count,) = apply_([part := part_of(grad)], [ThresholdSelection(part.local, threshold)])
     assert full_sort.same_bits(grad, torch.where(wanted, score, 0)) and count == wanted.sum()
 
 
@@ -253,9 +256,8 @@ def test_large_embedding_with_mostly_zero_rows_keeps_what_is_not_zero():
 
 def test_measuring_tells_how_many_the_applying_selects():
     grads = list(smollm2_like_gradients(torch.float32, 32))
-    measured = measure(grads, 0.1)
-    counted = apply_thresholds_([grad.clone() for grad in grads], measured.thresholds)
-    assert [int(c) for c in measured.selected] == [int(c) for c in counted]
+    selections = select_largest([part_of(grad) for grad in grads], grads, 0.1)
+    assert [int(s.count) for s in selections] == [int(s.mask().sum()) for s in selections]
 
 
 # ------------------------------------------------------------------ what it leaves alone, and refuses

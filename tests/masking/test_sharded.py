@@ -1,7 +1,10 @@
 """A sharded gradient is masked as if it were whole, whatever shards it: real processes against one without any."""
 
 import functools
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import launch
@@ -27,17 +30,28 @@ def torchrun(tmp_path_factory):
     """Function that starts the worker in n processes, once, and gives what they found."""
 
     @functools.cache
-    def run(n: int) -> dict:
+    def run(n: int, by_kernels: bool = False) -> dict:
         folder = tmp_path_factory.mktemp("sharded")
-        launch.torchrun(WORKER, folder / "results.pt", processes=n, log_dir=folder)
+        if by_kernels:  # the interpreter replaces the compiler when Triton is imported: in fresh processes
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+            environment = {**os.environ, "TRITON_INTERPRET": "1"}
+            subprocess.run([*command, WORKER, folder / "results.pt"], env=environment, check=True)
+        else:
+            launch.torchrun(WORKER, folder / "results.pt", processes=n, log_dir=folder)
         return torch.load(folder / "results.pt")
 
     return run
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda n: f"{n} processes")
+@pytest.fixture(
+    scope="module",
+    params=[(1,), (2,), (3,), (4,), (2, True)],
+    ids=lambda run: f"{run[0]} processes" + ", by Triton's kernels" * len(run[1:]),
+)
 def results(request, torchrun):
-    return torchrun(request.param)
+    found = torchrun(*request.param)
+    assert (found["launches"] > 100) == (request.param == (2, True))
+    return found
 
 
 def assert_same(found, wanted, where):

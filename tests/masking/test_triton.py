@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from gmt_tune import mask_grads_
-from gmt_tune.masking import applying, devices
+from gmt_tune.masking.parts import part_of
+from gmt_tune.masking.search import devices
+from gmt_tune.masking.selection import ThresholdSelection, apply_
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -66,15 +68,14 @@ def test_a_triton_that_cannot_compile_is_given_up_with_one_warning(monkeypatch):
 
 def test_applying_falls_back_too_and_selects_the_same(monkeypatch):
     """Compiling can fail at the second kernel only."""
-    from gmt_tune.masking import triton_search
-
     monkeypatch.setattr(devices, "_failures", [])
-    monkeypatch.setattr(applying, "triton_search_for", lambda members: triton_search)
+    monkeypatch.setattr(devices, "_SERVED", ("cpu",))
     grads = [torch.randn(50, 9), torch.randn(30)]
-    scores = [grads[0].abs().sqrt(), grads[1]]
+    parts = [part_of(grad) for grad in grads]
+    scores = [grads[0].abs().sqrt(), parts[1].local]
     wanted = [grad * (score.abs() >= 0.7) for grad, score in zip(grads, scores, strict=True)]
     with pytest.warns(UserWarning, match="Triton is installed but does not work here"):
-        counts = applying.apply_thresholds_(grads, [torch.tensor(0.7)] * 2, scores)
+        counts = apply_(parts, [ThresholdSelection(score, torch.tensor(0.7)) for score in scores])
     for grad, count, want in zip(grads, counts, wanted, strict=True):
         assert torch.equal(grad, want) and int(count) == int((want != 0).sum()) > 0
 

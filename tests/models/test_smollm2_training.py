@@ -29,7 +29,7 @@ SMOLLM2_135M = {
 def test_config_fits_the_model_and_the_override_for_local_data_that_it_names(tmp_path, name):
     from safetensors.numpy import save_file
 
-    from gmt_tune.integrations.torchtune.config_check import check_config
+    from gmt_tune.integrations.torchtune.config.check import check_config
 
     text = (CONFIGS / f"{name}.yaml").read_text()
     overrides = re.search(r"#   (dataset\.source=json dataset\.data_files=\S+)\n", text).group(1).split()

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config
+from gmt_tune.integrations.torchtune.config.check import check_config
 from gmt_tune.integrations.torchtune.run.chunks import filled_length
 
 WORKER = Path(__file__).with_name("distributed_worker.py")

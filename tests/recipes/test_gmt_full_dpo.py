@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config
+from gmt_tune.integrations.torchtune.config.check import check_config
 from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_check import check_config, check_keys, check_machine
-from gmt_tune.integrations.torchtune.config_files import _check_data_files
-from gmt_tune.integrations.torchtune.config_reading import apply_overrides
+from gmt_tune.integrations.torchtune.config.check import check_config, check_keys, check_machine
+from gmt_tune.integrations.torchtune.config.files import _check_data_files
+from gmt_tune.integrations.torchtune.config.reading import apply_overrides
 from gmt_tune.integrations.torchtune.run.schedule import warn_of_long_warmup
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}

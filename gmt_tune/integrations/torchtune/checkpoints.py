@@ -30,26 +30,14 @@ from gmt_tune.integrations.torchtune.checkpoint_writer import (
     make_marks,
     wait_for_others,
 )
+from gmt_tune.integrations.torchtune.config.inputs import inputs_in
+from gmt_tune.integrations.torchtune.config.keys import may_differ
+from gmt_tune.integrations.torchtune.config.public import check_of, environment_checks, leaves, public_config
 from gmt_tune.integrations.torchtune.file_lock import FileLock, lock_folder
 from gmt_tune.integrations.torchtune.model_folder import check_config_json, model_files, write_model
-from gmt_tune.integrations.torchtune.public_config import check_of, environment_checks, leaves, public_config
-from gmt_tune.integrations.torchtune.run_inputs import inputs_in
 from gmt_tune.reporting.redaction import HIDDEN, without_secrets
 
 log = utils.get_logger("INFO")
-
-# Config sections that may differ between a run and its continuation: they change no number of the training.
-_MAY_DIFFER = (
-    "output_dir", "checkpointer", "ref_checkpointer.output_dir", "resume_from_checkpoint", "epochs", "device",
-    "compile", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "log_level", "profiler",
-    "save_every_n_steps",
-    "keep_last_n_checkpoints", "dataset_val", "run_val_every_n_steps", "batch_size_val", "evaluation",
-    "track_selection_every_n_steps", "write_report",
-    "enable_activation_checkpointing", "enable_activation_offloading", "ac_mode", "ac_option",
-    "custom_sharded_layers", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "enable_async_checkpointing",
-    "on_nonfinite", "cudnn_deterministic_mode",
-)  # fmt: skip
-
 
 _FROM_ENVIRONMENT = "comes from the environment and is not what it was"
 
@@ -416,7 +404,7 @@ def config_differences(saved: dict, checks: Mapping[str, str], cfg: DictConfig) 
     # The same value may have come from the environment then and not now, or the other way round
     for key, leaf in leaves(now).items():
         old = before.get(key)
-        if old is None or _may_differ(key):
+        if old is None or may_differ(key):
             continue
         if key in checks and checks[key] != check_of(values[key]):
             is_from_environment = "${oc.env:" in f"{old.value}{leaf.value}"
@@ -429,7 +417,7 @@ def config_differences(saved: dict, checks: Mapping[str, str], cfg: DictConfig) 
 def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
     found = []
     for key in {**saved, **now}:
-        if _may_differ(f"{prefix}{key}"):
+        if may_differ(f"{prefix}{key}"):
             continue
         a, b = saved.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -438,10 +426,6 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
             is_secret = isinstance(b, str) and "${oc.env:" in b  # and a is it, where an earlier version saved it
             found.append(f"{prefix}{key} " + (_FROM_ENVIRONMENT if is_secret else f"is {b!r}, was {a!r}"))
     return found
-
-
-def _may_differ(key: str) -> bool:
-    return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in _MAY_DIFFER)
 
 
 def load_checkpointer(cfg_checkpointer: DictConfig):

@@ -23,7 +23,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.names import bare_name
 from gmt_tune.masking.packing import pack_selection, unpack_selection
-from gmt_tune.reporting.selection_tracker import SelectionTracker
+from gmt_tune.masking.tracker import SelectionTracker
 
 _HYPERPARAMETERS = "hyperparameters"
 

@@ -24,8 +24,8 @@ from gmt_tune.integrations.transformers.run_files import TrainerRunLog
 from gmt_tune.integrations.transformers.trainer_setup import refuse_unmaskable_arguments, refuse_unmaskable_model
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.optimizers import unwrap_optimizer
+from gmt_tune.masking.tracker import SelectionTracker, check_every
 from gmt_tune.reporting.mask_metrics import MaskMetrics
-from gmt_tune.reporting.selection_tracker import SelectionTracker, check_every
 
 logger = logging.get_logger(__name__)
 

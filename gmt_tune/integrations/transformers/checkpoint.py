@@ -20,6 +20,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from gmt_tune.errors import one_line
 from gmt_tune.masking import GradientMask
 
 FILE_NAME = "gradient_mask.pt"
@@ -75,8 +76,9 @@ def _read(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["trainer_state"], content["mask"]["selections"], content["shards"]
     except Exception as error:  # a damaged zip archive or pickle raises whatever its bytes lead to
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is truncated or damaged ({reason}): resume from an older checkpoint") from error
+        raise ValueError(
+            f"{path} is truncated or damaged ({one_line(error)[:200]}): resume from an older checkpoint"
+        ) from error
     return content
 
 

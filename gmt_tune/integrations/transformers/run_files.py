@@ -8,9 +8,9 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from gmt_tune.masking import GradientMask
+from gmt_tune.reporting.foreign_logs import as_recipes_log
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.run_log import RunLog
-from gmt_tune.reporting.trainer_log import renamed
 
 
 class TrainerRunLog:
@@ -35,7 +35,7 @@ class TrainerRunLog:
         """Append what the Trainer logged at a step."""
         if self._log is not None:
             numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            self._log.log(step, renamed(numbers))
+            self._log.log(step, as_recipes_log(numbers))
 
     def log_mask(self, step: int) -> dict[str, float]:
         """Append the mask's numbers by parameter, where that is due.

@@ -1,4 +1,8 @@
-"""The dimensions of the three SmolLM2 models, and their tokenizer's default system message."""
+"""The dimensions of the three SmolLM2 models, and their tokenizer's default system message.
+
+``max_seq_len`` is the number of positions that rotary embeddings are computed for; the models' limit is the default.
+The output layer is tied to the embeddings.
+"""
 
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
@@ -11,41 +15,17 @@ MAX_SEQ_LEN = 8192
 
 
 def smollm2_135m(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """
-    SmolLM2-135M: 30 layers of width 576; 134.5 million parameters.
-
-    Args:
-        max_seq_len (int): positions that rotary embeddings are computed for; default 8192, the model's limit.
-
-    Returns:
-        TransformerDecoder: with the output layer tied to the embeddings.
-    """
+    """SmolLM2-135M: 30 layers of width 576; 134.5 million parameters."""
     return _smollm2(30, 9, 3, 576, 1536, rope_base=100_000, max_seq_len=max_seq_len)
 
 
 def smollm2_360m(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """
-    SmolLM2-360M: 32 layers of width 960; 361.8 million parameters.
-
-    Args:
-        max_seq_len (int): positions that rotary embeddings are computed for; default 8192, the model's limit.
-
-    Returns:
-        TransformerDecoder: with the output layer tied to the embeddings.
-    """
+    """SmolLM2-360M: 32 layers of width 960; 361.8 million parameters."""
     return _smollm2(32, 15, 5, 960, 2560, rope_base=100_000, max_seq_len=max_seq_len)
 
 
 def smollm2_1_7b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """
-    SmolLM2-1.7B: 24 layers of width 2048, every query head with its own key head; 1.71 billion parameters.
-
-    Args:
-        max_seq_len (int): positions that rotary embeddings are computed for; default 8192, the model's limit.
-
-    Returns:
-        TransformerDecoder: with the output layer tied to the embeddings.
-    """
+    """SmolLM2-1.7B: 24 layers of width 2048, every query head with its own key head; 1.71 billion parameters."""
     return _smollm2(24, 32, 32, 2048, 8192, rope_base=130_000, max_seq_len=max_seq_len)
 
 

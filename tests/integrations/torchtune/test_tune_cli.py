@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 import yaml
+
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
 CONFIG = "smollm2/135M_gmt_cpu"
 
@@ -21,20 +24,20 @@ def test_ls_shows_the_recipe_and_its_configs(run_tune, tmp_path):
 
 
 def test_cat_and_validate_take_our_configs(run_tune, tmp_path):
-    shown = yaml.safe_load(run_tune("cat", CONFIG, cwd=tmp_path).stdout)
-    assert shown["gradient_mask"]["_component_"] == "gmt_tune.GradientMask"
-    run_tune("cp", CONFIG, "mine.yaml", cwd=tmp_path)
+    shown = run_tune("cat", CONFIG, cwd=tmp_path).stdout
+    assert yaml.safe_load(shown)["gradient_mask"]["_component_"] == "gmt_tune.GradientMask"
+    (tmp_path / "mine.yaml").write_text(shown)
     assert "well-formed" in run_tune("validate", "mine.yaml", cwd=tmp_path).stdout
 
 
 def test_validate_names_a_misspelt_mask_key(run_tune, tmp_path):
-    run_tune("cp", CONFIG, "mine.yaml", cwd=tmp_path)
-    text = (tmp_path / "mine.yaml").read_text()
+    text = config_paths()[CONFIG].read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("  density:", "  densty:"))
     process = run_tune("validate", "mine.yaml", cwd=tmp_path, check=False)
     assert process.returncode != 0 and "densty" in process.stderr
 
 
+@pytest.mark.slow  # docs/extending/own_recipe.md, which tests/docs follows, does the same
 def test_a_copied_and_edited_recipe_runs_with_a_copied_and_edited_config(
     run_tune, tmp_path, tiny_config, logged_metrics, final_weights
 ):

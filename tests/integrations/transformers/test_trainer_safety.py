@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
-from gmt_tune.masking import delayed
+from gmt_tune.masking import nonfinite as delayed
 
 
 class Unfreeze(TrainerCallback):

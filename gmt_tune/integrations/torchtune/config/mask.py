@@ -1,14 +1,13 @@
 """Makes the GradientMask of a config's section."""
 
 import inspect
-from difflib import get_close_matches
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config
 
-from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.config_components import import_component
+from gmt_tune.errors import UserError, did_you_mean
+from gmt_tune.integrations.torchtune.config.components import import_component
 from gmt_tune.masking import GradientMask
 
 
@@ -32,8 +31,7 @@ def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> Gradie
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(component).parameters.values())
     for key in cfg_mask:
         if key != "_component_" and key not in known and not takes_any:
-            nearest = get_close_matches(key, known, n=1)
-            hint = f"did you mean gradient_mask.{nearest[0]}?" if nearest else f"keys are {', '.join(known)}"
+            hint = did_you_mean(key, known, prefix="gradient_mask.")
             raise UserError(f"gradient_mask.{key} ({cfg_mask[key]!r}) is no key of {component.__name__}: {hint}")
     if "density" in known and "density" not in cfg_mask:
         raise UserError("gradient_mask.density is missing: set the fraction of entries that stay, such as 0.2")

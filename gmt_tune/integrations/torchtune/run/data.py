@@ -14,7 +14,8 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
-from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed, fault_of_files
+from gmt_tune.data.files import fault_of_files
+from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 

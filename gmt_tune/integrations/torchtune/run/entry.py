@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from gmt_tune.errors import UserError, UserErrorOfOneRank
+from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 from gmt_tune.integrations.torchtune import process_group
-from gmt_tune.integrations.torchtune.config_check import check_config, check_machine
-from gmt_tune.integrations.torchtune.config_reading import apply_overrides, expand_home, read_file
+from gmt_tune.integrations.torchtune.config.check import check_config, check_machine
+from gmt_tune.integrations.torchtune.config.public import without_secrets_of
+from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
-from gmt_tune.integrations.torchtune.public_config import without_secrets_of
 from gmt_tune.integrations.torchtune.run.signals import StopRun
 
 # Set to 1 to see the whole traceback of an error that is otherwise said in one sentence.
@@ -28,7 +28,7 @@ DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
 def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
     """Decorator as ``torchtune.config.parse``, whose errors are one sentence each.
 
-    What the command line may say besides is in :func:`config_reading.apply_overrides`.
+    What the command line may say besides is in :func:`config.reading.apply_overrides`.
     """
 
     @functools.wraps(recipe_main)
@@ -45,7 +45,7 @@ def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
                 _show(str(error))
             sys.exit(1)
         except Exception as error:
-            _show(f"the config or the command line cannot be read ({_one_line(error)})")
+            _show(f"the config or the command line cannot be read ({one_line(error, with_type=True)})")
             sys.exit(1)
         sys.exit(recipe_main(cfg))
 
@@ -83,13 +83,14 @@ def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: 
         status = 1
     except torch.OutOfMemoryError as error:
         _show(
-            f"out of memory on {cfg.device} ({_one_line(error)}): lower batch_size or tokenizer.max_seq_len, set "
-            "enable_activation_checkpointing: True, or take a config ending in _low_memory; `gmt-tune memory` counts"
+            f"out of memory on {cfg.device} ({one_line(error, with_type=True)}): lower batch_size or "
+            "tokenizer.max_seq_len, set enable_activation_checkpointing: True, or take a config ending in _low_memory; "
+            "`gmt-tune memory` counts"
         )
         status = 1
     except Exception as error:
         # No fault that we know: after a day of training nobody wants to repeat it in order to see the traceback
-        _show(f"{without_secrets_of(cfg, _one_line(error))}{_keep_traceback(cfg)}")
+        _show(f"{without_secrets_of(cfg, one_line(error, with_type=True)[:1000])}{_keep_traceback(cfg)}")
         status = 1
     process_group.leave(has_failed=status == 1)
     return status
@@ -105,11 +106,6 @@ def _show(message: str) -> None:
         traceback.print_exc()
     else:
         print(f"Error: {message}\n({DEBUG_VARIABLE}=1 shows where it was raised)", file=sys.stderr, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    """Type and message of an error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
 
 
 def _keep_traceback(cfg: DictConfig) -> str:

@@ -24,7 +24,7 @@ from gmt_tune.integrations.torchtune.run import schedule
 from gmt_tune.integrations.torchtune.run.progress import Progress
 from gmt_tune.integrations.torchtune.run.recipe_setup import RecipeSetup
 from gmt_tune.integrations.torchtune.run.signals import StopRun
-from gmt_tune.reporting.report_at_end import report_at_end
+from gmt_tune.reporting.report import report_at_end
 
 log = utils.get_logger("INFO")
 

@@ -17,7 +17,7 @@ from gmt_tune.data.rows import positions_in_words
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
-from gmt_tune.integrations.torchtune.public_config import PublicConfigLogger, public_config
+from gmt_tune.integrations.torchtune.config.public import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.run import data, schedule
 from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck
@@ -26,9 +26,9 @@ from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.run.validation import Validation
 from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
+from gmt_tune.masking.tracker import SelectionTracker
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.run_log import RunLog
-from gmt_tune.reporting.selection_tracker import SelectionTracker
 
 FullFinetuneRecipeDistributed: Any = load_base_recipe("full_finetune_distributed").FullFinetuneRecipeDistributed
 

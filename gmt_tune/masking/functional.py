@@ -1,0 +1,143 @@
+"""The mask as functions, in the manner of ``torch.nn.utils.clip_grad_norm_``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gmt_tune.masking.checks import check_density, check_dtype, check_scope, check_score
+from gmt_tune.masking.nonfinite import raise_for_flags
+from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, part_of
+from gmt_tune.masking.scores import make_score
+from gmt_tune.masking.search import find_thresholds
+from gmt_tune.masking.selection import Selection, WholeSelection, apply_
+
+
+@dataclass
+class MaskStatistics:
+    """What one masking did. Holds 0-d tensors on the device; reading a property waits for the device.
+
+    Attributes:
+        thresholds: name (or position) of each tensor to its 0-d threshold; empty for score "random".
+        selected: name to a 0-d int64 tensor: entries that stayed.
+        numel: name to the number of entries.
+    """
+
+    thresholds: dict[str, Tensor] = field(default_factory=dict)
+    selected: dict[str, Tensor] = field(default_factory=dict)
+    numel: dict[str, int] = field(default_factory=dict)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop what is known of some gradients."""
+        for name in names:
+            for numbers in (self.thresholds, self.selected, self.numel):
+                numbers.pop(name, None)
+
+    def record(self, parts: Sequence[Part], counts: Sequence[Tensor], thresholds: Sequence[Tensor | None]) -> None:
+        """Take in what was selected of some gradients."""
+        for part, count, threshold in zip(parts, counts, thresholds, strict=True):
+            self.selected[part.name] = count
+            self.numel[part.name] = part.numel
+            if threshold is not None:
+                self.thresholds[part.name] = threshold
+
+    @property
+    def density(self) -> float:
+        """Fraction of the masked tensors' entries that stayed; 1.0 where nothing was masked."""
+        total = sum(self.numel.values())
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for count in self.selected.values():
+            by_device.setdefault(count.device, []).append(count)
+        kept = sum(int(torch.stack(counts).sum()) for counts in by_device.values())
+        return kept / total if total else 1.0
+
+
+def kth_largest_magnitude(tensor: Tensor, k: int) -> Tensor:
+    """The k-th largest absolute value of a tensor, equal to what a full sort gives, bit for bit.
+
+    Args:
+        tensor: any shape and stride; float32, bfloat16 or float16.
+        k: rank from the top, 1 (the largest) to ``tensor.numel()``.
+
+    Returns:
+        0-d tensor of the tensor's dtype, on its device. NaN ranks above infinity, as in ``torch.sort``.
+
+    Raises:
+        ValueError: if k is outside 1..numel.
+        TypeError: if the dtype is not float32, bfloat16 or float16.
+    """
+    check_dtype(tensor)
+    if not 1 <= k <= tensor.numel():
+        raise ValueError(f"k must be between 1 and the number of entries ({tensor.numel()}), got {k}")
+    part = part_of(tensor)
+    return find_thresholds([[(part.local, part)]], [k])[0].threshold
+
+
+@torch.no_grad()
+def mask_grads_(
+    parameters: Tensor | Iterable[Tensor],
+    density: float,
+    *,
+    scope: str = "tensor",
+    score: str = "magnitude",
+    error_if_nonfinite: bool = True,
+    seed: int = 0,
+    step: int = 0,
+) -> MaskStatistics:
+    r"""Zero, in place, all gradient entries but the fraction ``density`` with the largest score.
+
+    With :math:`n` entries in the scope, :math:`k = \max(1, \lfloor \text{density} \cdot n \rfloor)` and
+    :math:`T` the k-th largest score, an entry stays if its score is at least :math:`T` and not zero. Call it
+    like ``torch.nn.utils.clip_grad_norm_``: after accumulation and clipping, right before the optimizer step.
+
+    The gradient is zeroed, not the update: an optimizer with momentum or weight decay still moves weights
+    whose gradient was zeroed.
+
+    Args:
+        parameters: a tensor or an iterable of tensors whose ``.grad`` is masked; those without are skipped.
+            Gradients are float32, bfloat16 or float16, of any shape and stride, or sharded as DTensors.
+        density: fraction of entries that stay, in (0, 1]; 1.0 changes nothing.
+        scope: over what the top fraction is taken: each "tensor" by itself, or all together ("global").
+        score: what entries are ranked by: "magnitude" of the gradient, "saliency" (magnitude of gradient
+            times weight), or "random" (each entry stays with probability ``density``).
+        error_if_nonfinite: raise if a gradient holds NaN or infinity, before any gradient is changed; on
+            CUDA this waits for the device. With False, NaN ranks above infinity and passes through.
+        seed: of the random score.
+        step: which draw of the random score; give the optimizer step for a new selection at each.
+
+    Returns:
+        Thresholds, numbers of entries and of those that stayed, by the tensor's position ("0", "1", ...).
+
+    Raises:
+        ValueError: if density, scope or score is out of range.
+        TypeError: if a gradient is sparse or of another dtype than float32, bfloat16 or float16.
+        RuntimeError: for NaN or infinity, see ``error_if_nonfinite``.
+
+    Example:
+        >>> loss.backward()
+        >>> mask_grads_(model.parameters(), density=0.2)
+        >>> optimizer.step()
+    """
+    density, scope, score = check_density(density), check_scope(scope), check_score(score)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for p in parameters:
+        if p.grad is not None:
+            check_dtype(p.grad)
+    parts = make_parts({str(i): p for i, p in enumerate(parameters)})
+    ranking = make_score(score, seed, lambda name: step)
+    titles = [f"parameter {part.name}" for part in parts]
+    seen = [density < 1.0 and ranking.sees_nonfinite(part) for part in parts]
+    if error_if_nonfinite and not all(seen):
+        raise_for_flags(titles, nonfinite_gradients(parts))
+    if density < 1.0:
+        selections: Sequence[Selection] = ranking.select(parts, density, scope)
+    else:
+        selections = [WholeSelection(part) for part in parts]
+    if error_if_nonfinite and all(seen):
+        raise_for_flags(titles, [selection.nonfinite for selection in selections])
+    statistics = MaskStatistics()
+    statistics.record(parts, apply_(parts, selections), [selection.threshold for selection in selections])
+    return statistics

@@ -1,0 +1,169 @@
+"""What entries are ranked by, as objects that make selections: the decisions that depend on the score are here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gmt_tune.masking.checks import check_dtype
+from gmt_tune.masking.draws import random_key
+from gmt_tune.masking.parts import Part, is_sharded
+from gmt_tune.masking.search import find_thresholds
+from gmt_tune.masking.search.entries import Product
+from gmt_tune.masking.selection import RandomSelection, Selection, ThresholdSelection
+
+
+class Score:
+    """Ranks entries by a magnitude, and selects the largest: see the subclasses."""
+
+    def sees_nonfinite(self, part: Part) -> bool:
+        """Whether selecting shows that a gradient holds NaN or infinity, so that nothing else need look."""
+        return bool(part.groups)
+
+    def rank(self, part: Part) -> Tensor | Product:
+        """What this process's entries of a gradient are ranked by, of the same shape."""
+        raise NotImplementedError
+
+    def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
+        """For each part a selection of k = max(1, floor(density * n)) of the n entries in the scope, and ties.
+
+        With scope "tensor", no more than one score of its own memory need be alive: give a part at a time.
+        """
+        return list(select_largest(parts, [self.rank(part) for part in parts], density, scope))
+
+    def unscaled(self, threshold: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
+        """A threshold without the loss scale that a fused optimizer will divide gradients by, inside its step."""
+        if threshold is None or grad_scale is None:
+            return threshold
+        return threshold.float() / grad_scale.to(threshold.device)
+
+    def batches(self, parts: Sequence[Part], scope: str) -> list[Sequence[Part]]:
+        """The parts to select of together: all, unless their scores would take memory at the same time."""
+        return [parts] if parts else []
+
+
+class Magnitude(Score):
+    """The magnitude of the gradient: Li et al., AAAI 2025."""
+
+    def sees_nonfinite(self, part: Part) -> bool:
+        return True
+
+    def rank(self, part: Part) -> Tensor:
+        return part.local
+
+
+class Saliency(Score):
+    """The magnitude of gradient times weight."""
+
+    def rank(self, part: Part) -> Product:
+        return Product(part.local, part.weight)
+
+
+class Random(Score):
+    """Draws entries, with probability ``density`` each, in place of ranking them.
+
+    Args:
+        seed: of all draws.
+        draw: which draw is in force for a parameter's name; see :func:`gmt_tune.masking.draws.random_key`.
+    """
+
+    def __init__(self, seed: int, draw: Callable[[str], int]) -> None:
+        self._seed, self._draw = seed, draw
+
+    def sees_nonfinite(self, part: Part) -> bool:
+        return False
+
+    def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
+        return [
+            RandomSelection(part, density, random_key(self._seed, self._draw(part.name), part.name)) for part in parts
+        ]
+
+
+class UserScore(Score):
+    """A user's method: :meth:`gmt_tune.GradientMask.compute_score`.
+
+    Args:
+        compute: gets the name, the parameter and the gradient.
+        grad_scale: what gradients are to be divided by before, a 0-d tensor, if anything.
+    """
+
+    def __init__(self, compute: Callable[[str, Tensor, Tensor], Tensor], grad_scale: Tensor | None) -> None:
+        self._compute, self._grad_scale = compute, grad_scale
+
+    def rank(self, part: Part) -> Tensor:
+        grad = unscaled = part.grad
+        if self._grad_scale is not None:  # float16 would underflow
+            unscaled = (grad.float() if grad.dtype == torch.float16 else grad) / self._grad_scale.to(grad.device)
+        score = self._compute(part.name, part.parameter, unscaled)  # type: ignore[arg-type]
+        if not isinstance(score, Tensor) or score.shape != grad.shape or not score.is_floating_point():
+            found = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(
+                f"compute_score of '{part.name}' must return a floating-point tensor of shape "
+                f"{tuple(grad.shape)}, got {found}"
+            )
+        if is_sharded(grad) and not is_sharded(score):
+            raise TypeError(
+                "the score of a sharded gradient must be a DTensor as well: make it from the gradient and the "
+                "parameter that compute_score is given, not from their local parts"
+            )
+        return part.local if score is grad else part.local_of(score)
+
+    def unscaled(self, threshold: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
+        return threshold  # gradients were divided before
+
+    def batches(self, parts: Sequence[Part], scope: str) -> list[Sequence[Part]]:
+        if scope == "global" or any(part.groups for part in parts):  # what is sharded shares collectives
+            return super().batches(parts, scope)
+        return [[part] for part in parts]
+
+
+def select_largest(
+    parts: Sequence[Part],
+    scores: Sequence[Tensor | Product],
+    density: float,
+    scope: str = "tensor",
+) -> list[ThresholdSelection]:
+    """The measuring step: the threshold of each part, or of all together, changing nothing.
+
+    Args:
+        parts: of gradients; where they are sharded, all ranks give the same ones in the same order.
+        scores: of each part's entries, on the same device.
+        density: fraction of entries that stay, in (0, 1].
+        scope: "tensor" or "global".
+
+    Returns:
+        Selections; with scope "global" their thresholds are equal, and of the scores' dtype, or float32 where dtypes
+        differ. The threshold of a gradient without entries is infinity.
+    """
+    for score in scores:
+        check_dtype(score)
+    filled = [i for i, part in enumerate(parts) if part.numel]
+    groups = [[i] for i in filled] if scope == "tensor" else [filled] if filled else []
+    ks = [entries_to_keep(sum(parts[i].numel for i in group), density) for group in groups]
+    found = find_thresholds([[(scores[i], parts[i]) for i in group] for group in groups], ks)
+    selections = {}
+    for group, result in zip(groups, found, strict=True):
+        for i, count, flag in zip(group, result.selected, result.nonfinite, strict=True):
+            is_gradients = scores[i] is parts[i].local or parts[i].groups
+            selections[i] = ThresholdSelection(scores[i], result.threshold, count, flag if is_gradients else None)
+    return [selections[i] if i in selections else _select_nothing(score) for i, score in enumerate(scores)]
+
+
+def _select_nothing(score: Tensor | Product) -> ThresholdSelection:
+    zero = torch.zeros((), dtype=torch.int64, device=score.device)
+    return ThresholdSelection(
+        score, torch.full((), math.inf, dtype=score.dtype, device=score.device), zero, zero.bool()
+    )
+
+
+def entries_to_keep(n: int, density: float) -> int:
+    """k of n entries: ``max(1, floor(density * n))``, the product rounded to double as Python does."""
+    return max(1, math.floor(density * n))
+
+
+def make_score(name: str, seed: int, draw: Callable[[str], int]) -> Score:
+    """The score of a name in ``checks.SCORES``."""
+    return {"magnitude": Magnitude, "saliency": Saliency}[name]() if name != "random" else Random(seed, draw)

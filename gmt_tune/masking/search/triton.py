@@ -1,0 +1,167 @@
+"""Thresholds of all tensors on a GPU in a few launches, without waiting for the device, and their application.
+
+The search is that of the CPU, for all sets of entries at once:
+
+1. a random sample of each set guesses a window of magnitudes that holds the threshold (``kernels/sample.py``);
+2. all entries are counted by the window's bins (``kernels/count.py``), and the counts say which bin holds the
+   threshold, or on which side of the window it lies (``kernels/narrow.py``). So on, until one magnitude is left.
+
+Counts alone decide, so the threshold is exact whatever the sample said. The host cannot know how many counts it
+takes without waiting, so it launches as many as it can ever take: each narrows what is left to the width of a
+bin. For 16-bit entries the first is enough but for heavy tails, for float32 the third; those after it end at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmt_tune.masking.bits import INFINITY_BITS, MAGNITUDE_MASK, NAN_BITS, from_bits, smallest_selected_bits
+from gmt_tune.masking.search.entries import Product
+from gmt_tune.masking.search.kernels.apply import apply_smallest_
+from gmt_tune.masking.search.kernels.count import count_in_windows, zero_counts
+from gmt_tune.masking.search.kernels.narrow import narrow_windows
+from gmt_tune.masking.search.kernels.sample import sample_windows
+from gmt_tune.masking.search.kernels.tables import Table, is_covered, make_table, to_device
+
+# A warp of 32 votes on 32 bins as fast as memory delivers 16-bit entries; float32 ones come at half the rate.
+BINS = {torch.float32: 128, torch.bfloat16: 32, torch.float16: 32}
+
+
+def kth_largest(
+    sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The k-th largest magnitude of each of several sets of entries.
+
+    Args:
+        sets: tensors, or products, whose entries are ranked together; ``can_search`` each set.
+        ks: for each set the rank from the top, 1 to its number of entries.
+
+    Returns:
+        For each set a 0-d threshold in its dtype, and for each of its tensors a 0-d bool tensor: whether it holds
+        NaN or infinity.
+    """
+    thresholds: list[Tensor] = [torch.empty(0)] * len(sets)
+    nonfinite: list[list[Tensor]] = [[]] * len(sets)
+    for members in _groups([one[0] for one in sets]):
+        some = [sets[i] for i in members]
+        dtype, device = some[0][0].dtype, some[0][0].device
+        with _on(device):
+            table = make_table(some)
+            bits, largest = _search(table, [ks[i] for i in members], dtype)
+        is_nan = bits > INFINITY_BITS[dtype]
+        values = from_bits(torch.where(is_nan, NAN_BITS[dtype], bits), dtype).unbind()
+        flags = iter((largest >= INFINITY_BITS[dtype]).unbind())
+        for i, value in zip(members, values, strict=True):
+            thresholds[i] = value
+            nonfinite[i] = [next(flags) for _ in sets[i]]
+    return thresholds, nonfinite
+
+
+def can_search(tensors: Sequence[Tensor | Product], dtype: torch.dtype) -> bool:
+    """Whether these tensors, compared in a dtype, are of one kind and lie as the kernels need them."""
+    return len(_groups(tensors)) == 1 and tensors[0].dtype == dtype and all(is_covered(t) for t in tensors)
+
+
+def can_apply(grad: Tensor, score: Tensor | Product) -> bool:
+    """Whether the kernels can zero entries of this gradient by this score."""
+    if score is grad or isinstance(score, Product):
+        return is_covered(score)
+    return grad.is_contiguous() and score.is_contiguous()
+
+
+def apply_thresholds_(
+    grads: Sequence[Tensor], thresholds: Sequence[Tensor], scores: Sequence[Tensor | Product]
+) -> list[Tensor]:
+    """:func:`gmt_tune.masking.selection.apply_thresholds_` for gradients that ``can_apply``, none empty."""
+    counts: list[Tensor] = [torch.empty(0)] * len(grads)
+    kinds: dict[tuple, list[int]] = {}
+    for i, (grad, threshold, score) in enumerate(zip(grads, thresholds, scores, strict=True)):
+        has_own_score = score is not grad and not isinstance(score, Product)
+        kind = (has_own_score, isinstance(score, Product), grad.device, grad.dtype, score.dtype, threshold.dtype)
+        kinds.setdefault(kind, []).append(i)
+    for (has_own_score, *_), members in kinds.items():
+        some = [scores[i] for i in members]
+        with _on(some[0].device):
+            values = torch.stack([thresholds[i].detach().to(some[0].device) for i in members])
+            smallest = smallest_selected_bits(values, some[0].dtype)
+            if has_own_score:
+                table = make_table([[grads[i]] for i in members], some)
+            else:
+                table = make_table([[score] for score in some])
+            selected = apply_smallest_(table, smallest).unbind()
+        for i, count in zip(members, selected, strict=True):
+            counts[i] = count
+    return counts
+
+
+def _search(table: Table, ks: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """int64 [sets], the magnitude bits of each set's k-th largest, and int32 [tensors], of the largest."""
+    device, bins, key_bits = table.pointers.device, BINS[dtype], MAGNITUDE_MASK[dtype].bit_length()
+    ranks = to_device(ks, device)
+    state = sample_windows(table, ranks, bins, key_bits)
+    counts = zero_counts(len(ks), bins, device)
+    largest = torch.zeros(table.num_tensors, dtype=torch.int32, device=device)
+    for i in range(1 + math.ceil(key_bits / math.log2(bins))):
+        count_in_windows(table, state, counts, largest if i == 0 else None)
+        narrow_windows(counts, ranks, state, INFINITY_BITS[dtype] + 1)
+    return state[0], largest
+
+
+class Counter:
+    """Counts the entries of several tensors by digits of their magnitude, in a launch for each kind of tensor.
+
+    Args:
+        members: tensors or products of one dtype on one device; ``can_search`` each.
+    """
+
+    def __init__(self, members: Sequence[Tensor | Product]) -> None:
+        self._members = list(members)
+        self._tables: list[tuple[Tensor, Table]] = []
+
+    def count(self, prefixes: Tensor, shift: int, width: int, with_flag: bool) -> Tensor:
+        """The counts of ``digits``, by the digit of ``width`` bits, ``shift`` bits from the right.
+
+        Args:
+            prefixes: int64 [members], the digits above.
+            with_flag: look whether a member holds NaN or infinity.
+
+        Returns:
+            int64 [members, 2**width + 1]; the last column is 1 for a member that does, 0 for the others.
+        """
+        device, bins = prefixes.device, 1 << width
+        with _on(device):
+            if not self._tables:
+                groups = _groups(self._members)
+                self._tables = [(to_device(m, device), make_table([[self._members[i]] for i in m])) for m in groups]
+            counts = prefixes.new_zeros(len(prefixes), bins + 1)
+            for members, table in self._tables:
+                windows = prefixes[members] << (shift + width)
+                lows = torch.zeros_like(windows)
+                state = (lows, lows + 2, windows, lows + shift)  # low and high say that the search goes on
+                counted = zero_counts(len(members), bins, device)
+                largest = torch.zeros(len(members), dtype=torch.int32, device=device) if with_flag else None
+                count_in_windows(table, state, counted, largest)
+                flags = lows if largest is None else (largest >= INFINITY_BITS[self._members[0].dtype]).long()
+                counts[members] = torch.cat([counted, flags[:, None]], 1)
+        return counts
+
+
+def _groups(members: Sequence[Tensor | Product]) -> list[list[int]]:
+    """Positions of those that one launch can cover together."""
+    groups: dict[tuple, list[int]] = {}
+    for i, member in enumerate(members):
+        key = (type(member) is Product, member.device, member.dtype)
+        if isinstance(member, Product):
+            key += (member.grad.dtype, member.weight.dtype)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whichever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
