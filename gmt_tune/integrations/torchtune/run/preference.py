@@ -9,6 +9,7 @@ from omegaconf import DictConfig, ListConfig
 from torchtune import config
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.config.keys import is_number
 
 # Top-level keys that a recipe for supervised fine-tuning does not have.
 OWN_KEYS = ("ref_checkpointer",)
@@ -44,10 +45,10 @@ def _check_loss(cfg_loss: DictConfig) -> None:
         ) from None
     for key in ("beta", "gamma"):
         value = getattr(loss, key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not is_number(value) or not value > 0:
             raise UserError(f"loss.{key} must be a number above 0, such as 0.1, got {value!r}")
     smoothing = getattr(loss, "label_smoothing", 0.0)
-    if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 0.5:
+    if not is_number(smoothing) or not 0 <= smoothing < 0.5:
         raise UserError(f"loss.label_smoothing must be a number from 0 to below 0.5, got {smoothing!r}")
 
 
