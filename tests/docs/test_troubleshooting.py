@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from doc_fences import ROOT
 
+from gmt_tune.integrations.torchtune.config.keys import KEYS, TAKES
+
 PAGE = ROOT / "docs" / "troubleshooting.md"
 PACKAGE = ROOT / "gmt_tune"
 RAISED = {"UserError", "VersionError", "SystemExit", "OutOfReachError", "StopRun"}
@@ -44,6 +46,9 @@ def _all_strings() -> frozenset[str]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
                 strings.add(_template(node))
+    # What the table of keys says of their values
+    strings |= {f"{key.name} must be {key.takes.words}, got {GAP}" for key in KEYS.values()}
+    strings |= {f"{GAP} must be {takes.words}, got {GAP}" for takes in TAKES.values()}
     return frozenset(strings)
 
 
