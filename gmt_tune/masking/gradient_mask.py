@@ -414,8 +414,8 @@ class GradientMask:
             raise ValueError(f"this is no GradientMask state: it lacks {error}") from None
         except (TypeError, ValueError):
             raise ValueError("this is no GradientMask state: load what state_dict() gave") from None
-        mine = self.policy()
-        differing = [f"{key} is {mine[key]!r}, was {saved.get(key)!r}" for key in mine if mine[key] != saved.get(key)]
+        own = self.policy()
+        differing = [f"{key} is {own[key]!r}, was {saved.get(key)!r}" for key in own if own[key] != saved.get(key)]
         if differing:
             raise ValueError(
                 f"the gradient mask differs from the saved one: {'; '.join(differing)}. "
