@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, folder: Path, is_async: bool) -> dict[str
     if process.returncode != 0 or said is None:
         raise SystemExit(process.stdout[-2000:] + process.stderr[-4000:])
     total, saving, validating = map(float, said.groups())
-    whole = max(sum(f.stat().st_size for f in step.iterdir()) for step in output.glob("step_*"))
+    whole = max(sum(f.stat().st_size for f in step.rglob("*") if f.is_file()) for step in output.glob("step_*"))
     return {"total": total, "saving": saving, "validating": validating, "bytes": whole}
 
 

@@ -84,7 +84,7 @@ def _break_gradient(rank: str, step: str, name: str, value: str) -> None:
 
 def _die_in_save(rank: str, name: str) -> None:
     """Let one rank be killed when it is about to write its part of one checkpoint."""
-    from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+    from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
 
     write = RunCheckpoints._write
 

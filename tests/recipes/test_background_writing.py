@@ -2,7 +2,7 @@
 
 import pytest
 
-from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.run import signals
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, run out of disk, or meet numbers that are not finite."""
+"""Runs that are killed, asked to stop, run out of disk, or meet numbers that are not finite."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import yaml
 from forked_run import BREAK, DIE_IN_SAVE, KILL, ForkedRun
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.checkpoint_folder import space_needed
-from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.checkpoint.space import space_needed
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3}
 TORCHRUN = [str(Path(sys.executable).parent / "tune"), "run", "--nproc_per_node", "2", "gmt_full_finetune", "--config"]
@@ -86,7 +86,7 @@ def kill_until_done(tmp_path, tiny_config, final_weights, moments: list[tuple[in
         assert torch.equal(weights[key], wanted[key]), key
 
 
-# Rank 0 makes some 30 changes until its first save, and some 20 in each; rank 1 removes its mark in each
+# Rank 0 makes about 30 changes until its first save, and about 20 in each; rank 1 writes its part and its mark in each
 FEW = {
     1: [(0, number) for number in range(26, 106, 4)],
     2: [*((0, number) for number in range(30, 100, 9)), (1, 12), (1, 14)],
@@ -110,12 +110,12 @@ def test_killed_before_every_change_of_a_file(processes, tmp_path, tiny_config, 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
-def test_told_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes, tmp_path, tiny_config, logged_metrics):
+def test_asked_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes, tmp_path, tiny_config, logged_metrics):
     config = tiny_config(tmp_path / "out", gradient_mask=MASK, max_steps_per_epoch=None, epochs=50)
     run = ForkedRun(write_config(tmp_path, config), processes=processes)
     log = tmp_path / "out" / "logs" / "log.txt"
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 3, run)
-    os.kill(run.processes[-1].pid, number)  # one rank is told, and all stop
+    os.kill(run.processes[-1].pid, number)  # one rank gets it, and all stop
     statuses = run.wait(120)
     assert statuses[-1] == 128 + number and all(status > 128 for status in statuses)
     said = run.log.read_text()
@@ -186,8 +186,8 @@ def test_a_second_signal_leaves_at_once(is_under_torchrun, tmp_path, tiny_config
     assert (status > 128) if is_under_torchrun else status in (-signal.SIGTERM, -signal.SIGINT)
 
 
-def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, tiny_config, final_weights):
-    """The command as users type it, ``tune run --nproc_per_node 2``; it is torchrun that is told."""
+def test_under_torchrun_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, tiny_config, final_weights):
+    """The command as users type it, ``tune run --nproc_per_node 2``; it is torchrun that gets the signal."""
     changes = dict(gradient_mask=MASK, epochs=8, max_steps_per_epoch=None, resume_from_checkpoint=True, batch_size=2)
     config = tiny_config(tmp_path / "straight" / "out", **changes)
     straight = ForkedRun(write_config(tmp_path / "straight", config), processes=2)
@@ -204,7 +204,7 @@ def test_under_torchrun_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, t
         assert process.wait(timeout=120) != 0
     text = (tmp_path / "said.txt").read_text()
     assert "To go on, run the same command with resume_from_checkpoint=True." in text
-    assert "Traceback" not in text and "tune: the run was told to stop" in text
+    assert "Traceback" not in text and "tune: the run was asked to stop" in text
     assert saved_steps(tmp_path / "stopped" / "out") == len(log.read_text().splitlines())
 
     assert ForkedRun(file, processes=2).wait(300) == [0, 0]
@@ -304,11 +304,11 @@ def test_a_save_that_fails_midway_ends_the_run_and_the_checkpoint_before_it_resu
     changes = dict(gradient_mask=MASK, save_every_n_steps=1, enable_async_checkpointing=is_async)
     save, (_, hard) = RunCheckpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def with_limit(self, recipe, *args, **kwargs):
-        if recipe.global_step == 3:
+    def with_limit(self, name, parts, position):
+        if position.global_step == 3:
             self.finish()
             resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
-        return save(self, recipe, *args, **kwargs)
+        return save(self, name, parts, position)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunCheckpoints, "save", with_limit)
@@ -351,7 +351,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_the_checkpoint_before_it
         subprocess.run(["umount", "-l", str(small)], check=False)
 
 
-def test_too_little_disk_for_the_checkpoints_to_come_is_told_before_training(
+def test_too_little_disk_for_the_checkpoints_to_come_is_said_before_training(
     tmp_path, tiny_config, run_recipe, monkeypatch
 ):
     import shutil
@@ -377,7 +377,7 @@ def test_too_little_disk_for_the_checkpoints_to_come_is_told_before_training(
     ],
 )
 def test_the_estimate_of_disk_space_is_the_most_that_is_there_at_once(saves, keep_last_n, there, needed):
-    assert space_needed(weights=10, state=20, saves=saves, keep_last_n=keep_last_n, there=there) == needed
+    assert space_needed(weights=10, state=20, saves=saves, keep_last_n=keep_last_n, existing=there) == needed
 
 
 def test_validation_loss_is_that_of_all_rows_and_changes_no_training(

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import launch
 import pytest
 import torch
 import yaml
 from forked_run import ForkedRun
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import checkpoint_folder, training_state
+from gmt_tune.integrations.torchtune.checkpoint import folder as checkpoint_folder
+from gmt_tune.integrations.torchtune.checkpoint import manifest
+from gmt_tune.integrations.torchtune.checkpoint import state as training_state
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
@@ -116,10 +121,10 @@ def test_activation_checkpointing_may_be_switched_when_a_run_goes_on(
 def test_optimizer_states_go_where_their_parameter_is():
     """Also with fsdp_cpu_offload, whose parameters are on the CPU; and in a run that goes on elsewhere."""
     p = torch.empty(2, 3, device="meta")  # stands for another device
-    moment, step = (torch.ones(2, 3), False, False), (torch.tensor(3.0), False, False)
-    assert training_state._from_cpu(moment, p, False).device == p.device
-    assert training_state._from_cpu(step, p, False).device.type == "cpu"
-    assert training_state._from_cpu(step, p, True).device == p.device  # fused or capturable
+    assert training_state._empty(p, p.shape, torch.float32).device == p.device
+    for was_on_accelerator, is_fused, wanted in ((False, False, "cpu"), (False, True, "meta"), (True, False, "meta")):
+        count = training_state._count(torch.tensor(3.0), was_on_accelerator, {"fused": is_fused}, p)
+        assert count.device.type == wanted
 
 
 # name: (processes that go on, what the config changes); all are begun by two
@@ -170,6 +175,66 @@ def test_a_run_of_two_processes_goes_on(variant, tmp_path, tiny_world, tiny_conf
     for key in wanted:
         assert torch.equal(weights[key] != before[key], wanted[key] != before[key]), key
         assert 0.1 < (wanted[key] != before[key]).double().mean() < 0.3, key
+
+
+OTHER_RANKS = ("AdamW", "AdamW8bit", "AdamW4bit")
+
+
+@pytest.fixture(scope="module")
+def runs_on_two_and_four(tmp_path_factory, tiny_world, tiny_config):
+    """Output folder by (optimizer, how many ranks trained it): also ``"4 to 2"`` and ``"2 to 4"``, behind step 3."""
+    root = tmp_path_factory.mktemp("two_and_four")
+    # Matrices that four ranks still hold in whole quantized blocks: smaller ones keep states of 32 bits there
+    shape = dict(hidden_size=128, intermediate_size=256, num_key_value_heads=4, head_dim=32)
+    theirs = json.loads((tiny_world / "model" / "config.json").read_text())
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**{**theirs, **shape})).save_pretrained(root / "model")
+    jobs = []
+    for optimizer in OTHER_RANKS:
+        module = "torch" if optimizer == "AdamW" else "torchao"
+        for before, ranks in ((None, 4), (None, 2), (4, 2), (2, 4)):
+            name = f"{optimizer} on {before} to {ranks}" if before else f"{optimizer} on {ranks}"
+            config = tiny_config(
+                root / name,
+                gradient_mask={**MASK, "refresh_every": 4},
+                optimizer={"_component_": f"{module}.optim.{optimizer}", "lr": 1e-3},
+                track_selection_every_n_steps=1,
+                lr_scheduler=None,
+                max_steps_per_epoch=6,
+                save_every_n_steps=3,
+                batch_size=8 // ranks,
+                resume_from_checkpoint=before is not None,
+            )
+            config["model"].update(embed_dim=128, intermediate_dim=256, num_kv_heads=4)
+            config["checkpointer"]["checkpoint_dir"] = str(root / "model")
+            job = {"ranks": list(range(ranks)), "config": config}
+            if before:
+                job["resume"] = str(root / f"{optimizer} on {before}" / "step_3")
+            jobs.append(job)
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    launch.torchrun(Path(__file__).with_name("distributed_worker.py"), root / "jobs.json", processes=4, log_dir=root)
+    return root
+
+
+@pytest.mark.parametrize("optimizer", OTHER_RANKS)
+@pytest.mark.parametrize(("before", "ranks"), [(4, 2), (2, 4)])
+def test_on_another_number_of_ranks_a_run_goes_on_as_one_that_they_began(
+    optimizer, before, ranks, runs_on_two_and_four, logged_metrics
+):
+    """But for the rounding of sums over ranks, which the runs that were not interrupted show as well."""
+
+    def numbers(name: str, key: str) -> list[float]:
+        steps = logged_metrics(runs_on_two_and_four / f"{optimizer} on {name}")
+        return [step[key] for step in steps if key in step]  # a first step overlaps with none
+
+    resumed, wanted, other = (numbers(str(name), "loss") for name in (f"{before} to {ranks}", ranks, before))
+    assert len(resumed) == 3 and len(wanted) == 6 and wanted[5] < wanted[2] < wanted[0]
+    noise = max(abs(a - b) for a, b in zip(wanted, other, strict=True))
+    assert 0 < noise < 1e-4
+    assert resumed == pytest.approx(wanted[3:], abs=2 * noise)
+    for key in ("mask/density", "mask/coverage", "mask/overlap"):  # selections and what was ever selected
+        found = numbers(f"{before} to {ranks}", key)
+        assert len(found) == 3 and found == pytest.approx(numbers(str(ranks), key)[-3:], abs=1e-4), key
 
 
 def load_all(folder):
@@ -245,7 +310,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         data[-1000] ^= 0xFF
         weights.write_bytes(data)
     elif damage == "state changed":
-        state = run / "step_3" / "training_state_rank0.pt"
+        state = run / "step_3" / "training_state" / "__0_0.distcp"
         data = bytearray(state.read_bytes())
         data[len(data) // 2] ^= 0x01
         state.write_bytes(data)
@@ -253,7 +318,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         manifest = run / "step_3" / "training_progress.json"
         manifest.write_text(manifest.read_text().replace('"samples": 12', '"samples": 16'))
     elif damage == "missing":
-        (run / "step_3" / "training_state_rank0.pt").unlink()
+        (run / "step_3" / "training_state" / "__0_0.distcp").unlink()
     else:
         (run / "step_3" / "training_progress.json").write_text("{")
     caplog.set_level("INFO")
@@ -340,7 +405,22 @@ def test_a_config_that_contradicts_the_checkpoint_says_what_differs(
         run_recipe(config)
 
 
-def test_data_that_has_changed_meanwhile_is_told(tmp_path, tiny_world, tiny_config, run_recipe):
+def test_a_checkpoint_of_the_previous_format_says_what_to_do(tmp_path, tiny_config, run_recipe, a_run_of_four_steps):
+    output_dir, changes = a_run_of_four_steps
+    shutil.copytree(output_dir, tmp_path / "out")
+    for folder in ("step_2", "epoch_0"):
+        file = tmp_path / "out" / folder / manifest.MANIFEST
+        content = json.loads(file.read_text())
+        del content["checksum"], content["format"]
+        file.write_text(json.dumps({**content, "checksum": manifest._checksum(content)}))
+    with pytest.raises(
+        UserError, match="epoch_0 was saved by an earlier version of gmt-tune.*checkpoint_dir=.*epoch_0"
+    ):
+        run_recipe(tiny_config(tmp_path / "out", resume_from_checkpoint=True, **changes))
+    assert (tmp_path / "out" / "step_2").is_dir() and not any((tmp_path / "out").glob("damaged_*"))
+
+
+def test_data_that_has_changed_meanwhile_is_named(tmp_path, tiny_world, tiny_config, run_recipe):
     rows = (tiny_world / "train.jsonl").read_text().splitlines()
     file = tmp_path / "rows.jsonl"
     for count in (64, 60):

@@ -19,7 +19,10 @@ from torchtune import training, utils
 from torchtune.training.lr_schedulers import get_lr
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import process_group, training_state
+from gmt_tune.integrations.torchtune import process_group
+from gmt_tune.integrations.torchtune.checkpoint.exchange import Position
+from gmt_tune.integrations.torchtune.checkpoint.manifest import Checkpoint
+from gmt_tune.integrations.torchtune.checkpoint.state import set_rng_state
 from gmt_tune.integrations.torchtune.run import schedule
 from gmt_tune.integrations.torchtune.run.progress import Progress
 from gmt_tune.integrations.torchtune.run.recipe_setup import RecipeSetup
@@ -86,52 +89,49 @@ class MaskedRecipe(RecipeSetup):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _resume(self, checkpoint) -> None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint was saved; its weights are loaded already."""
-        progress = checkpoint.progress
-        if progress["is_final"]:
-            if self.total_epochs > progress["total_epochs"]:
+        saved = checkpoint.progress
+        self.global_step = saved.global_step
+        if saved.is_final:
+            if self.total_epochs > saved.total_epochs:
                 raise UserError(
                     f"the run in {self._output_dir} is complete and kept no optimizer state: to train on, start a "
                     f"new run with checkpointer.checkpoint_dir={checkpoint.path} and another output_dir"
                 )
             self.epochs_run = self.total_epochs
-            self.global_step = checkpoint.step
             return
-        self._resumed_rng = training_state.restore(
-            checkpoint.path,
-            progress["world_size"],
-            self.rank,
-            self.world_size,
-            self._model,
-            self._optimizers,
-            self._lr_scheduler,
-            self._mask,
-            self._device,
-            tracker=self._selection_tracker,
-        )
-        self.seed = progress["seed"]
-        self.global_step = checkpoint.step
-        self.epochs_run = self._epoch = progress["epoch"]
+        self._resumed_rng = self._checkpoints.restore(self._parts)
+        self.seed = saved.seed
+        self.epochs_run = self._epoch = saved.epoch
         # As many rows as were seen, in whole steps of this number of ranks
         rows_of_a_step = self._dataloader.batch_size * self.dp_size * self._gradient_accumulation_steps
-        steps = progress["samples"] // rows_of_a_step
+        steps = saved.samples // rows_of_a_step
         self._batches_done = steps * self._gradient_accumulation_steps
-        self._further_steps = progress["steps_in_epoch"] - steps
-        self._finite.skipped_steps = progress["skipped_steps"]
+        self._further_steps = saved.steps_in_epoch - steps
+        self._finite.skipped_steps = saved.skipped_steps
         schedule.report_new_schedule(
             self._lr_scheduler,
             self.global_step + 1,
             self._lr(),
-            epochs=(progress["total_epochs"], self.total_epochs),
-            steps=(
-                progress["total_epochs"] * progress["steps_per_epoch"],
-                self.total_epochs * self._steps_per_epoch,
-            ),
+            epochs=(saved.total_epochs, self.total_epochs),
+            steps=(saved.total_epochs * saved.steps_per_epoch, self.total_epochs * self._steps_per_epoch),
         )
 
     def _save(self, name: str, *, is_final: bool = False, val_loss: float | None = None) -> None:
-        self._checkpoints.save(self, name, is_final=is_final, val_loss=val_loss)
+        position = Position(
+            global_step=self.global_step,
+            epoch=self._epoch,
+            samples=self._batches_done * self._dataloader.batch_size * self.dp_size,
+            steps_in_epoch=self._steps_done(),
+            steps_per_epoch=self._steps_per_epoch,
+            total_epochs=self.total_epochs,
+            skipped_steps=self._finite.skipped_steps,
+            seed=self.seed,
+            is_final=is_final,
+            val_loss=val_loss,
+        )
+        self._checkpoints.save(name, self._parts, position)
 
     # ------------------------------------------------------------------ what a training loop calls
 
@@ -173,7 +173,7 @@ class MaskedRecipe(RecipeSetup):
             batches.sampler.load_state_dict({"yielded": first * batches.batch_size})
         batches = iter(batches)
         if self._resumed_rng is not None:
-            training_state.set_rng_state(self._resumed_rng, self._device)
+            set_rng_state(self._resumed_rng, self._device)
             self._resumed_rng = None
         for number, batch in enumerate(batches, start=first):
             self._micro_batches.append((epoch, number))

@@ -15,7 +15,9 @@ from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
 
 from gmt_tune.data.rows import positions_in_words
 from gmt_tune.integrations.torchtune import process_group
-from gmt_tune.integrations.torchtune.checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
+from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
+from gmt_tune.integrations.torchtune.checkpoint.tied_output import drop_tied_output
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.integrations.torchtune.config.public import PublicConfigLogger, public_config
 from gmt_tune.integrations.torchtune.run import data, schedule
@@ -25,7 +27,6 @@ from gmt_tune.integrations.torchtune.run.logs import RunLogs
 from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.run.validation import Validation
-from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 from gmt_tune.masking.tracker import SelectionTracker
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.run_log import RunLog
@@ -134,9 +135,18 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         self._evaluate = None
         if cfg.get("evaluation", None) is not None:
             self._evaluate = config.instantiate(cfg.evaluation, self._tokenizer)
+        self._parts = TrainingParts(
+            model=self._model,
+            optimizers=self._optimizers,
+            lr_scheduler=self._lr_scheduler,
+            mask=self._mask,
+            tracker=self._selection_tracker,
+            device=self._device,
+            checkpointer=self._checkpoint_client._get_checkpointer(),
+        )
         if self._checkpoints.resumed is not None:
             self._resume(self._checkpoints.resumed)
-        self._checkpoints.check_space(self._model, self._optimizers, self.total_epochs, self._steps_per_epoch)
+        self._checkpoints.check_space(self._parts, self.total_epochs, self._steps_per_epoch)
         self._logs = None
         if self._is_rank_zero:
             run_log = RunLog(self._output_dir, public_config(cfg))

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torchtune import config
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.checkpoint.tied_output import drop_tied_output
 from gmt_tune.integrations.torchtune.config.files import _check_family, _check_model_files
-from gmt_tune.integrations.torchtune.tied_output import drop_tied_output
 
 LLAMA3_SCALING = {
     "factor": 8.0,

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from torchtune.training.metric_logging import DiskLogger
 
-from gmt_tune.integrations.torchtune.checkpoints import config_differences
+from gmt_tune.integrations.torchtune.checkpoint.config_differences import config_differences
 from gmt_tune.integrations.torchtune.config.public import (
     PublicConfigLogger,
     config_to_log,

@@ -6,7 +6,9 @@ import stat
 
 import pytest
 
-from gmt_tune.integrations.torchtune import checkpoint_folder as folders
+from gmt_tune.integrations.torchtune.checkpoint import folder as folders
+from gmt_tune.integrations.torchtune.checkpoint import manifest
+from gmt_tune.integrations.torchtune.checkpoint.manifest import MANIFEST, Progress
 
 PROGRESS = {
     "global_step": 0, "epoch": 0, "samples": 0, "steps_in_epoch": 0, "rows_of_a_step": 4, "dataset_rows": 8,
@@ -21,7 +23,7 @@ def save(output_dir, step: int, **progress) -> folders.Path:
     folder = folders.incomplete_path(output_dir, name)
     folders.make_incomplete(folder)
     (folder / "weights").write_bytes(bytes(100) + bytes([step]))
-    return folders.complete(folder, name, {**PROGRESS, "global_step": step, **progress})[0]
+    return folders.complete(folder, name, Progress(**{**PROGRESS, "global_step": step, **progress}))[0]
 
 
 def names(output_dir) -> set[str]:
@@ -30,23 +32,24 @@ def names(output_dir) -> set[str]:
 
 def write_manifest(folder, progress: dict, files: object = None) -> None:
     """With the right checksum: as another program, or another version, could have written it."""
-    content = {"progress": progress, "files": {"weights": [101, 0]} if files is None else files}
-    (folder / folders.MANIFEST).write_text(json.dumps({**content, "checksum": folders._checksum(content)}))
+    files = {"weights": [101, 0]} if files is None else files
+    content = {"format": manifest.FORMAT, "progress": progress, "files": files}
+    (folder / MANIFEST).write_text(json.dumps({**content, "checksum": manifest._checksum(content)}))
 
 
 MANIFESTS = {
-    "a list": lambda folder: (folder / folders.MANIFEST).write_text("[1, 2]"),
-    "nested without end": lambda folder: (folder / folders.MANIFEST).write_text("[" * 100_000),
-    "nested objects": lambda folder: (folder / folders.MANIFEST).write_text('{"a":' * 100_000),
-    "nested as deep as can be read": lambda folder: (folder / folders.MANIFEST).write_text(
+    "a list": lambda folder: (folder / MANIFEST).write_text("[1, 2]"),
+    "nested without end": lambda folder: (folder / MANIFEST).write_text("[" * 100_000),
+    "nested objects": lambda folder: (folder / MANIFEST).write_text('{"a":' * 100_000),
+    "nested as deep as can be read": lambda folder: (folder / MANIFEST).write_text(
         '{"checksum": 0, "progress": ' + "[" * 900 + "]" * 900 + "}"
     ),
-    "not text": lambda folder: (folder / folders.MANIFEST).write_bytes(b"\xff\xfe\x00"),
-    "a pipe": lambda folder: ((folder / folders.MANIFEST).unlink(), os.mkfifo(folder / folders.MANIFEST)),
-    "a folder": lambda folder: ((folder / folders.MANIFEST).unlink(), (folder / folders.MANIFEST).mkdir()),
+    "not text": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x00"),
+    "a pipe": lambda folder: ((folder / MANIFEST).unlink(), os.mkfifo(folder / MANIFEST)),
+    "a folder": lambda folder: ((folder / MANIFEST).unlink(), (folder / MANIFEST).mkdir()),
     "a loop of links": lambda folder: (
-        (folder / folders.MANIFEST).unlink(),
-        (folder / folders.MANIFEST).symlink_to(folders.MANIFEST),
+        (folder / MANIFEST).unlink(),
+        (folder / MANIFEST).symlink_to(MANIFEST),
     ),
     "no progress": lambda folder: write_manifest(folder, None),
     "files is a list": lambda folder: write_manifest(folder, {**PROGRESS, "global_step": 2}, files=["weights"]),
@@ -81,14 +84,14 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
     """As a failing disk does: EIO after the first bytes."""
     save(tmp_path, 1)
     broken = save(tmp_path, 2)
-    read = folders._size_and_crc32
+    read = manifest._size_and_crc32
 
     def failing(file):
         if broken in file.parents:
             raise OSError(5, "Input/output error", str(file))
         return read(file)
 
-    monkeypatch.setattr(folders, "_size_and_crc32", failing)
+    monkeypatch.setattr(manifest, "_size_and_crc32", failing)
     said = []
     assert folders.newest_whole(tmp_path, said.append).path.name == "step_1"
     assert "weights cannot be read: Input/output error" in said[0]
@@ -164,15 +167,6 @@ def test_the_best_checkpoint_is_found_without_its_mark(tmp_path):
     assert json.loads((tmp_path / folders.MARK_OF_BEST).read_text()) == {"folder": "step_2", "val_loss": 1.0}
 
 
-def test_the_best_checkpoint_of_an_earlier_version_is_found_by_its_mark(tmp_path):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    (tmp_path / folders.MARK_OF_BEST).write_text(json.dumps({"folder": "step_1", "val_loss": 2.0}))
-    assert folders.best(tmp_path).step == 1
-    save(tmp_path, 3, val_loss=1.5)
-    assert folders.best(tmp_path).step == 3
-
-
 @pytest.mark.parametrize("umask, wanted", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_modes_of_all_files_follow_umask(umask, wanted, tmp_path):
     before = os.umask(umask)
@@ -183,7 +177,7 @@ def test_modes_of_all_files_follow_umask(umask, wanted, tmp_path):
         for name, mode in (("model.safetensors", 0o600), ("config.json", 0o444), ("sub/tokenizer.json", 0o640)):
             (folder / name).write_text("x")
             (folder / name).chmod(mode)
-        final, _ = folders.complete(folder, "step_1", PROGRESS)
+        final, _ = folders.complete(folder, "step_1", Progress(**PROGRESS))
     finally:
         os.umask(before)
     files = [path for path in final.rglob("*") if path.is_file()]

@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torchtune import training
+from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import checkpoint_folder as folders
+from gmt_tune.integrations.torchtune.checkpoint import folder as folders
+from gmt_tune.integrations.torchtune.checkpoint import state as training_state
+from gmt_tune.integrations.torchtune.checkpoint.manifest import MANIFEST, read_json_object
 
 # What torchtune's loader for Hugging Face folders reads of config.json, for the model types that it knows by name.
 _OF_ALL = ("num_attention_heads", "num_key_value_heads", "hidden_size")
@@ -28,7 +31,7 @@ def check_config_json(checkpointer: DictConfig) -> None:
     file = Path(checkpointer.checkpoint_dir) / "config.json"
     kind = str(checkpointer.get("model_type", ""))
     keys = _MORE.get(kind, _OF_ALL) + (_OF_ALL if kind == "QWEN2" else ())
-    there = folders.read_json_object(file) or {}
+    there = read_json_object(file) or {}
     missing = [key for key in keys if there.get(key) is None]
     if missing:
         raise UserError(
@@ -50,14 +53,15 @@ def write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> 
     dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), None)
     given = checkpointer._output_dir, checkpointer._checkpoint_dir
     checkpointer._output_dir, checkpointer._checkpoint_dir = folder, files_from
+    SUFFIXES_TO_NOT_COPY.append(".distcp")  # the state of the checkpoint that this run went on from
     try:
         checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0, intermediate_checkpoint=False)
     finally:
         checkpointer._output_dir, checkpointer._checkpoint_dir = given
+        SUFFIXES_TO_NOT_COPY.remove(".distcp")
     for path in sorted((folder / "epoch_0").iterdir()):
-        # Our own files of the checkpoint that this run went on from are copied with the model's: not wanted
-        if path.name == folders.MANIFEST or path.name.startswith("training_state_rank"):
-            path.unlink()
+        if path.name in (MANIFEST, training_state.FOLDER):  # of that checkpoint too
+            folders.remove(path)
         else:
             path.rename(folder / path.name)
     (folder / "epoch_0").rmdir()
@@ -66,7 +70,7 @@ def write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> 
 
 def _name_dtype(config_json: Path, dtype: torch.dtype | None) -> None:
     """Let a Hugging Face config.json say what its weights were saved in: by default, they are loaded in that."""
-    config = folders.read_json_object(config_json)
+    config = read_json_object(config_json)
     if config is None or dtype is None:
         return
     before = json.dumps(config)
@@ -83,6 +87,5 @@ def _name_dtype(config_json: Path, dtype: torch.dtype | None) -> None:
 
 
 def model_files(folder: Path) -> list[str]:
-    suffixes = (".safetensors", ".bin", ".pt", ".pth")
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
-    return [name for name in names if not name.startswith("training_state_rank")]
+    """Names of the files with the model's weights."""
+    return sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))

@@ -6,24 +6,28 @@ import time
 
 import pytest
 
-from gmt_tune.integrations.torchtune import checkpoint_writer
-from gmt_tune.integrations.torchtune.checkpoint_writer import (
+from gmt_tune.integrations.torchtune.checkpoint import writer as checkpoint_writer
+from gmt_tune.integrations.torchtune.checkpoint.writer import (
     LostRank,
     Mark,
     Writer,
     attempt,
-    has_failed_part,
     make_marks,
+    take_written,
     wait_for_others,
 )
 
 RANK = """
 import sys, time
 from pathlib import Path
-from gmt_tune.integrations.torchtune.checkpoint_writer import Mark
-with Mark(Path(sys.argv[1]), int(sys.argv[2])):
+from gmt_tune.integrations.torchtune.checkpoint.writer import Mark
+
+def write():
     print("writing", flush=True)
     time.sleep(float(sys.argv[3]))
+    return b"what it wrote"
+
+Mark(Path(sys.argv[1]), int(sys.argv[2])).write(write)
 """
 
 
@@ -52,7 +56,8 @@ def test_rank_0_waits_for_a_rank_that_writes(tmp_path, rank_process, monkeypatch
     rank_process(tmp_path, 1, 1.5)
     start = time.monotonic()
     wait_for_others(tmp_path)
-    assert time.monotonic() - start > 1.0 and not list(tmp_path.iterdir())
+    assert time.monotonic() - start > 1.0
+    assert take_written(tmp_path) == [b"what it wrote"] and not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_is_killed_while_it_writes_is_noticed(tmp_path, rank_process):
@@ -78,11 +83,14 @@ def test_without_locks_a_rank_that_writes_nothing_is_given_up(tmp_path, monkeypa
 
 
 def test_a_rank_that_fails_says_so_and_is_not_lost(tmp_path):
-    make_marks(tmp_path, 2)
-    with pytest.raises(OSError, match="no room"), Mark(tmp_path, 1):
+    def fail():
         raise OSError("no room")
+
+    make_marks(tmp_path, 2)
+    with pytest.raises(OSError, match="no room"):
+        Mark(tmp_path, 1).write(fail)
     wait_for_others(tmp_path)
-    assert has_failed_part(tmp_path)
+    assert take_written(tmp_path) is None
 
 
 def test_what_a_writer_raises_is_a_message_for_all_ranks():
@@ -106,7 +114,7 @@ def test_what_a_writer_raises_is_a_message_for_all_ranks():
 LEAVING = """
 import sys, time
 from pathlib import Path
-from gmt_tune.integrations.torchtune import checkpoint_writer
+from gmt_tune.integrations.torchtune.checkpoint import writer as checkpoint_writer
 checkpoint_writer._SECONDS_AT_EXIT = {patience}
 def write():
     time.sleep({seconds})

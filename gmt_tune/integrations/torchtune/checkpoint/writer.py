@@ -1,7 +1,7 @@
 """Writes a rank's part of a checkpoint in a thread, and lets rank 0 see how far the other ranks are, and who lives.
 
-Each rank but 0 has a mark in the folder that is being written: an empty file, which it locks, and removes when it is
-done. Files rather than a collective show that, since training may be using the collectives.
+Each rank but 0 has a mark in the folder that is being written: a file, which it locks, and renames when it is done.
+Files rather than a collective show that, since training may be using the collectives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.file_lock import FileLock, is_locked
+from gmt_tune.integrations.torchtune.checkpoint.lock import FileLock, is_locked
 
 # While rank 0 waits for the others in a save, it looks once a second who still lives and writes.
 _LOOK_EVERY_S = 1.0
@@ -24,8 +24,8 @@ _LOOKS_UNTIL_STALLED = 1800  # in a row in which nothing was written
 # How long a process that ends with an error waits for its part of a checkpoint that is being written.
 _SECONDS_AT_EXIT = 300.0
 
-# Names, before the rank, of the empty files by which a rank tells rank 0 how far it is with its part.
-_WRITING, _FAILED = ".writing-by-rank", ".failed-by-rank"
+# Names, before the rank, of a mark while the rank writes, when it has written, and when it could not.
+_WRITING, _WRITTEN, _FAILED = ".writing-by-rank", ".written-by-rank", ".failed-by-rank"
 
 
 class LostRank(Exception):
@@ -36,7 +36,7 @@ def attempt(action: Callable) -> list:
     """[result, None], or [None, error message]: what can be sent to the other ranks.
 
     Raises:
-        LostRank: which the other ranks cannot be told.
+        LostRank: the other ranks cannot be asked to a collective then.
     """
     try:
         return [action(), None]
@@ -56,7 +56,7 @@ class Writer(threading.Thread):
         has_lost_rank: whether that is a :class:`LostRank`.
     """
 
-    def __init__(self, write) -> None:
+    def __init__(self, write: Callable[[], None]) -> None:
         super().__init__(name="checkpoint-writer", daemon=True)
         self._write = write
         self.error: str | None = None
@@ -86,7 +86,7 @@ def make_marks(folder: Path, world_size: int) -> None:
 
 
 class Mark:
-    """A rank's mark, locked from now on: a context in which it writes its part. Rank 0 has none.
+    """A rank's mark, locked from now on. Rank 0 has none.
 
     Args:
         folder: that is being written.
@@ -94,26 +94,32 @@ class Mark:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._file = folder / f"{_WRITING}{rank}"
-        self._failed = folder / f"{_FAILED}{rank}"
-        self._is_there = rank > 0
+        self._folder, self._rank = folder, rank
         self._lock: FileLock | None = None
-        if self._is_there:
+        if rank > 0:
             with contextlib.suppress(OSError):  # without locks, rank 0 sees only what has been written
-                self._lock = FileLock(self._file)
+                self._lock = FileLock(folder / f"{_WRITING}{rank}")
 
-    def __enter__(self) -> None:
-        pass
+    def write(self, write: Callable[[], bytes]) -> bytes:
+        """Write this rank's part, and let rank 0 see that it has ended.
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if not self._is_there:
-            return
-        if kind is None:
-            self._file.unlink()
-        else:
-            self._file.rename(self._failed)  # which needs no room on a full disk
-        if self._lock is not None:
-            self._lock.release()
+        Args:
+            write: writes it; what it returns is for :func:`take_written`.
+        """
+        if self._rank == 0:
+            return write()
+        mark = self._folder / f"{_WRITING}{self._rank}"
+        try:
+            written = write()
+            mark.write_bytes(written)
+            mark.rename(self._folder / f"{_WRITTEN}{self._rank}")
+        except BaseException:
+            mark.rename(self._folder / f"{_FAILED}{self._rank}")  # which needs no room on a full disk
+            raise
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+        return written
 
 
 def wait_for_others(folder: Path) -> None:
@@ -130,7 +136,7 @@ def wait_for_others(folder: Path) -> None:
             lost = [mark.name.removeprefix(_WRITING) for mark, looks in looks_lost.items() if looks > _LOOKS_UNTIL_LOST]
             if lost:
                 raise LostRank(f"rank {', '.join(lost)} ended while it was being written")
-            before, written = written, sum(file.stat().st_size for file in folder.glob("training_state_rank*"))
+            before, written = written, sum(map(_size, folder.glob("*/*.distcp")))
             looks_stalled = looks_stalled + 1 if written == before else 0
             if looks_stalled > _LOOKS_UNTIL_STALLED:
                 waiting = ", ".join(mark.name.removeprefix(_WRITING) for mark in marks)
@@ -139,6 +145,18 @@ def wait_for_others(folder: Path) -> None:
         time.sleep(0.01)
 
 
-def has_failed_part(folder: Path) -> bool:
-    """Whether another rank could not write its part; it says why."""
-    return any(folder.glob(f"{_FAILED}*"))
+def _size(file: Path) -> int:
+    with contextlib.suppress(OSError):  # a rank that fails removes its file
+        return file.stat().st_size
+    return 0
+
+
+def take_written(folder: Path) -> list[bytes] | None:
+    """On rank 0, when no other rank is writing: what each said of its part. None if one has failed, which says why."""
+    if any(folder.glob(f"{_FAILED}*")):
+        return None
+    marks = list(folder.glob(f"{_WRITTEN}*"))
+    written = [mark.read_bytes() for mark in marks]
+    for mark in marks:
+        mark.unlink()
+    return written

@@ -9,14 +9,14 @@ import sys
 import pytest
 
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune import file_lock
-from gmt_tune.integrations.torchtune.file_lock import LOCK_FILE, FileLock, is_locked, lock_folder
+from gmt_tune.integrations.torchtune.checkpoint import lock as file_lock
+from gmt_tune.integrations.torchtune.checkpoint.lock import LOCK_FILE, FileLock, is_locked, lock_folder
 
 # Holds a folder's lock; with an argument, in company of a child that outlives it
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from gmt_tune.integrations.torchtune.file_lock import lock_folder
+from gmt_tune.integrations.torchtune.checkpoint.lock import lock_folder
 lock = lock_folder(Path(sys.argv[1]), print)
 if len(sys.argv) > 2 and os.fork() == 0:
     time.sleep(60)

@@ -1,7 +1,9 @@
 """Locks on files that the kernel releases when their process ends, however it ends.
 
 They show that a run is writing to a folder, and that a process is still alive. Where a file system knows no locks,
-taking one raises an OSError other than BlockingIOError, and nothing can be seen.
+taking one raises an OSError other than BlockingIOError, and nothing can be seen. Of the package ``filelock``, many
+releases empty a file before they have its lock and keep it in forked children, and without flock a newer one leaves a
+file behind that outlives a kill.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ from gmt_tune.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # there is none on Windows
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-
-# A run that was just told to stop may hold its lock for a moment more.
+# A run that was just asked to stop may hold its lock for a moment more.
 SECONDS_UNTIL_RELEASED = 3.0
 
 LOCK_FILE = ".gmt_tune.lock"
@@ -34,7 +35,8 @@ class FileLock:
     """An exclusive lock, held until :meth:`release`, or until this process has ended.
 
     Args:
-        file: made if it is not there; it stays.
+        file: made if it does not exist; it stays.
+        flags: that the file is opened with.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -43,30 +45,25 @@ class FileLock:
 
     _held: set[FileLock] = set()
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         if fcntl is None:
             raise OSError("this system has no flock")
-        self._descriptor = -1
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = os.open(file, flags, 0o666)
         except PermissionError:  # the file of another user: reading is enough for a lock
-            descriptor = os.open(file, os.O_RDONLY)
+            self._descriptor = os.open(file, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
-            os.close(descriptor)
+            os.close(self._descriptor)
             raise
-        self._descriptor = descriptor
         self._held.add(self)
 
     def write(self, text: str) -> None:
-        """Put a text into the file, for those who find it locked.
-
-        Raises:
-            OSError: such as on a full disk; the lock holds all the same.
-        """
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode(), 0)
+        """Put a text into the file, for those who find it locked; where there is room for it."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode(), 0)
 
     def release(self) -> None:
         """Let others take it. Safe to call again."""
@@ -75,32 +72,24 @@ class FileLock:
             os.close(self._descriptor)
 
     @classmethod
-    def _forget_in_child(cls) -> None:
+    def _release_in_child(cls) -> None:
         # A lock belongs to whoever has its file open: a child would keep it when this process is gone
         for lock in list(cls._held):
             lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=FileLock._forget_in_child)
+    os.register_at_fork(after_in_child=FileLock._release_in_child)
 
 
 def is_locked(file: Path) -> bool | None:
-    """Whether a process holds the lock of a file; None where that cannot be seen, and if the file is not there."""
-    if fcntl is None:
-        return None
+    """Whether a process holds the lock of a file; None where that cannot be seen, or the file does not exist."""
     try:
-        descriptor = os.open(file, os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        FileLock(file, os.O_RDWR).release()
     except BlockingIOError:
         return True
     except OSError:
         return None
-    finally:
-        os.close(descriptor)  # which releases it
     return False
 
 
@@ -124,22 +113,17 @@ def lock_folder(folder: Path, report: Callable[[str], None]) -> FileLock | None:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
+                holder = "its process is not known"
+                with contextlib.suppress(OSError, IndexError):
+                    holder = file.read_text(errors="replace").splitlines()[0][:200]
                 raise UserError(
-                    f"output_dir {folder}: another run is writing here ({_first_line(file)}): wait until it has "
-                    "ended, or choose another output_dir"
+                    f"output_dir {folder}: another run is writing here ({holder}): wait until it has ended, or choose "
+                    "another output_dir"
                 ) from None
             time.sleep(0.1)
         except OSError as error:
             report(f"No lock can be taken in {folder} ({error}): take care that no other run writes there.")
             return None
-    with contextlib.suppress(OSError):  # a full disk: the note is a courtesy
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     _LOCKED[os.path.realpath(folder)] = lock
     return lock
-
-
-def _first_line(file: Path) -> str:
-    with contextlib.suppress(OSError, IndexError):
-        if file.is_file():
-            return file.read_text(errors="replace").splitlines()[0][:200]
-    return "its process is not known"

@@ -1,0 +1,224 @@
+"""Tensors that each rank holds a part of, in the files of ``torch.distributed.checkpoint`` (DCP).
+
+DCP's ``save`` and ``async_save`` meet in collectives while they write: a rank that dies leaves the others waiting, or
+with an error that names nobody, and a process group without a CPU backend, such as NCCL's, cannot save beside
+training. So the ranks plan together here, through DCP's planner; then each writes by itself, and rank 0 adds the
+metadata when all have written. The files are DCP's, and its readers cut them for any other mesh.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    metadata,
+)
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from gmt_tune.masking.packing import pack_selection, unpack_selection
+
+
+class PackedBits(NamedTuple):
+    """One bit for each entry that this rank holds of a parameter, as ``pack_selection`` gives them."""
+
+    packed: Tensor
+    parameter: Tensor
+
+
+class ShardWriter:
+    """Writes the part of some tensors that this rank holds, and of replicas one.
+
+    All ranks make it together, at the same point. Then each calls :meth:`write`, and rank 0 :meth:`finish`.
+
+    Args:
+        folder: for the files.
+        values: by name. A plain tensor is the same on all ranks that give it.
+        copy: of what this rank will write, on the CPU, so that training may change it meanwhile.
+    """
+
+    def __init__(self, folder: Path, values: Mapping[str, Tensor | PackedBits], *, copy: bool) -> None:
+        # The folder is flushed as a whole; and copying ahead takes the current device's stream, which in the thread
+        # that writes is not that of the tensors
+        self._storage = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+        self._planner = _SavePlanner(values)
+        is_first = dist.get_rank() == 0
+        self._planner.set_up_planner(self._planner.tensors, is_coordinator=is_first)
+        self._storage.set_up_storage_writer(is_first)
+        plan = self._storage.prepare_local_plan(self._planner.create_local_plan())
+        plans: list = [None] * dist.get_world_size()
+        dist.gather_object(plan, plans if is_first else None)
+        if is_first:
+            try:
+                plans, self._metadata = self._planner.create_global_plan(plans)
+                plans = self._storage.prepare_global_plan(plans)
+            except Exception as error:  # for all ranks, which wait for their plans
+                plans = [error] * len(plans)
+        own: list = [None]
+        dist.scatter_object_list(own, plans if is_first else None)
+        if isinstance(own[0], Exception):
+            raise own[0]
+        self._plan = self._planner.finish_plan(own[0])
+        if copy:
+            self._planner.copy_data(self._plan)
+
+    def write(self) -> bytes:
+        """Write this rank's file; what :meth:`finish` needs to know of it."""
+        future = self._storage.write_data(self._plan, self._planner)
+        future.wait()
+        return pickle.dumps(future.value())
+
+    def finish(self, written: list[bytes]) -> None:
+        """On rank 0, with what :meth:`write` gave on each rank: make what they wrote readable."""
+        self._storage.finish(self._metadata, [pickle.loads(each) for each in written])
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Takes packed bits for the entries of their parameter, so that DCP knows where they lie."""
+
+    def __init__(self, values: Mapping[str, Tensor | PackedBits]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        self._bits = {name: value for name, value in values.items() if isinstance(value, PackedBits)}
+        self._copies: dict[MetadataIndex, Any] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        items = [_item(name, bits.parameter) for name, bits in self._bits.items()]
+        as_bytes = TensorProperties(dtype=torch.uint8)
+        items = [replace(item, tensor_data=replace(item.tensor_data, properties=as_bytes)) for item in items]
+        return replace(plan, items=[*plan.items, *items])
+
+    def copy_data(self, plan: SavePlan) -> None:
+        self._copies = {item.index: _copy(self.resolve_data(item)) for item in plan.items}
+
+    def resolve_data(self, write_item: WriteItem):
+        if write_item.index in self._copies:
+            return self._copies[write_item.index]
+        if write_item.index.fqn in self._bits:
+            return self._bits[write_item.index.fqn].packed
+        return super().resolve_data(write_item)
+
+
+class ShardReader:
+    """Reads, of ``tensors`` that :class:`ShardWriter` wrote on any number of ranks, what this rank holds now."""
+
+    def __init__(self, folder: Path) -> None:
+        self._storage = FileSystemReader(folder)
+        with (folder / ".metadata").open("rb") as file:
+            self._metadata = _MetadataUnpickler(file).load()
+        self._storage.set_up_storage_reader(self._metadata, is_coordinator=False)
+        self.tensors: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata
+
+    def read_(self, name: str, target: Tensor) -> Tensor:
+        """Fill a DTensor, or a plain tensor of the whole size; returns it.
+
+        Raises:
+            ValueError: if it cannot be cut so, as torchao's states cannot within one of their blocks.
+        """
+        planner = _load_planner(name, target, self._metadata)
+        self._storage.read_data(planner.create_local_plan(), planner)
+        return target
+
+    def read_whole(self, name: str) -> Tensor:
+        """A tensor on the CPU, all of it."""
+        saved = self.tensors[name]
+        return self.read_(name, torch.empty(saved.size, dtype=saved.properties.dtype))
+
+    def read_bits(self, name: str, parameter: Tensor) -> Tensor:
+        """:attr:`PackedBits.packed` of the entries that this rank holds of a parameter now."""
+
+        def entries(chunk: ChunkStorageMetadata) -> Tensor:
+            numel = chunk.sizes.numel()
+            packed = self._read_stored(name, chunk, torch.empty((numel + 7) // 8, dtype=torch.uint8))
+            return unpack_selection(packed, numel).view(chunk.sizes)
+
+        return pack_selection(self._cut(name, parameter, torch.bool, entries))
+
+    def read_floats(self, name: str, parameter: Tensor) -> Tensor:
+        """What this rank holds now of a state that is as large as its parameter; a quantized one in float32."""
+        return self._cut(
+            name, parameter, torch.float32, lambda chunk: self._read_stored(name, chunk, torch.empty(chunk.sizes))
+        )
+
+    def _cut(self, name: str, parameter: Tensor, dtype: torch.dtype, read: Callable) -> Tensor:
+        """A rank's part out of the parts that were saved, read one after the other, where DCP cannot cut these."""
+        own = _item(name, parameter).tensor_data.chunk
+        target = torch.empty(own.sizes, dtype=dtype)
+        for item in create_read_items_for_chunk_list(name, self.tensors[name], [own]):
+            saved = read(self.tensors[name].chunks[item.storage_index.index or 0])
+            target[_slices(item.dest_offsets, item.lengths)] = saved[_slices(item.storage_offsets, item.lengths)]
+        return target
+
+    def _read_stored(self, name: str, chunk: ChunkStorageMetadata, target: Tensor) -> Tensor:
+        """Fill a plain tensor with one part as it was saved."""
+        start = torch.Size([0] * target.dim())
+        stored = MetadataIndex(name, chunk.offsets)
+        item = ReadItem(LoadItemType.TENSOR, MetadataIndex(name), start, stored, start, target.size())
+        self._storage.read_data(LoadPlan([item]), _load_planner(name, target, self._metadata))
+        return target
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads DCP's metadata, a pickle, without running what somebody else may have put into it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in (metadata.__name__, "torch") or (module, name) in _METADATA_NAMES:
+            found = super().find_class(module, name)
+            is_own = module == getattr(found, "__module__", None) == metadata.__name__
+            if is_own or (module, name) in _METADATA_NAMES or isinstance(found, torch.dtype):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is not of DCP's metadata")
+
+
+_METADATA_NAMES = [
+    *(("torch", "Size"), ("torch.serialization", "_get_layout")),
+    *((module, f"{system}Path") for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+]
+
+
+def _load_planner(name: str, target: Tensor, saved: Metadata) -> DefaultLoadPlanner:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner({name: target}, saved)
+    return planner
+
+
+def _item(name: str, tensor: Tensor) -> Any:
+    """What DCP would write of a tensor on this rank: it says where that lies in the whole."""
+    return create_default_local_save_plan({name: tensor}, True).items[0]
+
+
+def _slices(offsets, lengths) -> tuple[slice, ...]:
+    return tuple(slice(first, first + length) for first, length in zip(offsets, lengths, strict=True))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, also of torchao's quantized states, which have no ``clone`` in its earlier releases."""
+    tensor = tensor.detach()
+    if not tensor.is_cpu:
+        return tensor.cpu()
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.clone()
+    kind: Any = type(tensor)
+    names, context = tensor.__tensor_flatten__()
+    return kind.__tensor_unflatten__({name: getattr(tensor, name).clone() for name in names}, context, None, None)

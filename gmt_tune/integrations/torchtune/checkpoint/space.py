@@ -1,0 +1,64 @@
+"""Whether the checkpoints to come fit on the disk, by an estimate that refuses only what cannot end well."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.checkpoint import folder as folders
+from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
+
+
+def check_space(output_dir: Path, parts: TrainingParts, saves: int, keep_last_n: int | None) -> None:
+    """Raise UserError if the disk of a run's folder has fewer bytes left than the checkpoints to come need.
+
+    Args:
+        output_dir: the run's.
+        parts: to be saved.
+        saves: how many checkpoints will be written before the last one.
+        keep_last_n: as ``keep_last_n_checkpoints``.
+    """
+    weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
+    trained = [p for p in parts.model.parameters() if p.requires_grad]
+    state = int(sum(_state_bytes_per_entry(parts.optimizers[0], p) * p.numel() for p in trained))
+    existing = sum(size for c in folders.list_checkpoints(output_dir) for size, _ in c.files.values())
+    needed = space_needed(weights, state, saves, keep_last_n, existing)
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {output_dir} has {free / 2**30:.2f} GiB free, but the checkpoints need about "
+            f"{needed / 2**30:.2f} GiB: free space, choose another output_dir, or lower keep_last_n_checkpoints"
+        )
+
+
+def space_needed(weights: int, state: int, saves: int, keep_last_n: int | None, existing: int = 0) -> int:
+    """Bytes that the checkpoints to come add to the disk at the least, while there are most of them.
+
+    Args:
+        weights: bytes of one checkpoint's model.
+        state: bytes that a checkpoint which is not the last one holds besides.
+        saves: how many such checkpoints will be written before the last one.
+        keep_last_n: as ``keep_last_n_checkpoints``; a new checkpoint is whole before the oldest is discarded.
+        existing: bytes of earlier checkpoints; they count against it where they will be discarded.
+    """
+    if keep_last_n is None:
+        return saves * (weights + state) + weights
+    whole = weights + state
+    in_between = min(saves, keep_last_n + 1) * whole
+    at_the_end = min(saves, keep_last_n) * whole + weights
+    return max(in_between, at_the_end) - existing
+
+
+def _state_bytes_per_entry(optimizer: torch.optim.Optimizer, p: Tensor) -> float:
+    """Bytes that an optimizer keeps for each entry of a parameter; a lower bound for kinds that are not known."""
+    kind = type(optimizer).__name__.lower()
+    if "sgd" in kind and not optimizer.param_groups[0].get("momentum"):
+        return 0.0
+    for part, size in (("8bit", 1.0), ("fp8", 1.0), ("4bit", 0.5)):
+        if part in kind:
+            return 2 * size
+    return (2 if "adam" in kind else 1) * p.element_size()

@@ -1,0 +1,89 @@
+"""A state that several ranks saved, on another number of ranks: the same values, and only those that are needed."""
+
+import importlib
+import os
+import pickle
+from pathlib import Path
+
+import launch
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gmt_tune.integrations.torchtune.checkpoint import shards, state
+from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
+
+WORKER = Path(__file__).with_name("state_worker.py")
+
+
+def test_on_any_mesh_each_rank_gets_its_own_values_and_bits_back(tmp_path):
+    """Plain, 8-bit and 4-bit states, selections and what the tracker has seen, from every mesh to every other."""
+    launch.torchrun(WORKER, tmp_path, processes=4, log_dir=tmp_path / "logs")
+    assert len(list(tmp_path.glob("*/.metadata"))) == 15  # of five meshes and three optimizers
+
+
+@pytest.mark.parametrize(
+    "kind", ["subclass_8bit.OptimState8bit", "subclass_4bit.OptimState4bit", "subclass_fp8.OptimStateFp8"]
+)
+def test_a_copy_of_a_quantized_state_does_not_change_with_it(kind):
+    module, _, name = kind.partition(".")
+    quantized = getattr(importlib.import_module(f"torchao.optim.{module}"), name).zeros((4096,))
+    quantized.copy_(torch.randn(4096))
+    wanted = quantized.dequantize()
+    saved = shards._copy(quantized)
+    quantized.copy_(torch.zeros(4096))
+    assert type(saved) is type(quantized) and torch.equal(saved.dequantize(), wanted) and wanted.ne(0).any()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def parts_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingParts:
+    return TrainingParts(model, [optimizer], None, None, None, torch.device("cpu"), None)
+
+
+def test_a_state_of_another_size_than_its_parameter_is_kept(tmp_path, one_rank):
+    """Such as Adafactor's means over rows and columns."""
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    writer = state.plan_save(tmp_path / "state", parts_of(model, optimizer), copy=False)
+    writer.finish([writer.write()])
+    wanted = optimizer.state_dict()["state"][0]
+    other = torch.optim.Adafactor(model.parameters())
+    state.restore(tmp_path / "state", parts_of(model, other), is_same_world=True)
+    found = other.state_dict()["state"][0]
+    assert found.keys() == wanted.keys() and {"row_var", "col_var"} <= found.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_metadata_that_would_run_code_is_not_read(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'evil'}",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError, match="system is not of DCP's metadata"):
+        shards.ShardReader(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_was_copied_is_written_though_training_goes_on(tmp_path, one_rank):
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model(torch.randn(3, 64)).sum().backward()
+    optimizer.step()
+    wanted = {key: s["momentum_buffer"].clone() for key, s in optimizer.state_dict()["state"].items()}
+    writer = state.plan_save(tmp_path / "state", parts_of(model, optimizer), copy=True)
+    optimizer.step()
+    writer.finish([writer.write()])
+    state.restore(tmp_path / "state", parts_of(model, optimizer), is_same_world=True)
+    found = optimizer.state_dict()["state"]
+    assert all(torch.equal(found[key]["momentum_buffer"], wanted[key]) for key in wanted)
