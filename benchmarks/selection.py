@@ -226,6 +226,7 @@ def measure(model: str, dtype: str, methods: list[str], density: float, rounds: 
                 restore()
     entries = sum(p.numel() for p in parameters.values())
     largest = max(g.numel() * g.element_size() for g in pristine.values())
+    floor_bytes = 3 * entries * DTYPES[dtype].itemsize  # read, then read and written
     return [
         dict(
             model=model,
@@ -235,6 +236,7 @@ def measure(model: str, dtype: str, methods: list[str], density: float, rounds: 
             method=method,
             median_ms=statistics.median(times[method]),
             fastest_ms=min(times[method]),
+            gb_per_s=floor_bytes / statistics.median(times[method]) / 1e6,
             repetitions=len(times[method]),
             peak_bytes=peaks[method],
         )
