@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gmt_tune.masking.search.entries import Product
-from gmt_tune.masking.search.kernels import apply, count, narrow, sample
+from gmt_tune.masking.draws import ROUNDS
+from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, narrow, pack, sample
 from gmt_tune.masking.search.kernels.tables import make_table
 from gmt_tune.masking.search.triton import BINS
 
@@ -52,7 +53,7 @@ CASES = [
 ]
 
 for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
-    constants, bins = table.constants, BINS[dtype]
+    constants, bins = table.constants, BINS
     unaligned = {name: value for name, value in constants.items() if name != "SECOND_ALIGNED"}
     key_bits = 31 if dtype == torch.float32 else 15
     compile_kernel(sample._sample_kernel, 16, **unaligned, KEY_BITS=key_bits, BINS=bins, SAMPLE=sample.SAMPLE)
@@ -63,4 +64,9 @@ for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
         assert wide_loads(counting) or constants["RANKED_BY"] != "first", (constants, "narrow loads")
     tiles = {"TILE": apply.TILE, "TILES": apply.CHUNK // apply.TILE}
     assert wide_loads(compile_kernel(apply._apply_kernel, 8, **constants, **tiles)), (constants, "narrow loads")
+    own = {"TILE": pack.TILE, "TILES": pack.CHUNK // pack.TILE}
+    packing = compile_kernel(pack._pack_kernel, 8, **constants, **own)
+    unpacking = compile_kernel(apply_packed._apply_packed_kernel, 8, FIRST_INT=constants["FIRST_INT"], **own)
+    drawing = compile_kernel(draw._draw_kernel, 8, FIRST_INT=constants["FIRST_INT"], ROUNDS=ROUNDS, **own)
+    assert all(map(wide_loads, (packing, unpacking, drawing))), (constants, "narrow loads")
 print("compiled")

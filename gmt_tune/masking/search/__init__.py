@@ -93,4 +93,4 @@ def _search_by_kernels(sets: Sequence[Set], ks: Sequence[int]) -> list[Found]:
     found = None if kernels is None else try_triton(kernels.kth_largest, scores, ks)
     if found is None:
         return digits.find_thresholds(sets, ks)
-    return [Found(threshold, [None] * len(flags), flags) for threshold, flags in zip(*found, strict=True)]
+    return [Found(threshold, [None] * len(flags), flags, search) for threshold, flags, search in found]

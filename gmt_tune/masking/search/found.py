@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ class Found(NamedTuple):
             int64; None where only applying the threshold shows it.
         nonfinite: for each member a 0-d bool tensor: whether its scores hold NaN or infinity; where it is sharded,
             whether its gradient does, on any rank.
+        search: what the kernels can use again to apply or pack the threshold, if they found it.
     """
 
     threshold: Tensor
     selected: list[Tensor | None]
     nonfinite: list[Tensor]
+    search: Any = None
 
 
 def common_dtype(one: Set) -> torch.dtype:

@@ -64,7 +64,7 @@ def is_covered(tensor: Tensor | Product) -> bool:
     """Whether the entries lie in memory without gaps: then their order does not matter."""
     if isinstance(tensor, Product):
         return tensor.grad.is_contiguous() and tensor.weight.is_contiguous()
-    return flat_view(tensor) is not None
+    return tensor.is_contiguous() or flat_view(tensor) is not None
 
 
 def make_table(sets: Sequence[Sequence[Tensor | Product]], scores: Sequence[Any] | None = None) -> Table:
