@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.draws import ROUNDS
+from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, narrow, pack, sample
 from gmt_tune.masking.search.kernels.tables import make_table
 from gmt_tune.masking.search.triton import BINS
@@ -60,7 +60,7 @@ for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
     compile_kernel(narrow._narrow_kernel, 1, NAN=constants["NAN"], BINS=bins)
     tiles = {"TILE": count.TILE, "TILES": count.CHUNK // count.TILE}
     for is_first in (True, False):
-        counting = compile_kernel(count._count_kernel, 8, **constants, **tiles, BINS=bins, IS_FIRST=is_first)
+        counting = compile_kernel(count._count_kernel, 4, **constants, **tiles, BINS=bins, IS_FIRST=is_first)
         assert wide_loads(counting) or constants["RANKED_BY"] != "first", (constants, "narrow loads")
     tiles = {"TILE": apply.TILE, "TILES": apply.CHUNK // apply.TILE}
     assert wide_loads(compile_kernel(apply._apply_kernel, 8, **constants, **tiles)), (constants, "narrow loads")

@@ -153,7 +153,7 @@ def test_gradient_mask_selects_as_on_the_cpu(mask_class, score, refresh_every, s
         model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 29)).bfloat16()
         mask = mask_class(model.named_parameters(), density=0.3, score=score, refresh_every=refresh_every)
         found = []
-        for step in range(3):
+        for _ in range(3):
             model.zero_grad()
             model(torch.randn(8, 30, dtype=torch.bfloat16)).square().mean().backward()
             mask.mask_grads_()
@@ -185,9 +185,9 @@ def test_packed_selections_and_draws_equal_those_of_torch(small, grads, density)
     for together in (packed, *([Shifted(p, density, 2**63 + 5, place) for p in parts] for place in places)):
         copies = [part_of(clone_with_strides(grad)) for grad in grads]
         counts = selection.apply_(copies, together)
-        for grad, copy, one, count in zip(grads, copies, together, counts, strict=True):
+        for grad, copy, one, stayed in zip(grads, copies, together, counts, strict=True):
             wanted = clone_with_strides(grad)
-            assert int(one.apply_(wanted)) == int(count)
+            assert int(one.apply_(wanted)) == int(stayed)
             assert full_sort.same_bits(copy.grad, wanted)
 
 

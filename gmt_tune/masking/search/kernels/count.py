@@ -18,7 +18,7 @@ from torch import Tensor
 from gmt_tune.masking.search.kernels.reading import as_pointers, load_tile, magnitude_bits
 from gmt_tune.masking.search.kernels.tables import CHUNK, Table
 
-TILE = 1 << 11  # entries that a program holds at a time: 8 a thread
+TILE = 1 << 10  # entries that a program holds at a time: 8 a thread of 4 warps
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _count_kernel(
         p0 = tl.zeros([TILE // 2], tl.int32)
         p1 = tl.zeros([TILE // 4], tl.int32)
         none = tl.zeros([TILE // 8], tl.int32)
-        p2, p3, p4, p5, p6, p7, p8, p9 = none, none, none, none, none, none, none, none  # 8 TILES < 2**10
+        p2, p3, p4, p5, p6, p7, p8, p9, p10 = none, none, none, none, none, none, none, none, none  # 8 TILES < 2**11
         peaks = tl.zeros([TILE], tl.int32)
         for i in range(TILES):
             start = begin + i * TILE
@@ -91,12 +91,13 @@ def _count_kernel(
                 p6, carry = _add(p6, carry, 0)
                 p7, carry = _add(p7, carry, 0)
                 p8, carry = _add(p8, carry, 0)
-                p9 = p9 ^ carry
+                p9, carry = _add(p9, carry, 0)
+                p10 = p10 ^ carry
                 if IS_FIRST:
                     peaks = tl.maximum(peaks, bits)
         histogram = _counts(p0, 0, BINS) + _counts(p1, 1, BINS) + _counts(p2, 2, BINS) + _counts(p3, 3, BINS)
         histogram += _counts(p4, 4, BINS) + _counts(p5, 5, BINS) + _counts(p6, 6, BINS) + _counts(p7, 7, BINS)
-        histogram += _counts(p8, 8, BINS) + _counts(p9, 9, BINS)
+        histogram += _counts(p8, 8, BINS) + _counts(p9, 9, BINS) + _counts(p10, 10, BINS)
         tl.atomic_add(counts + one * BINS + tl.arange(0, BINS), histogram.to(tl.int64), sem="relaxed")
         if IS_FIRST:
             tl.atomic_max(largest + tensor, tl.max(peaks), sem="relaxed")
@@ -114,7 +115,7 @@ def count_in_windows(table: Table, state: tuple[Tensor, ...], counts: Tensor, la
     _count_kernel[(table.chunk_tensors.numel(),)](
         table.pointers, table.seconds, table.leads, table.ends, table.first_chunks, table.sets, table.chunk_tensors,
         *state, counts, counts if largest is None else largest, **table.constants, TILE=TILE,
-        TILES=CHUNK // TILE, BINS=counts.shape[1], IS_FIRST=largest is not None, num_warps=8,
+        TILES=CHUNK // TILE, BINS=counts.shape[1], IS_FIRST=largest is not None, num_warps=4,
     )  # fmt: skip
 
 

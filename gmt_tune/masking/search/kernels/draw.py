@@ -47,14 +47,23 @@ def _draw_kernel(
             low = tl.maximum(lead - start, 0).to(tl.int32)
             high = tl.minimum(end - start, TILE).to(tl.int32)
             entries, _ = load_tile(pointer + start, pointer + start, low, high, TILE, False)
-            places = place + start + offsets
-            h = _round(places.to(tl.uint32), key.to(tl.uint32), ROUNDS[0][0], ROUNDS[0][1])
+            # 64-bit places in two words of 32 bits: the upper one is the next where the lower one has wrapped
+            base = place + start
+            lowest, upper = base.to(tl.uint32), (base >> 32).to(tl.uint32)
+            lower = lowest + offsets.to(tl.uint32)
+            h = _round(lower, key.to(tl.uint32), ROUNDS[0][0], ROUNDS[0][1])
             h = _round(h, (key >> 32).to(tl.uint32), ROUNDS[1][0], ROUNDS[1][1])
-            h = _round(h, (places >> 32).to(tl.uint32) * 0x9E3779B9, ROUNDS[2][0], ROUNDS[2][1])
-            inside = (offsets >= low) & (offsets < high)
-            kept = inside & (h.to(tl.int32, bitcast=True) <= last)
-            stayed += kept.to(tl.int32)
-            tl.store(pointer + start + offsets, tl.where(kept, entries, tl.zeros_like(entries)), mask=inside)
+            word = tl.where(lower < lowest, (upper + 1) * 0x9E3779B9, upper * 0x9E3779B9)
+            h = _round(h, word, ROUNDS[2][0], ROUNDS[2][1])
+            kept = h.to(tl.int32, bitcast=True) <= last
+            result = tl.where(kept, entries, tl.zeros_like(entries))
+            if (low <= 0) & (high >= TILE):
+                stayed += kept.to(tl.int32)
+                tl.store(pointer + start + offsets, result)
+            else:
+                inside = (offsets >= low) & (offsets < high)
+                stayed += (kept & inside).to(tl.int32)
+                tl.store(pointer + start + offsets, result, mask=inside)
     tl.atomic_add(selected + tensor, tl.sum(stayed).to(tl.int64), sem="relaxed")
 
 
