@@ -328,8 +328,10 @@ class GradientMask:
         self.statistics.forget(names)
         score = self._score()
         parts = make_parts(dict(zip(names, masked, strict=True)))
-        kept = [part for part in parts if self._keeps_selection(part.name)]
-        due = [part for part in parts if not self._keeps_selection(part.name)]
+        kept: list[Part] = []
+        due: list[Part] = []
+        for part in parts:
+            (kept if self._keeps_selection(part.name) else due).append(part)
         # Selecting looks at most gradients anyway: these are not read once more for it
         later = {part.name for part in due if self.density < 1.0 and score.sees_nonfinite(part)}
         now = make_parts({self._parameters.names[p]: p for p in dense if self.error_if_nonfinite})

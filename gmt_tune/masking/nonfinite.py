@@ -85,7 +85,7 @@ class DelayedFlags:
         raise_for_flags([names[i] for i in now], [flags[i] for i in now], where)
         for device in later:
             members = by_device[device]
-            on_host, wait = _start_copy(torch.stack([flags[i] for i in members]))
+            on_host, wait = _start_copy(_together([flags[i] for i in members]))
             self._pending.append(([names[i] for i in members], where, on_host, wait))
 
     def raise_if_set(self) -> None:
@@ -94,6 +94,15 @@ class DelayedFlags:
         for names, where, on_host, wait in pending:
             wait()
             raise_for_flags(names, on_host.tolist(), where)
+
+
+def _together(flags: Sequence[Tensor]) -> Tensor:
+    """0-d tensors in one: what they were taken out of, or a copy."""
+    base = flags[0]._base
+    if base is not None and base.shape == (len(flags),) and all(flag._base is base for flag in flags):
+        if all(flag.storage_offset() == i for i, flag in enumerate(flags)):
+            return base
+    return torch.stack(list(flags))
 
 
 def _start_copy(flags: Tensor) -> tuple[Tensor, Callable[[], None]]:

@@ -277,8 +277,8 @@ def _apply_by_kernels_(parts: Sequence[Part], selections: Sequence[Selection]) -
     filled = [i for i, part in enumerate(parts) if is_served(part.local.device) and part.local.numel()]
     kernels = kernels_for([parts[i].local for i in filled])
     kinds: dict[type[Selection], list[int]] = {}
-    for i in filled if kernels is not None else ():
-        if selections[i].suits(kernels, parts[i].local):
+    for i in filled:
+        if kernels is not None and selections[i].suits(kernels, parts[i].local):
             kinds.setdefault(type(selections[i]), []).append(i)
     own: dict[int, Tensor] = {}
     for kind, members in kinds.items():

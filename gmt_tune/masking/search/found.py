@@ -35,5 +35,7 @@ class Found(NamedTuple):
 
 def common_dtype(one: Set) -> torch.dtype:
     """In which the entries of a set are compared: theirs, or float32 where they differ."""
+    if len(one) == 1:
+        return one[0][0].dtype
     dtypes = {score.dtype for score, _ in one}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32

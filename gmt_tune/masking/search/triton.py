@@ -89,7 +89,8 @@ def kth_largest(
 
 def can_search(tensors: Sequence[Tensor | Product], dtype: torch.dtype) -> bool:
     """Whether these tensors, compared in a dtype, are of one kind and lie as the kernels need them."""
-    return len(_groups(tensors)) == 1 and tensors[0].dtype == dtype and all(is_covered(t) for t in tensors)
+    is_one_kind = len(tensors) == 1 or len(_groups(tensors)) == 1
+    return is_one_kind and tensors[0].dtype == dtype and all(map(is_covered, tensors))
 
 
 def can_apply(grad: Tensor, score: Tensor | Product) -> bool:
