@@ -6,7 +6,7 @@
 
 Gradients have the model's shapes and realistic tails: random signs, magnitudes log-normal within each row and from
 row to row, and an embedding three quarters of whose rows are zero, as when their tokens did not occur. Every method
-masks all of them in place; one after the other is timed, over and over, so that a busy machine slows all alike. The
+masks all of them in place; one after the other is timed, over and over, so that a busy machine slows all of them. The
 floor is one read and one read-modify-write of the same bytes. What the exact methods leave is compared.
 
 Peak memory is what a method needs besides the gradients: by the allocator's counters on CUDA, by resident memory on
@@ -167,7 +167,7 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak besides what is there before; None where nothing tells."""
+    """Bytes that a call needs at its peak besides what is there before; None where nothing shows it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -190,7 +190,7 @@ def resident_peak() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status tells no VmHWM")
+    raise OSError("/proc/self/status has no VmHWM")
 
 
 def measure(model: str, dtype: str, methods: list[str], density: float, rounds: int, device: torch.device) -> list:
@@ -245,7 +245,7 @@ def measure(model: str, dtype: str, methods: list[str], density: float, rounds: 
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """An integer that tells apart tensors whose entries differ anywhere; products wrap around."""
+    """An integer that differs for tensors whose entries differ anywhere; products wrap around."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in tensor.view(-1).split(1 << 22):
         # Adding 0 makes 0 of -0, which multiplying by a mask leaves

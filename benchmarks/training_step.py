@@ -1,7 +1,7 @@
 """Whole training steps of SmolLM2-135M with and without the mask: the second mode of ``selection.py``.
 
 The model has SmolLM2-135M's shapes, random weights and random tokens, none of which changes what is timed, and an
-AdamW of PyTorch. Steps with and without the mask take turns, so that a busy machine slows both alike.
+AdamW of PyTorch. Steps with and without the mask take turns, so that a busy machine slows both.
 """
 
 import statistics

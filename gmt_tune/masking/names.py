@@ -27,7 +27,7 @@ _SOLE = "module"
 
 
 def bare_name(name: str) -> str:
-    """A name without the wrappers that can be told from the name alone: all but those called ``module``."""
+    """A name without the wrappers that the name alone shows: all but those called ``module``."""
     return ".".join(_without_wrappers(name))
 
 

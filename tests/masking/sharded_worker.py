@@ -296,7 +296,7 @@ def count_collectives() -> dict[str, tuple[int, int, int, set[str]]]:
 
 
 def nonfinite(ranks: Unsharded) -> dict[str, list[str]]:
-    """What each rank is told of a NaN that one of them holds, and whether a masked gradient was changed."""
+    """What each rank says of a NaN that one of them holds, and whether a masked gradient was changed."""
     messages = {}
     for score, refresh_every, density in (
         ("magnitude", 1, 0.3), ("saliency", 1, 0.3), ("random", 1, 0.3), ("magnitude", None, 0.3), ("magnitude", 1, 1.0)
@@ -321,7 +321,7 @@ def nonfinite(ranks: Unsharded) -> dict[str, list[str]]:
 
 
 def dense_nonfinite(ranks: Unsharded) -> list[str]:
-    """What each rank is told of a NaN that one of them holds in a dense parameter."""
+    """What each rank says of a NaN that one of them holds in a dense parameter."""
     parameters = {name: nn.Parameter(ranks.weight(name, whole(name, torch.float32, -1))) for name in SHAPES}
     mask = GradientMask(parameters.items(), 0.3, dense=["odder"])
     for name, p in parameters.items():
@@ -340,7 +340,7 @@ def dense_nonfinite(ranks: Unsharded) -> list[str]:
 
 
 def load_states(ranks: Unsharded) -> list[dict[str, str]]:
-    """What each rank is told when it loads its own state, and that of rank 0."""
+    """What each rank says when it loads its own state, and that of rank 0."""
     mask, other = (
         GradientMask(
             [(name, nn.Parameter(ranks.weight(name, whole(name, torch.float32, -1)))) for name in SHAPES],

@@ -129,7 +129,7 @@ class HeldKeys:
 
 
 class PassingKeys:
-    """Counts entries whose keys are made anew, block by block, at each count."""
+    """Counts entries whose keys are made at each count, block by block."""
 
     at_once = 2  # where the guess is right, one pass proves it
 
@@ -177,14 +177,14 @@ def kth_largest(sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]) -
     """
     entries = [Entries(one) for one in sets]
     ranks: dict[int, Rank] = {}
-    alike: dict[tuple, list[int]] = {}
+    same_size: dict[tuple, list[int]] = {}
     large = []
     for i, e in enumerate(entries):
         if e.numel <= FEW:
-            alike.setdefault((e.dtype, e.numel, ks[i]), []).append(i)
+            same_size.setdefault((e.dtype, e.numel, ks[i]), []).append(i)
         else:
             large.append(i)
-    for (dtype, _, k), members in alike.items():
+    for (dtype, _, k), members in same_size.items():
         for some in _batches(members):
             ranks.update(zip(some, _rank_directly([entries[i] for i in some], k, dtype), strict=True))
     if large:
@@ -303,7 +303,7 @@ def _rank_directly(entries: Sequence[Entries], k: int, dtype: torch.dtype) -> li
 
 
 def _with_one_nan(rank: Rank, entries: Entries) -> Rank:
-    """NaNs of different bits rank alike."""
+    """NaNs of different bits have the same rank."""
     if rank.bits <= INFINITY_BITS[entries.dtype]:
         return rank
     return Rank(NAN_BITS[entries.dtype], sum(int(b.isnan().sum()) for b in entries.blocks(PIECE)), True)

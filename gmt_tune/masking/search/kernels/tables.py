@@ -30,7 +30,8 @@ _INT = {torch.float32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.int
 class Table:
     """Tensors of one dtype on one device, in sets whose entries are ranked together.
 
-    All tensors are on that device and int64 but for the last, and may be an element longer than told.
+    All tensors are on that device; int64 columns except the last one, which is int32; rows are padded to an even
+    length.
 
     Attributes:
         pointers, seconds: [tensors], addresses; the second tensor is a weight or a score of the same shape, or
