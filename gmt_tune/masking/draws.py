@@ -72,12 +72,12 @@ def apply_random_(grad: Tensor, density: float, key: int, *, offset: int = 0) ->
     count = torch.zeros((), dtype=torch.int64, device=grad.device)
     draw = _Draw(density, key, grad.device)
     for begin, block in row_major_blocks(grad, draw.chunk):
+        # Two ranges where the upper half of the indices changes within the block
+        ranges = list(draw.ranges(offset + begin, offset + begin + block.numel()))
+        kept = draw(*ranges[0]) if len(ranges) == 1 else torch.cat([draw(*range_).clone() for range_ in ranges])
+        count += kept.sum(dtype=torch.int32)
         bits = block.view(INT_DTYPE[grad.dtype])
-        for first, last in draw.ranges(offset + begin, offset + begin + block.numel()):
-            part = bits if last - first == block.numel() else bits.view(-1)[first - begin - offset :][: last - first]
-            kept = draw(first, last)
-            count += kept.sum(dtype=torch.int32)
-            part.mul_(kept.to(part.dtype).view(part.shape))
+        bits.mul_(kept.to(bits.dtype).view(bits.shape))
     return count
 
 
