@@ -205,7 +205,7 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
             *training("train_8b", "llama3_1_8b", "--optimizers=AdamW8bit", "--batch-size=2", "--warmup=2", "--steps=6"),
         ),
         "training of smollm2, 8-bit": (
-            80,
+            120,
             *training("train_smollm2", "smollm2_135m", "--optimizers=AdamW8bit", "--batch-size=16", "--seq-len=1024"),
         ),
         "selection of 8b, fp32": (

@@ -22,7 +22,7 @@ CHUNK = 1 << 18  # entries hashed at a time on the CPU, where the scratch then s
 _CHUNK_ON_DEVICE = 1 << 23
 
 # Shifts and odd factors of a round each, and what the key adds to it (see _hash)
-_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 
 
 def random_key(seed: int, draw: int, name: str) -> int:
@@ -72,13 +72,18 @@ def apply_random_(grad: Tensor, density: float, key: int, *, offset: int = 0) ->
     count = torch.zeros((), dtype=torch.int64, device=grad.device)
     draw = _Draw(density, key, grad.device)
     for begin, block in row_major_blocks(grad, draw.chunk):
+        # Two ranges where the upper half of the indices changes within the block
+        ranges = list(draw.ranges(offset + begin, offset + begin + block.numel()))
+        kept = draw(*ranges[0]) if len(ranges) == 1 else torch.cat([draw(*range_).clone() for range_ in ranges])
+        count += kept.sum(dtype=torch.int32)
         bits = block.view(INT_DTYPE[grad.dtype])
-        for first, last in draw.ranges(offset + begin, offset + begin + block.numel()):
-            part = bits if last - first == block.numel() else bits.view(-1)[first - begin - offset :][: last - first]
-            kept = draw(first, last)
-            count += kept.sum(dtype=torch.int32)
-            part.mul_(kept.to(part.dtype).view(part.shape))
+        bits.mul_(kept.to(bits.dtype).view(bits.shape))
     return count
+
+
+def last_drawn(density: float) -> int:
+    """The largest hash that is drawn: hashes are spread over all int32, and the density's share of them is."""
+    return min(max(1, round(density * 2**32)), 2**32) - 2**31 - 1
 
 
 class _Draw:
@@ -86,10 +91,7 @@ class _Draw:
 
     def __init__(self, density: float, key: int, device: torch.device) -> None:
         self.chunk = CHUNK if device.type == "cpu" else _CHUNK_ON_DEVICE
-        self._key = key
-        # Hashes are spread over all int32: keep those below the density's share of them
-        self._limit = min(max(1, round(density * 2**32)), 2**32 - 1) - 2**31
-        self._keeps_all = density >= 1.0
+        self._key, self._last = key, last_drawn(density)
         self._counter = torch.arange(self.chunk, dtype=torch.int32, device=device)
         self._scratch = torch.empty(2, self.chunk, dtype=torch.int32, device=device)
 
@@ -104,19 +106,17 @@ class _Draw:
         """int32, valid until the next call."""
         n = stop - start
         h, shifted = self._scratch[0, :n], self._scratch[1, :n]
-        if self._keeps_all:
-            return h.fill_(1)
-        torch.add(self._counter[:n], _signed(start), out=h)
+        torch.add(self._counter[:n], signed(start), out=h)
         words = (self._key, self._key >> 32, (start >> 32) * 0x9E3779B9)
-        for (shift, factor), word in zip(_ROUNDS, words, strict=True):
-            h.bitwise_xor_(_signed(word))
+        for (shift, factor), word in zip(ROUNDS, words, strict=True):
+            h.bitwise_xor_(signed(word))
             torch.bitwise_right_shift(h, shift, out=shifted)
             h.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1))  # int32 shifts in the sign: drop it
-            h.mul_(_signed(factor))
-        return torch.lt(h, self._limit, out=h)
+            h.mul_(signed(factor))
+        return torch.le(h, self._last, out=h)
 
 
-def _signed(word: int) -> int:
-    """The int32 with the lower 32 bits of an integer."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >= 1 << 31 else word
+def signed(word: int, bits: int = 32) -> int:
+    """The integer of so many bits, with a sign, that has the lower bits of another one."""
+    word &= (1 << bits) - 1
+    return word - (1 << bits) if word >= 1 << bits - 1 else word

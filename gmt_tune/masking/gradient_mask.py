@@ -26,7 +26,7 @@ from gmt_tune.masking.parameters import MaskedParameters
 from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, own_entries, own_ranges
 from gmt_tune.masking.schedule import Schedule
 from gmt_tune.masking.scores import Random, Score, UserScore, make_score
-from gmt_tune.masking.selection import PackedSelection, Selection, WholeSelection, apply_
+from gmt_tune.masking.selection import PackedSelection, Selection, WholeSelection, apply_, pack
 
 
 class GradientMask:
@@ -328,8 +328,10 @@ class GradientMask:
         self.statistics.forget(names)
         score = self._score()
         parts = make_parts(dict(zip(names, masked, strict=True)))
-        kept = [part for part in parts if self._keeps_selection(part.name)]
-        due = [part for part in parts if not self._keeps_selection(part.name)]
+        kept: list[Part] = []
+        due: list[Part] = []
+        for part in parts:
+            (kept if self._keeps_selection(part.name) else due).append(part)
         # Selecting looks at most gradients anyway: these are not read once more for it
         later = {part.name for part in due if self.density < 1.0 and score.sees_nonfinite(part)}
         now = make_parts({self._parameters.names[p]: p for p in dense if self.error_if_nonfinite})
@@ -342,9 +344,9 @@ class GradientMask:
             self._raise_if_nonfinite(list(seen_flags), list(seen_flags.values()))
             thresholds = [score.unscaled(s.threshold, self._grad_scale) for s in selections]
             if self._schedule.keeps:
-                for part, selection, threshold in zip(batch, selections, thresholds, strict=True):
-                    if selection.outlasts_step:
-                        self._selections[part.name] = selection.pack(threshold)
+                lasting = [i for i, selection in enumerate(selections) if selection.outlasts_step]
+                packed = pack([selections[i] for i in lasting], [thresholds[i] for i in lasting])
+                self._selections.update(zip((batch[i].name for i in lasting), packed, strict=True))
             self.statistics.record(batch, self.apply_(batch, selections, optimizer), thresholds)
         if kept:
             selections = [self._selections[part.name] for part in kept]

@@ -6,6 +6,7 @@ are launched, and is read after they are: by then it has arrived, or does while 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +16,19 @@ from torch import Tensor
 
 def nonfinite_flags(tensors: Sequence[Tensor]) -> list[Tensor]:
     """For each tensor a 0-d bool tensor on its device: whether it holds NaN or infinity. Does not wait."""
-    return [_is_nonfinite(t.detach()) for t in tensors]
+    tensors = [t._values() if t.layout == torch.sparse_coo else t.detach() for t in tensors]
+    kinds: dict[tuple, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if t.device.type == "cuda" and t.numel():
+            kinds.setdefault((t.device, t.dtype), []).append(i)
+    flags: dict[int, Tensor] = {}
+    for members in kinds.values():  # in a few launches
+        largest = torch._foreach_norm([tensors[i] for i in members], math.inf)
+        flags.update(zip(members, torch.stack(largest).isfinite().logical_not_().unbind(), strict=True))
+    return [flags[i] if i in flags else _is_nonfinite(t) for i, t in enumerate(tensors)]
 
 
 def _is_nonfinite(tensor: Tensor) -> Tensor:
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor._values()
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
     # On the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.
@@ -77,7 +85,7 @@ class DelayedFlags:
         raise_for_flags([names[i] for i in now], [flags[i] for i in now], where)
         for device in later:
             members = by_device[device]
-            on_host, wait = _start_copy(torch.stack([flags[i] for i in members]))
+            on_host, wait = _start_copy(_together([flags[i] for i in members]))
             self._pending.append(([names[i] for i in members], where, on_host, wait))
 
     def raise_if_set(self) -> None:
@@ -86,6 +94,15 @@ class DelayedFlags:
         for names, where, on_host, wait in pending:
             wait()
             raise_for_flags(names, on_host.tolist(), where)
+
+
+def _together(flags: Sequence[Tensor]) -> Tensor:
+    """0-d tensors in one: what they were taken out of, or a copy."""
+    base = flags[0]._base
+    if base is not None and base.shape == (len(flags),) and all(flag._base is base for flag in flags):
+        if all(flag.storage_offset() == i for i, flag in enumerate(flags)):
+            return base
+    return torch.stack(list(flags))
 
 
 def _start_copy(flags: Tensor) -> tuple[Tensor, Callable[[], None]]:

@@ -148,7 +148,9 @@ def select_largest(
     for group, result in zip(groups, found, strict=True):
         for i, count, flag in zip(group, result.selected, result.nonfinite, strict=True):
             is_gradients = scores[i] is parts[i].local or parts[i].groups
-            selections[i] = ThresholdSelection(scores[i], result.threshold, count, flag if is_gradients else None)
+            selections[i] = ThresholdSelection(
+                scores[i], result.threshold, count, flag if is_gradients else None, result.search
+            )
     return [selections[i] if i in selections else _select_nothing(score) for i, score in enumerate(scores)]
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,10 @@ from gmt_tune.masking.bits import (
     magnitude_bits,
     smallest_selected_bits,
 )
-from gmt_tune.masking.draws import CHUNK, apply_random_, random_selection
+from gmt_tune.masking.draws import CHUNK, ROUNDS, apply_random_, last_drawn, random_selection, signed
 from gmt_tune.masking.packing import apply_packed_, pack_selection, unpack_selection
 from gmt_tune.masking.parts import Part, sum_counts
-from gmt_tune.masking.search.devices import kernels_for, try_triton
+from gmt_tune.masking.search.devices import is_served, kernels_for, try_triton
 from gmt_tune.masking.search.entries import Product
 
 _BLOCK = {"cpu": 1 << 17, "other": 1 << 21}  # entries compared at a time: bounds the passing memory
@@ -54,6 +56,15 @@ class Selection:
         grad.masked_fill_(~kept, 0)
         return kept.sum()
 
+    def suits(self, kernels: ModuleType, grad: Tensor) -> bool:
+        """Whether Triton's kernels can apply it to a gradient, which has entries."""
+        return False
+
+    @staticmethod
+    def apply_together_(kernels: ModuleType, grads: Sequence[Tensor], selections: Sequence[Any]) -> list[Tensor]:
+        """Apply, by the kernels, selections of this class that suit them: ``apply_`` of all in a few launches."""
+        raise NotImplementedError
+
     def pack(self, threshold: Tensor | None = None) -> PackedSelection:
         """The same selection at 1 bit per entry, which will show this threshold."""
         mask = self.mask()
@@ -77,6 +88,7 @@ class ThresholdSelection(Selection):
     Args:
         score: of this process's entries; the gradient itself, another tensor of its shape, or a product.
         threshold, count, nonfinite: see :class:`Selection`.
+        search: see :class:`gmt_tune.masking.search.found.Found`.
     """
 
     def __init__(
@@ -85,8 +97,9 @@ class ThresholdSelection(Selection):
         threshold: Tensor,
         count: Tensor | None = None,
         nonfinite: Tensor | None = None,
+        search: Any = None,
     ) -> None:
-        self.score = score
+        self.score, self.search = score, search
         self.threshold: Tensor = threshold.to(score.device)
         self.count, self.nonfinite = count, nonfinite
 
@@ -121,6 +134,13 @@ class ThresholdSelection(Selection):
             grad_bits.mul_(kept.to(grad_bits.dtype))
         return count
 
+    def suits(self, kernels: ModuleType, grad: Tensor) -> bool:
+        return kernels.can_apply(grad, self.score)
+
+    @staticmethod
+    def apply_together_(kernels: ModuleType, grads: Sequence[Tensor], selections: Sequence[Any]) -> list[Tensor]:
+        return kernels.apply_thresholds_(grads, *_thresholds_of(selections))
+
     def _largest_dropped(self) -> float:
         """The largest magnitude that is not selected; waits for the device."""
         dtype = self.score.dtype
@@ -149,6 +169,13 @@ class PackedSelection(Selection):
     def apply_(self, grad: Tensor) -> Tensor:
         return apply_packed_(grad, self.bits)
 
+    def suits(self, kernels: ModuleType, grad: Tensor) -> bool:
+        return kernels.can_pack(grad)
+
+    @staticmethod
+    def apply_together_(kernels: ModuleType, grads: Sequence[Tensor], selections: Sequence[Any]) -> list[Tensor]:
+        return kernels.apply_packed_selections_(grads, [selection.bits for selection in selections])
+
 
 class RandomSelection(Selection):
     """Entries that a hash of their place in the whole gradient draws, each with probability ``density``.
@@ -173,13 +200,12 @@ class RandomSelection(Selection):
         count = torch.zeros((), dtype=torch.int64, device=grad.device)
         if grad.numel() == 0:
             return count
-        if grad.dim() == 0:
-            return apply_random_(grad, self._density, self._key)
+        offset = self._offset()
+        if offset is not None:
+            return apply_random_(grad, self._density, self._key, offset=offset)
         shape = self._part.grad.shape
         (first, last), *others = self._part.ranges()
         row = math.prod(shape[1:])
-        if all((0, size) == held for size, held in zip(shape[1:], others, strict=True)):
-            return apply_random_(grad, self._density, self._key, offset=first * row)
         # Other ranks hold a part of each row: draw whole rows, and keep what is ours
         step = max(1, CHUNK // row)
         for start in range(first, last, step):
@@ -191,6 +217,23 @@ class RandomSelection(Selection):
             grad[start - first : stop - first].masked_fill_(~kept, 0)
             count += kept.sum()
         return count
+
+    def _offset(self) -> int | None:
+        """The flat index in the whole gradient of the part's first entry, where the part is one range of such."""
+        shape = self._part.grad.shape
+        if not shape:
+            return 0
+        (first, _), *others = self._part.ranges()
+        is_range = all((0, size) == held for size, held in zip(shape[1:], others, strict=True))
+        return first * math.prod(shape[1:]) if is_range else None
+
+    def suits(self, kernels: ModuleType, grad: Tensor) -> bool:
+        return grad.is_contiguous() and self._offset() is not None
+
+    @staticmethod
+    def apply_together_(kernels: ModuleType, grads: Sequence[Tensor], selections: Sequence[Any]) -> list[Tensor]:
+        draws = [(signed(s._key, 64), s._offset(), last_drawn(s._density)) for s in selections]
+        return kernels.apply_random_draws_(grads, draws, ROUNDS)
 
 
 class WholeSelection(Selection):
@@ -230,18 +273,36 @@ def apply_(parts: Sequence[Part], selections: Sequence[Selection]) -> list[Tenso
 
 
 def _apply_by_kernels_(parts: Sequence[Part], selections: Sequence[Selection]) -> dict[int, Tensor]:
-    """Apply, in a few launches, the thresholds that Triton's kernels can: own counts by position."""
-    able: list[tuple[int, Tensor, ThresholdSelection]] = []
-    kernels = None
-    for i, (part, selection) in enumerate(zip(parts, selections, strict=True)):
-        if isinstance(selection, ThresholdSelection) and part.local.numel():
-            serving = kernels_for([part.local])
-            if serving is not None and serving.can_apply(part.local, selection.score):
-                kernels = serving
-                able.append((i, part.local, selection))
-    if kernels is None:
-        return {}
-    positions, grads, chosen = zip(*able, strict=True)
-    thresholds, scores = [s.threshold for s in chosen], [s.score for s in chosen]
-    counts = try_triton(kernels.apply_thresholds_, grads, thresholds, scores)
-    return {} if counts is None else dict(zip(positions, counts, strict=True))
+    """Apply, in a few launches, what Triton's kernels can: own counts by position."""
+    filled = [i for i, part in enumerate(parts) if is_served(part.local.device) and part.local.numel()]
+    kernels = kernels_for([parts[i].local for i in filled])
+    kinds: dict[type[Selection], list[int]] = {}
+    for i in filled:
+        if kernels is not None and selections[i].suits(kernels, parts[i].local):
+            kinds.setdefault(type(selections[i]), []).append(i)
+    own: dict[int, Tensor] = {}
+    for kind, members in kinds.items():
+        grads, chosen = [parts[i].local for i in members], [selections[i] for i in members]
+        counts = try_triton(kind.apply_together_, kernels, grads, chosen)
+        own.update(zip(members, counts, strict=True) if counts is not None else ())
+    return own
+
+
+def pack(selections: Sequence[Selection], thresholds: Sequence[Tensor | None]) -> list[PackedSelection]:
+    """:meth:`Selection.pack` of each, with its threshold; on a GPU in a few launches for all."""
+    ranked = {i: s for i, s in enumerate(selections) if type(s) is ThresholdSelection and s.score.numel()}
+    kernels = kernels_for([s.score for s in ranked.values()])
+    able = {i: s for i, s in ranked.items() if kernels is not None and kernels.can_pack(s.score)}
+    bits = None
+    if able:
+        values, scores, searches = _thresholds_of(list(able.values()))
+        bits = try_triton(kernels.pack_thresholds, scores, values, searches)  # type: ignore[union-attr]
+    packed = dict(zip(able, bits, strict=True)) if bits is not None else {}
+    return [
+        PackedSelection(packed[i], able[i].score.shape, threshold) if i in packed else selection.pack(threshold)
+        for i, (selection, threshold) in enumerate(zip(selections, thresholds, strict=True))
+    ]
+
+
+def _thresholds_of(selections: Sequence[ThresholdSelection]) -> tuple[list, list, list]:
+    return [s.threshold for s in selections], [s.score for s in selections], [s.search for s in selections]

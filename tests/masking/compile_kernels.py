@@ -11,8 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gmt_tune.masking.draws import ROUNDS
 from gmt_tune.masking.search.entries import Product
-from gmt_tune.masking.search.kernels import apply, count, narrow, sample
+from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, narrow, pack, sample
 from gmt_tune.masking.search.kernels.tables import make_table
 from gmt_tune.masking.search.triton import BINS
 
@@ -52,15 +53,20 @@ CASES = [
 ]
 
 for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
-    constants, bins = table.constants, BINS[dtype]
+    constants, bins = table.constants, BINS
     unaligned = {name: value for name, value in constants.items() if name != "SECOND_ALIGNED"}
     key_bits = 31 if dtype == torch.float32 else 15
     compile_kernel(sample._sample_kernel, 16, **unaligned, KEY_BITS=key_bits, BINS=bins, SAMPLE=sample.SAMPLE)
     compile_kernel(narrow._narrow_kernel, 1, NAN=constants["NAN"], BINS=bins)
     tiles = {"TILE": count.TILE, "TILES": count.CHUNK // count.TILE}
     for is_first in (True, False):
-        counting = compile_kernel(count._count_kernel, 8, **constants, **tiles, BINS=bins, IS_FIRST=is_first)
+        counting = compile_kernel(count._count_kernel, 4, **constants, **tiles, BINS=bins, IS_FIRST=is_first)
         assert wide_loads(counting) or constants["RANKED_BY"] != "first", (constants, "narrow loads")
     tiles = {"TILE": apply.TILE, "TILES": apply.CHUNK // apply.TILE}
     assert wide_loads(compile_kernel(apply._apply_kernel, 8, **constants, **tiles)), (constants, "narrow loads")
+    own = {"TILE": pack.TILE, "TILES": pack.CHUNK // pack.TILE}
+    packing = compile_kernel(pack._pack_kernel, 8, **constants, **own)
+    unpacking = compile_kernel(apply_packed._apply_packed_kernel, 8, FIRST_INT=constants["FIRST_INT"], **own)
+    drawing = compile_kernel(draw._draw_kernel, 8, FIRST_INT=constants["FIRST_INT"], ROUNDS=ROUNDS, **own)
+    assert all(map(wide_loads, (packing, unpacking, drawing))), (constants, "narrow loads")
 print("compiled")

@@ -14,30 +14,33 @@ import torch
 from test_selection import DTYPES, clone_with_strides, densities, parameters_with, tensors
 
 from gmt_tune import GradientMask, kth_largest_magnitude, mask_grads_
+from gmt_tune.masking import selection
 from gmt_tune.masking.bits import INT_DTYPE, NAN_BITS, from_bits
+from gmt_tune.masking.parts import part_of
+from gmt_tune.masking.scores import select_largest
 from gmt_tune.masking.search import devices
 from gmt_tune.masking.search import triton as kernels
-from gmt_tune.masking.search.kernels import apply, count, sample, tables
+from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, pack, sample, tables
 
 hypothesis.settings.register_profile("interpreter", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("interpreter")
+COUNTED = ("kth_largest", "apply_thresholds_", "pack_thresholds", "apply_packed_selections_", "apply_random_draws_")
 FIXTURE = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
-    launches = {"searched": 0, "applied": 0}
+    launches = dict.fromkeys(COUNTED, 0)
 
-    def searched(*arguments, search=kernels.kth_largest):
-        launches["searched"] += 1
-        return search(*arguments)
+    def counted(name, function):
+        def launch(*arguments):
+            launches[name] += 1
+            return function(*arguments)
 
-    def applied(*arguments, apply=kernels.apply_thresholds_):
-        launches["applied"] += 1
-        return apply(*arguments)
+        return launch
 
-    monkeypatch.setattr(kernels, "kth_largest", searched)
-    monkeypatch.setattr(kernels, "apply_thresholds_", applied)
+    for name in COUNTED:
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
     monkeypatch.setattr(devices, "_SERVED", ("cpu",))
     return launches
 
@@ -46,7 +49,7 @@ def on_kernels(monkeypatch):
 def small(monkeypatch):
     """Lets a few hundred entries be many chunks and tiles, and a sample miss now and then."""
     monkeypatch.setattr(tables, "CHUNK", 256)
-    for module, tile in ((count, 64), (apply, 32)):
+    for module, tile in ((count, 64), (apply, 32), (pack, 32), (apply_packed, 32), (draw, 32)):
         monkeypatch.setattr(module, "CHUNK", 256)
         monkeypatch.setattr(module, "TILE", tile)
     monkeypatch.setattr(sample, "SAMPLE", 32)
@@ -113,7 +116,7 @@ def test_threshold_is_exact_at_full_size_however_bad_the_sample(dtype, misled, m
         mask_grads_(parameters, 0.2, scope=scope)
         for p, want in zip(parameters, wanted, strict=True):
             assert full_sort.same_bits(p.grad, want)
-    assert on_kernels == {"searched": 2, "applied": 2}
+    assert on_kernels["kth_largest"] == on_kernels["apply_thresholds_"] == 2
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -142,24 +145,61 @@ class PerColumn(GradientMask):
 
 
 @pytest.mark.parametrize("mask_class", [GradientMask, PerColumn])
-@pytest.mark.parametrize("score", ["magnitude", "saliency"])
+@pytest.mark.parametrize("score", ["magnitude", "saliency", "random"])
 @pytest.mark.parametrize("refresh_every", [1, 2])
 def test_gradient_mask_selects_as_on_the_cpu(mask_class, score, refresh_every, small, monkeypatch, on_kernels):
     def masked_gradients():
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 9)).bfloat16()
+        model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 29)).bfloat16()
         mask = mask_class(model.named_parameters(), density=0.3, score=score, refresh_every=refresh_every)
-        for _ in range(2):
+        found = []
+        for _ in range(3):
             model.zero_grad()
             model(torch.randn(8, 30, dtype=torch.bfloat16)).square().mean().backward()
             mask.mask_grads_()
-        return [p.grad.clone() for p in model.parameters()]
+            found += [p.grad.clone() for p in model.parameters()]
+            found += mask.statistics.selected.values()
+        return found + [bits.clone() for bits in mask.state_dict()["selections"].values()]
 
     by_kernels = masked_gradients()
-    assert on_kernels["searched"] and on_kernels["applied"]
+    is_drawn = score == "random" and mask_class is GradientMask
+    is_kept = refresh_every == 2 and not is_drawn
+    wanted = ["apply_random_draws_"] if is_drawn else ["kth_largest", "apply_thresholds_"]
+    wanted += ["pack_thresholds", "apply_packed_selections_"] if is_kept else []
+    assert {name for name, times in on_kernels.items() if times} == set(wanted)
     monkeypatch.setattr(devices, "_SERVED", ())
     for a, b in zip(by_kernels, masked_gradients(), strict=True):
-        assert full_sort.same_bits(a, b)
+        assert torch.equal(a, b) if a.dtype in (torch.uint8, torch.int64) else full_sort.same_bits(a, b)
+
+
+@FIXTURE
+@hypothesis.given(grads=st.lists(tensors(300), min_size=1, max_size=3), density=densities)
+def test_packed_selections_and_draws_equal_those_of_torch(small, grads, density):
+    """Bits, entries and counts, also of NaN and of tensors with gaps, which fall back."""
+    parts = [part_of(clone_with_strides(grad)) for grad in grads]
+    selections = select_largest(parts, [part.local for part in parts], density)
+    packed = selection.pack(selections, [None] * len(parts))
+    for one, chosen in zip(packed, selections, strict=True):
+        assert torch.equal(one.bits, chosen.pack().bits)
+    places = (0, 2**32 - 100)  # of an entry in a larger parameter
+    for together in (packed, *([Shifted(p, density, 2**63 + 5, place) for p in parts] for place in places)):
+        copies = [part_of(clone_with_strides(grad)) for grad in grads]
+        counts = selection.apply_(copies, together)
+        for grad, copy, one, stayed in zip(grads, copies, together, counts, strict=True):
+            wanted = clone_with_strides(grad)
+            assert int(one.apply_(wanted)) == int(stayed)
+            assert full_sort.same_bits(copy.grad, wanted)
+
+
+class Shifted(selection.RandomSelection):
+    """Of a part that begins somewhere in its parameter."""
+
+    def __init__(self, part, density, key, place):
+        super().__init__(part, density, key)
+        self.place = place
+
+    def _offset(self):
+        return self.place
 
 
 def test_more_than_two_billion_entries_are_addressed():

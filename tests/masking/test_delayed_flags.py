@@ -12,6 +12,7 @@ class Flag:
     """A 0-d flag on a CUDA device that is not there: it shows its value only where a copy has arrived."""
 
     is_cuda = True
+    _base = None
     device = torch.device("cuda", 0)
 
     def __init__(self, value: torch.Tensor) -> None:

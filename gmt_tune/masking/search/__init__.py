@@ -55,7 +55,7 @@ def find_thresholds(sets: Sequence[Set], ks: Sequence[int]) -> list[Found]:
 
 def _search_for(one: Set) -> Callable[[Sequence[Set], Sequence[int]], list[Found]]:
     scores = [score for score, _ in one]
-    if any(part.groups for _, part in one):
+    if any([part.groups for _, part in one]):
         return digits.find_thresholds
     kernels = kernels_for(scores)
     if kernels is not None and kernels.can_search(scores, common_dtype(one)):
@@ -93,4 +93,4 @@ def _search_by_kernels(sets: Sequence[Set], ks: Sequence[int]) -> list[Found]:
     found = None if kernels is None else try_triton(kernels.kth_largest, scores, ks)
     if found is None:
         return digits.find_thresholds(sets, ks)
-    return [Found(threshold, [None] * len(flags), flags) for threshold, flags in zip(*found, strict=True)]
+    return [Found(threshold, [None] * len(flags), flags, search) for threshold, flags, search in found]

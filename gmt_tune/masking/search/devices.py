@@ -26,10 +26,8 @@ def kernels_for(members: Iterable[Tensor | Product]) -> ModuleType | None:
 
     Triton is not installed with PyTorch for Windows or the CPU, for example, and may have failed before.
     """
-    members = list(members)
-    if not members or _failures or not all(is_served(m.device) for m in members):
-        return None
-    return _import_kernels()
+    devices = {member.device for member in members}
+    return _import_kernels() if devices and not _failures and all(map(is_served, devices)) else None
 
 
 def try_triton(run: Callable, *arguments: Any) -> Any:

@@ -44,9 +44,9 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LEVELS: dict[torch.dtype, tuple[Level, ...]] = {torch.float32: _levels(11, 10, 10)} | dict.fromkeys(
     _SIXTEEN_BITS, _levels(8, 7)
 )
-# As many bins as the counting kernel is fast with. All ranks must use the same levels, so the kind of device decides
-# on them, and not whether Triton works on a rank.
-KERNEL_LEVELS: dict[torch.dtype, tuple[Level, ...]] = {torch.float32: _levels(7, 6, 6, 6, 6)} | dict.fromkeys(
+# The counting kernel has 32 bins. All ranks must use the same levels, so the kind of device decides on them, and not
+# whether Triton works on a rank.
+KERNEL_LEVELS: dict[torch.dtype, tuple[Level, ...]] = {torch.float32: _levels(5, 5, 5, 5, 5, 5, 1)} | dict.fromkeys(
     _SIXTEEN_BITS, _levels(5, 5, 5)
 )
 

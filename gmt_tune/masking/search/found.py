@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,18 @@ class Found(NamedTuple):
             int64; None where only applying the threshold shows it.
         nonfinite: for each member a 0-d bool tensor: whether its scores hold NaN or infinity; where it is sharded,
             whether its gradient does, on any rank.
+        search: what the kernels can use again to apply or pack the threshold, if they found it.
     """
 
     threshold: Tensor
     selected: list[Tensor | None]
     nonfinite: list[Tensor]
+    search: Any = None
 
 
 def common_dtype(one: Set) -> torch.dtype:
     """In which the entries of a set are compared: theirs, or float32 where they differ."""
+    if len(one) == 1:
+        return one[0][0].dtype
     dtypes = {score.dtype for score, _ in one}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32

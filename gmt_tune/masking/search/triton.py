@@ -8,14 +8,18 @@ The search is that of the CPU, for all sets of entries at once:
 
 Counts alone decide, so the threshold is exact whatever the sample said. The host cannot know how many counts it
 takes without waiting, so it launches as many as it can ever take: each narrows what is left to the width of a
-bin. For 16-bit entries the first is enough but for heavy tails, for float32 the third; those after it end at once.
+bin. For 16-bit entries the first is enough but for heavy tails, for float32 the fourth or fifth; those after it end
+at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +27,41 @@ from torch import Tensor
 from gmt_tune.masking.bits import INFINITY_BITS, MAGNITUDE_MASK, NAN_BITS, from_bits, smallest_selected_bits
 from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.search.kernels.apply import apply_smallest_
+from gmt_tune.masking.search.kernels.apply_packed import apply_packed_
 from gmt_tune.masking.search.kernels.count import count_in_windows, zero_counts
+from gmt_tune.masking.search.kernels.draw import apply_draws_
 from gmt_tune.masking.search.kernels.narrow import narrow_windows
+from gmt_tune.masking.search.kernels.pack import pack_
 from gmt_tune.masking.search.kernels.sample import sample_windows
-from gmt_tune.masking.search.kernels.tables import Table, is_covered, make_table, to_device
+from gmt_tune.masking.search.kernels.tables import ALIGNMENT, Table, is_covered, make_table, to_device
 
-# A warp of 32 votes on 32 bins as fast as memory delivers 16-bit entries; float32 ones come at half the rate.
-BINS = {torch.float32: 128, torch.bfloat16: 32, torch.float16: 32}
+BINS = 32  # as many as a word has bits: see the counting kernel
+
+
+class Search:
+    """Sets of entries that were searched together, for what follows with the same tensors.
+
+    Args:
+        table: of the sets.
+        members: their tensors or products, all in one list.
+        bits: int64 [sets], the thresholds' magnitude bits.
+    """
+
+    def __init__(self, table: Table, members: Sequence[Tensor | Product], bits: Tensor) -> None:
+        self.table, self._members, self._bits = table, members, bits
+
+    def is_of(self, members: Sequence[Tensor | Product]) -> bool:
+        return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+
+    @functools.cached_property
+    def smallest(self) -> Tensor:
+        """int32 [tensors], the magnitude bits from which entries are selected."""
+        return self._bits.clamp(min=1).to(torch.int32)[self.table.sets[: self.table.num_tensors]]
 
 
 def kth_largest(
     sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]
-) -> tuple[list[Tensor], list[list[Tensor]]]:
+) -> list[tuple[Tensor, list[Tensor], Search]]:
     """The k-th largest magnitude of each of several sets of entries.
 
     Args:
@@ -42,29 +69,28 @@ def kth_largest(
         ks: for each set the rank from the top, 1 to its number of entries.
 
     Returns:
-        For each set a 0-d threshold in its dtype, and for each of its tensors a 0-d bool tensor: whether it holds
-        NaN or infinity.
+        For each set a 0-d threshold in its dtype, for each of its tensors a 0-d bool tensor: whether it holds NaN or
+        infinity, and the search that it was found in.
     """
-    thresholds: list[Tensor] = [torch.empty(0)] * len(sets)
-    nonfinite: list[list[Tensor]] = [[]] * len(sets)
+    found: list[Any] = [None] * len(sets)
     for members in _groups([one[0] for one in sets]):
         some = [sets[i] for i in members]
         dtype, device = some[0][0].dtype, some[0][0].device
         with _on(device):
             table = make_table(some)
             bits, largest = _search(table, [ks[i] for i in members], dtype)
-        is_nan = bits > INFINITY_BITS[dtype]
-        values = from_bits(torch.where(is_nan, NAN_BITS[dtype], bits), dtype).unbind()
+        search = Search(table, [member for one in some for member in one], bits)
+        values = from_bits(torch.where(bits > INFINITY_BITS[dtype], NAN_BITS[dtype], bits), dtype).unbind()
         flags = iter((largest >= INFINITY_BITS[dtype]).unbind())
         for i, value in zip(members, values, strict=True):
-            thresholds[i] = value
-            nonfinite[i] = [next(flags) for _ in sets[i]]
-    return thresholds, nonfinite
+            found[i] = (value, [next(flags) for _ in sets[i]], search)
+    return found
 
 
 def can_search(tensors: Sequence[Tensor | Product], dtype: torch.dtype) -> bool:
     """Whether these tensors, compared in a dtype, are of one kind and lie as the kernels need them."""
-    return len(_groups(tensors)) == 1 and tensors[0].dtype == dtype and all(is_covered(t) for t in tensors)
+    is_one_kind = len(tensors) == 1 or len(_groups(tensors)) == 1
+    return is_one_kind and tensors[0].dtype == dtype and all(map(is_covered, tensors))
 
 
 def can_apply(grad: Tensor, score: Tensor | Product) -> bool:
@@ -74,34 +100,91 @@ def can_apply(grad: Tensor, score: Tensor | Product) -> bool:
     return grad.is_contiguous() and score.is_contiguous()
 
 
+def can_pack(entries: Tensor | Product) -> bool:
+    """Whether the kernels can pack a selection of these entries, or apply a packed one to them."""
+    if isinstance(entries, Product):
+        return entries.weight.is_contiguous() and can_pack(entries.grad)
+    return entries.is_contiguous() and entries.data_ptr() % ALIGNMENT == 0
+
+
 def apply_thresholds_(
-    grads: Sequence[Tensor], thresholds: Sequence[Tensor], scores: Sequence[Tensor | Product]
+    grads: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    scores: Sequence[Tensor | Product],
+    searches: Sequence[Search | None],
 ) -> list[Tensor]:
-    """:func:`gmt_tune.masking.selection.apply_thresholds_` for gradients that ``can_apply``, none empty."""
-    counts: list[Tensor] = [torch.empty(0)] * len(grads)
+    """Zero what thresholds do not select of gradients that ``can_apply``, none empty; own counts, 0-d int64."""
+    counts: list[Any] = [None] * len(grads)
+    for members, table, smallest in _thresholds_by_kind(grads, thresholds, scores, searches):
+        _scatter(apply_smallest_(table, smallest).unbind(), members, counts)
+    return counts
+
+
+def pack_thresholds(
+    scores: Sequence[Tensor | Product], thresholds: Sequence[Tensor], searches: Sequence[Search | None]
+) -> list[Tensor]:
+    """What thresholds select of scores that ``can_pack``, none empty, as ``packing.pack_selection`` packs it."""
+    packed = [torch.empty(-(-score.numel() // 8), dtype=torch.uint8, device=score.device) for score in scores]
+    for members, table, smallest in _thresholds_by_kind(scores, thresholds, scores, searches):
+        pack_(table, smallest, [packed[i] for i in members])
+    return packed
+
+
+def apply_packed_selections_(grads: Sequence[Tensor], packed: Sequence[Tensor]) -> list[Tensor]:
+    """Zero what packed selections do not hold of gradients that ``can_pack``, none empty; own counts, 0-d int64."""
+    counts: list[Any] = [None] * len(grads)
+    for members in _groups(grads):
+        with _on(grads[members[0]].device):
+            table = make_table([[grads[i]] for i in members])
+            _scatter(apply_packed_(table, [packed[i] for i in members]).unbind(), members, counts)
+    return counts
+
+
+def apply_random_draws_(
+    grads: Sequence[Tensor], draws: Sequence[tuple[int, int, int]], rounds: tuple[tuple[int, int], ...]
+) -> list[Tensor]:
+    """Zero what draws leave out of contiguous gradients, none empty; see ``kernels/draw.py``. Own counts, 0-d int64."""
+    counts: list[Any] = [None] * len(grads)
+    for members in _groups(grads):
+        with _on(grads[members[0]].device):
+            table = make_table([[grads[i]] for i in members])
+            _scatter(apply_draws_(table, [draws[i] for i in members], rounds).unbind(), members, counts)
+    return counts
+
+
+def _thresholds_by_kind(
+    grads: Sequence[Tensor | Product],
+    thresholds: Sequence[Tensor],
+    scores: Sequence[Tensor | Product],
+    searches: Sequence[Search | None],
+) -> Iterator[tuple[list[int], Table, Tensor]]:
+    """Positions of those that one launch can cover, with their table and smallest selected bits."""
     kinds: dict[tuple, list[int]] = {}
     for i, (grad, threshold, score) in enumerate(zip(grads, thresholds, scores, strict=True)):
-        has_own_score = score is not grad and not isinstance(score, Product)
-        kind = (has_own_score, isinstance(score, Product), grad.device, grad.dtype, score.dtype, threshold.dtype)
+        ranks_itself = score is grad or isinstance(score, Product)
+        kind = (ranks_itself, isinstance(score, Product), grad.device, grad.dtype, score.dtype, threshold.dtype)
         kinds.setdefault(kind, []).append(i)
-    for (has_own_score, *_), members in kinds.items():
+    for (ranks_itself, *_), members in kinds.items():
         some = [scores[i] for i in members]
         with _on(some[0].device):
+            search = searches[members[0]]
+            if ranks_itself and search is not None and search.is_of(some):
+                yield members, search.table, search.smallest
+                continue
             values = torch.stack([thresholds[i].detach().to(some[0].device) for i in members])
-            smallest = smallest_selected_bits(values, some[0].dtype)
-            if has_own_score:
-                table = make_table([[grads[i]] for i in members], some)
-            else:
-                table = make_table([[score] for score in some])
-            selected = apply_smallest_(table, smallest).unbind()
-        for i, count in zip(members, selected, strict=True):
-            counts[i] = count
-    return counts
+            own = None if ranks_itself else some
+            table = make_table([[some[n] if ranks_itself else grads[i]] for n, i in enumerate(members)], own)
+            yield members, table, smallest_selected_bits(values, some[0].dtype)
+
+
+def _scatter(values: Iterable[Tensor], positions: Sequence[int], into: list[Any]) -> None:
+    for i, value in zip(positions, values, strict=True):
+        into[i] = value
 
 
 def _search(table: Table, ks: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """int64 [sets], the magnitude bits of each set's k-th largest, and int32 [tensors], of the largest."""
-    device, bins, key_bits = table.pointers.device, BINS[dtype], MAGNITUDE_MASK[dtype].bit_length()
+    device, bins, key_bits = table.pointers.device, BINS, MAGNITUDE_MASK[dtype].bit_length()
     ranks = to_device(ks, device)
     state = sample_windows(table, ranks, bins, key_bits)
     counts = zero_counts(len(ks), bins, device)

@@ -65,7 +65,7 @@ def is_covered(tensor: Tensor | Product) -> bool:
     """Whether the entries lie in memory without gaps: then their order does not matter."""
     if isinstance(tensor, Product):
         return tensor.grad.is_contiguous() and tensor.weight.is_contiguous()
-    return flat_view(tensor) is not None
+    return tensor.is_contiguous() or flat_view(tensor) is not None
 
 
 def make_table(sets: Sequence[Sequence[Tensor | Product]], scores: Sequence[Any] | None = None) -> Table:
@@ -83,10 +83,13 @@ def make_table(sets: Sequence[Sequence[Tensor | Product]], scores: Sequence[Any]
     dtype, second_dtype = firsts[0].dtype, seconds[0].dtype
     score_dtype = members[0].dtype if products else second_dtype
 
-    leads = [t.data_ptr() % ALIGNMENT // dtype.itemsize for t in firsts]
-    ends = [lead + t.numel() for lead, t in zip(leads, firsts, strict=True)]
-    pointers = [t.data_ptr() - lead * dtype.itemsize for t, lead in zip(firsts, leads, strict=True)]
-    second_pointers = [t.data_ptr() - lead * second_dtype.itemsize for t, lead in zip(seconds, leads, strict=True)]
+    addresses, sizes = [t.data_ptr() for t in firsts], [t.numel() for t in firsts]
+    width, second_width = dtype.itemsize, second_dtype.itemsize
+    leads = [address % ALIGNMENT // width for address in addresses]
+    ends = [lead + size for lead, size in zip(leads, sizes, strict=True)]
+    pointers = second_pointers = [address - lead * width for address, lead in zip(addresses, leads, strict=True)]
+    if products or scores is not None:
+        second_pointers = [t.data_ptr() - lead * second_width for t, lead in zip(seconds, leads, strict=True)]
     chunks = [-(-end // CHUNK) for end in ends]
     first_chunks = _running_sums(chunks)
     columns = [
@@ -94,7 +97,7 @@ def make_table(sets: Sequence[Sequence[Tensor | Product]], scores: Sequence[Any]
         second_pointers,
         leads,
         ends,
-        _running_sums([t.numel() for t in firsts]),
+        _running_sums(sizes),
         first_chunks,
         [i for i, one in enumerate(sets) for _ in one],
         _running_sums([len(one) for one in sets]),
