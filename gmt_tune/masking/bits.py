@@ -4,8 +4,6 @@ Zero is 0, infinity lies above every finite value and NaN above infinity, as in 
 that ranks entries in this package compares such integers, so it is exact and does not depend on rounding.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator, Sequence
 

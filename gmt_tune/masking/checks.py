@@ -1,7 +1,5 @@
 """What the masking functions refuse, said in one sentence: which key, which value, what would be right."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

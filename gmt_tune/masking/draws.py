@@ -8,8 +8,6 @@ The hash is counter-based: multiplications and xor-shifts of 32-bit integers, ea
 to one, so that neighbouring indices end far apart. It serves for sampling, not for secrets.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 

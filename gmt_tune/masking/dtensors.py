@@ -4,8 +4,6 @@ Knows any mesh: FSDP2's and tensor parallelism's shards, replicas, uneven and em
 ``torch.distributed.tensor``; ``parts`` does so where there is a DTensor.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The mask as functions, in the manner of ``torch.nn.utils.clip_grad_norm_``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ It counts optimizer steps, keeps the selection between refreshes, and what the l
 masked, ``parameters`` says; what is selected of their gradients, ``scores`` and ``selection``.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 import weakref

@@ -4,8 +4,6 @@ Patterns, saved states and the key of the random score see the bare name, so tha
 activations, sharding or averaging a model selects the same entries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 # The attributes under which wrappers keep the module they wrap, where no model of its own has such a name:

@@ -4,8 +4,6 @@ On an accelerator, the copy of the flags to the host starts where they are compu
 are launched, and is read after they are: by then it has arrived, or does while the device is busy with the step.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Optimizers as hooks meet them: inside wrappers, with closures, and with more than one hook to remove."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

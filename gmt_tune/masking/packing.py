@@ -1,7 +1,5 @@
 """A selection that outlives a step, kept at 1 bit per entry."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """Which parameters a mask masks, which are dense or frozen, and by which names it knows them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any

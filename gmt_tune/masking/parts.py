@@ -5,8 +5,6 @@ uneven or empty shards are masked by the same code. ``torch.distributed.tensor``
 imported only where a gradient is a DTensor (``dtensors``).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """When selections are made: which tensors are due at an optimizer step, and which draw of a random one is in force."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -1,7 +1,5 @@
 """What entries are ranked by, as objects that make selections: the decisions that depend on the score are here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -9,8 +9,6 @@ copied. NaN ranks above infinity. Which t to count for is the only question, and
 - where tensors are sharded, where their memory has gaps, and elsewhere, digit by digit (``digits``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -13,8 +13,6 @@ decides the speed is which torch operations are vectorised: comparing int16 into
 int16 are; writing bool, ``nonzero``, bincount and sorting are not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Which tensors Triton's kernels handle: those on a GPU, where Triton is installed and works."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable, Iterable

@@ -10,8 +10,6 @@ digit that k entries reach is the next one of the k-th largest. Counts of shards
 in one all-reduce a level. No rank holds a whole tensor, and nothing waits for the device.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

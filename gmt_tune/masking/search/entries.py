@@ -1,7 +1,5 @@
 """What entries are ranked by, to be read in blocks or sampled: tensors of any shape, stride and dtype, or products."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """What goes into a search and what comes out of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -12,8 +12,6 @@ bin. For 16-bit entries the first is enough but for heavy tails, for float32 the
 at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -5,8 +5,6 @@ bytes on. So entries are addressed from the multiple of 16 bytes at or before a 
 ``lead`` entries in between are left out. Offsets are 64 bits wide.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
