@@ -145,7 +145,11 @@ def estimated_gib(optimizer_name: str, args: argparse.Namespace) -> float | None
         "enable_activation_checkpointing": True,
         "optimizer._component_": ("torch" if optimizer_name == "AdamW" else "torchao") + f".optim.{optimizer_name}",
     }
-    dropped = ["~optimizer.bf16_stochastic_round"] if optimizer_name == "AdamW" else []
+    if optimizer_name == "AdamW":
+        settings["optimizer.fused"] = True
+        dropped = ["~optimizer.bf16_stochastic_round"]
+    else:
+        dropped = []
     command = [Path(sys.executable).parent / "gmt-tune", "memory", "--json", "--config", config]
     command += [f"{key}={value}" for key, value in settings.items()] + dropped
     process = subprocess.run(command, capture_output=True, text=True)

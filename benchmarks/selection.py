@@ -270,7 +270,7 @@ def bytes_needed(model: str, dtype: str) -> int:
     return 2 * sum(sizes) * DTYPES[dtype].itemsize + 24 * max(sizes)
 
 
-# ------------------------------------------------------------------ telling
+# ------------------------------------------------------------------ showing
 
 
 def table(rows: list[dict]) -> str:

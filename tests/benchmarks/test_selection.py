@@ -30,7 +30,7 @@ def test_shapes_are_those_of_the_model(selection, model, entries):
     assert sum(torch.Size(shape).numel() for shape in selection.MODELS[model].values()) == entries
 
 
-def test_gradients_have_the_tails_that_are_told(selection):
+def test_gradients_have_the_tails_of_real_ones(selection):
     shapes = {"embedding": (4000, 64), "0.q": (300, 64), "norm": (64,)}
     gradients = selection.make_gradients(shapes, torch.float32, torch.device("cpu"))
     assert {name: tuple(g.shape) for name, g in gradients.items()} == shapes
