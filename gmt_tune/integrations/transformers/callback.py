@@ -9,8 +9,6 @@ it is the code path of a plain PyTorch loop. Its price is the assumption that th
 What can be masked is decided in ``trainer_setup``; files of a checkpoint are read and written in ``checkpoint``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

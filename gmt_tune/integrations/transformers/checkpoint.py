@@ -6,8 +6,6 @@ carry a fingerprint of the Trainer's own state, so that the mask of another run'
 taken.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

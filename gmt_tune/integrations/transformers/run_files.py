@@ -1,7 +1,5 @@
 """What a Trainer's run leaves in its output folder for ``gmt-tune report``: the same files as a recipe's run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn

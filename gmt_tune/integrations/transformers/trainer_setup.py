@@ -1,7 +1,5 @@
 """What a Trainer may not be set up with, where a gradient mask is to act."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments

@@ -1,7 +1,5 @@
 """Refuses a wrong config before a model is loaded: one sentence with the key, the value, and what is right."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Refuses sections of a config whose component cannot be imported, or cannot be made with the section's keys."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import os

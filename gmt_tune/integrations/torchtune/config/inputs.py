@@ -1,7 +1,5 @@
 """Which files that a config names lie in its own ``output_dir``, where a run moves, replaces and deletes folders."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import itertools

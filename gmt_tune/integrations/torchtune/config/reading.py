@@ -1,7 +1,5 @@
 """Reads a config as ``tune run`` gets it: a YAML file, and what the command line changes of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

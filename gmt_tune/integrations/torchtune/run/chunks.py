@@ -4,8 +4,6 @@
 reduces, so that ranks whose batches differ in length would wait for each other forever.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Data sets and loaders as torchtune's recipes make them, made before the model so that errors come early."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """How a recipe begins and ends for its user: a checked config first, one sentence when something is wrong."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os

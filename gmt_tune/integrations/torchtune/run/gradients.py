@@ -1,7 +1,5 @@
 """Keeps NaN and infinity out of the weights: all ranks look at loss and gradients together, and decide the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 

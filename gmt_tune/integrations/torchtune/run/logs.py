@@ -1,7 +1,5 @@
 """Where a run's numbers go: the config's metric logger, and the files that ``gmt-tune report`` draws."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torchtune import utils

@@ -4,8 +4,6 @@ A recipe's file defines one class on top of :class:`MaskedRecipe`, with its trai
 its rows, losses and validation are.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator, Mapping

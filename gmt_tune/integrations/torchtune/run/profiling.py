@@ -1,7 +1,5 @@
 """The profiler of a run, and CUDA's memory history beside it."""
 
-from __future__ import annotations
-
 import torch
 
 

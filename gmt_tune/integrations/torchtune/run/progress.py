@@ -1,7 +1,5 @@
 """What a person sees while a run trains: a bar on a terminal, one plain line per logged step elsewhere."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """torchtune's recipe, set up our way: data before the model, then the mask and all that watches a training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers of held-out data, shared among the ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
