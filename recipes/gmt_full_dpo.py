@@ -95,7 +95,6 @@ class GMTFullDPORecipe(MaskedRecipe):
             training.disable_dropout(model)
 
     def train(self) -> None:
-        """The training loop."""
         if not self._begin_training():
             return
         running, num_tokens = 0, 0
@@ -194,7 +193,6 @@ class GMTFullDPORecipe(MaskedRecipe):
 
 
 def dpo(cfg: DictConfig) -> None:
-    """One run of the recipe."""
     check_preference_config(cfg)
     config.log_config(recipe_name="GMTFullDPORecipe", cfg=config_to_log(cfg))
     GMTFullDPORecipe(cfg=cfg).run(cfg)

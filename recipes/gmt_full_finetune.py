@@ -59,7 +59,6 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
     """
 
     def train(self) -> None:
-        """The training loop."""
         if not self._begin_training():
             return
         running_loss, num_tokens = 0, 0
@@ -134,7 +133,6 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 
 
 def finetune(cfg: DictConfig) -> None:
-    """One run of the recipe."""
     config.log_config(recipe_name="GMTFullFinetuneRecipe", cfg=config_to_log(cfg))
     GMTFullFinetuneRecipe(cfg=cfg).run(cfg)
 

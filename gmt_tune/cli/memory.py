@@ -15,7 +15,6 @@ GIB = 2**30
 
 
 def add_parser(subparsers) -> None:
-    """Add ``memory`` to the subcommands of ``gmt-tune``."""
     parser = subparsers.add_parser(
         "memory",
         help="estimate the memory that a config needs",
@@ -44,7 +43,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the estimate for ``args.config``, or the table of all configs."""
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
     if args.by_card and not args.all:
@@ -60,15 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_config(name: str, overrides: list[str]):
-    """
-    A config with overrides, and the number of devices that its run line names.
+    """A config with overrides as ``tune run`` takes them, and the number of devices that its run line names.
 
     Args:
         name: as ``tune ls`` shows it (of this package, or torchtune's own), or a file.
-        overrides: ``key=value`` pairs, and ``~key`` to remove a key, as ``tune run`` takes them.
 
-    Raises:
-        UserError: if there is no such config, or ``tune run`` would refuse it.
+    Raises UserError if there is no such config, or ``tune run`` would refuse it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -148,17 +143,7 @@ def card_table(reports: list[dict]) -> str:
 
 
 def report(name: str, world_size: int | None, overrides: list[str]) -> dict:
-    """
-    The estimate of one config as plain data; totals, like rows, in bytes of one device.
-
-    Args:
-        name: as in :func:`load_config`.
-        world_size: devices; None for as many as the config's run line names.
-        overrides: as in :func:`load_config`.
-
-    Raises:
-        UserError: if there is no such config or it cannot be estimated.
-    """
+    """The estimate of one config as plain data: bytes of one device, of as many as its run line names by default."""
     from gmt_tune.memory import cards_that_fit, estimate
 
     cfg, devices = load_config(name, overrides)

@@ -25,8 +25,7 @@ _log = utils.get_logger("INFO")
 
 
 class ExactMatch:
-    """
-    Asks every question, compares the answers, and returns ``{"accuracy": ...}``.
+    """Asks every question, compares the answers, and returns ``{"accuracy": ...}``.
 
     Without ``data_files`` it asks the quickstart's questions. With it, the rows of your own file: for GSM8K,
     whose answers end in ``#### 42``, set ``prompt_column: question`` and ``extract: "#### (.*)"``.

@@ -35,11 +35,7 @@ def fault_of_files(files: object, kind: object) -> str | None:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Rows of a JSON Lines file, each with the number of its line, from 1 on.
-
-    Raises:
-        UserError: at a line that holds no row; says which.
-    """
+    """Rows of a JSON Lines file and their lines' numbers, from 1 on. UserError names a line that holds no row."""
     lines = _text_lines(path)
     for number, line in lines:
         try:

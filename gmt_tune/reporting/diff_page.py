@@ -48,11 +48,7 @@ def draw_diff(
 ) -> list[Path]:
     """Write a page, and each figure as a PNG file into a folder: what is asked for of the two.
 
-    Returns:
-        The files.
-
-    Raises:
-        UserError: if one cannot be written, or matplotlib is missing.
+    Returns the files. Raises UserError if one cannot be written, or matplotlib is missing.
     """
     figures = diff_figures(diff, top)
     if html is not None:

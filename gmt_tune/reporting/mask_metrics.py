@@ -16,12 +16,7 @@ _GROUPED = ("density", "threshold", "overlap", "coverage")
 
 
 class MaskMetrics:
-    """Numbers of a mask's last step, and of the tracker that watches it, if there is one.
-
-    Args:
-        mask: registered on the optimizer.
-        tracker: registered behind it; without one, there is no overlap and no coverage.
-    """
+    """Numbers of a mask's last step, and of the tracker that is registered behind it, if there is one."""
 
     def __init__(self, mask: GradientMask, tracker: SelectionTracker | None = None) -> None:
         self._mask = mask

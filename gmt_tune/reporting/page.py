@@ -26,17 +26,9 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], command: str, lead: str = "") -> None:
-    """Write a page whole or not at all.
+    """Write a page whole or not at all; its last line names the command that made it, ``lead`` stands on top.
 
-    Args:
-        path: the HTML file.
-        title: heading, also of the browser's tab.
-        sections: in order.
-        command: what made the page, for its last line.
-        lead: a sentence or two below the heading.
-
-    Raises:
-        UserError: if it cannot be written there.
+    Raises UserError if it cannot be written there.
     """
     from jinja2 import Template
 

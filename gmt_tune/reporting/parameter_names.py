@@ -46,7 +46,6 @@ class Grid:
 
 
 def to_grid(numbers: Mapping[str, float]) -> Grid:
-    """Lay out numbers by parameter name as a grid."""
     cells: dict[tuple[int, str], float] = {}
     outside: dict[str, float] = {}
     for name, value in numbers.items():

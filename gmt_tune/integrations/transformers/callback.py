@@ -162,7 +162,6 @@ class GradientMaskCallback(TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
-        """Save the mask beside the optimizer's state."""
         if self._mask is not None:
             save_mask(self._mask, model, args, state)
 

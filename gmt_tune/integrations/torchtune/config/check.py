@@ -35,12 +35,8 @@ _IS_NEW = "gmt_tune_new_key:"
 def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     """Check keys, values, and the files that a config names. Reads no weights and imports no data.
 
-    Args:
-        cfg: the parsed config.
-        own_keys: top-level keys that a customised recipe reads besides those known here; it checks them itself.
-
-    Raises:
-        UserError: for the first thing that is wrong.
+    ``own_keys`` are top-level keys that a customised recipe reads besides those known here; it checks them itself.
+    Raises UserError for the first thing that is wrong.
     """
     check_keys(cfg, own_keys)
     try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
@@ -63,13 +59,7 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
 def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: bool = False) -> None:
     """Check keys and values. Calls nothing that the config names, and looks at no files.
 
-    Args:
-        cfg: the parsed config.
-        own_keys: as in :func:`check_config`.
-        only_known: import no component of a package that we do not know; its keys are not checked then.
-
-    Raises:
-        UserError: for the first thing that is wrong.
+    ``only_known`` imports no component of a package that we do not know; its keys are not checked then.
     """
     _check_interpolations(cfg)
     _check_top_level_keys(cfg, own_keys)
@@ -84,11 +74,7 @@ def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: boo
 
 
 def check_machine(cfg: DictConfig) -> None:
-    """Check what a config needs of the machine that it is to run on.
-
-    Raises:
-        UserError: if the device is not there, or the processes cannot be split as the config says.
-    """
+    """Raise UserError if the device is not there, or the processes cannot be split as the config says."""
     kind, _, index = str(cfg.device).partition(":")
     if kind == "cuda":
         if not torch.cuda.is_available():

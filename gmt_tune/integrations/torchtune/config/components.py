@@ -77,11 +77,7 @@ def is_known_package(path: str) -> bool:
 
 
 def import_component(key: str, path: object) -> Any:
-    """What a key's value, a dotted path, stands for; it is not called.
-
-    Raises:
-        UserError: if the value is no dotted path, or what it names cannot be imported.
-    """
+    """What a key's value, a dotted path, stands for; it is not called. Raises UserError if it cannot be imported."""
     if not isinstance(path, str):
         raise UserError(f"{key} must be a dotted path, got {path!r}")
     if os.getcwd() not in sys.path:
@@ -94,11 +90,7 @@ def import_component(key: str, path: object) -> Any:
 
 
 def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None) -> None:
-    """Make the optimizer and its schedule once, for a parameter of four entries, so that they check their values.
-
-    Raises:
-        UserError: with what they say.
-    """
+    """Make optimizer and schedule once, for four entries, so that they check their values; raises UserError."""
     optimizer = _make("optimizer", cfg_optimizer, [nn.Parameter(torch.zeros(2, 2))])
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

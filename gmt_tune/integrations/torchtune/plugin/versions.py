@@ -47,9 +47,6 @@ def check_before_torchao() -> None:
     """End a ``tune`` command whose torchao cannot even be imported, with one sentence and no traceback.
 
     Other programs are left alone: they may have their own use for that torchao.
-
-    Raises:
-        SystemExit: with the sentence.
     """
     if _is_tune_command():
         _raise_if(_problem_of_versions())

@@ -28,11 +28,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
     """Make the data set of a config's section, or of a list of sections; check its rows, and read the first one.
 
-    Returns:
-        (data set, whether it is packed).
-
-    Raises:
-        UserError: if it cannot be loaded, has no rows, or one of them is wrong; it names the file or the row.
+    Returns (data set, whether it is packed). Raises UserError, which names the file or the row that is wrong.
     """
     if isinstance(cfg_dataset, ListConfig):
         built = [_build_part(part, tokenizer, f"{key}[{i}]") for i, part in enumerate(cfg_dataset)]

@@ -64,13 +64,8 @@ class FiniteCheck:
     def allows_step(self, step: int, loss: Tensor, num_tokens: Tensor) -> bool:
         """Before weights change: whether loss and gradients are finite.
 
-        Args:
-            step: counted from 1.
-            loss: of the step, summed or a mean; 0-d, the same on all ranks.
-            num_tokens: of the step, over all ranks, 0-d.
-
-        Raises:
-            UserError: if they are not, and such steps are not skipped.
+        ``loss``, summed or a mean, and ``num_tokens`` are of the step and over all ranks, 0-d; ``step`` counts from 1.
+        Raises UserError if they are not finite, and such steps are not skipped.
         """
         loss = loss.detach() / num_tokens  # the mean over no token is NaN
         gradients = {}

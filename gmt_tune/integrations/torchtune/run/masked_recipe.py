@@ -36,9 +36,6 @@ class MaskedRecipe(RecipeSetup):
     A recipe gives ``train`` and ``_validate``, and is started with :meth:`run`. Its loop calls :meth:`_begin_training`,
     for each epoch :meth:`_epoch_batches`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
     :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
-
-    Args:
-        cfg (DictConfig): OmegaConf object parsed from yaml file
     """
 
     def run(self, cfg: DictConfig) -> None:
@@ -216,10 +213,7 @@ class MaskedRecipe(RecipeSetup):
     ) -> None:
         """Show the optimizer step that was just done, and log it where that is due.
 
-        Args:
-            loss, num_tokens: of the step, over all ranks.
-            grad_norm: before clipping, of all ranks; None where it was not measured.
-            more: further numbers to log, by name.
+        Numbers are of the step, over all ranks; ``grad_norm`` is before clipping, and None where it was not measured.
         """
         seconds = time.perf_counter() - self._step_start
         # Each rank counts its tokens, and those of a tensor-parallel group have the same ones

@@ -38,11 +38,7 @@ log = utils.get_logger("INFO")
 
 
 class RecipeSetup(FullFinetuneRecipeDistributed):
-    """Sets up a training with a gradient mask, on one device or many.
-
-    Args:
-        cfg (DictConfig): OmegaConf object parsed from yaml file
-    """
+    """Sets up a training with a gradient mask, on one device or many."""
 
     # Makes a batch of rows, unless the config's collate_fn names another
     default_collate_fn = "torchtune.data.padded_collate_sft"

@@ -22,13 +22,7 @@ def tokens_in_loss(labels_BS: Tensor, ignore_index: int) -> Tensor:
 
 
 class Validation:
-    """Means over held-out rows, each counted once whatever the number of ranks.
-
-    Args:
-        batch_size: rows per forward pass on each rank.
-        collate_fn: makes a batch of rows.
-        rank, world_size: of the data-parallel group.
-    """
+    """Means over held-out rows, each counted once whatever the number of data-parallel ranks."""
 
     def __init__(self, dataset, *, batch_size: int, collate_fn, rank: int, world_size: int) -> None:
         # Sharded models need all ranks in each forward pass: the last row is repeated where a rank has too few.
