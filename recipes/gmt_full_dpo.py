@@ -12,11 +12,7 @@ from torchtune import config, rlhf, training
 from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
-from gmt_tune.integrations.torchtune.run.preference import (
-    OWN_KEYS,
-    check_preference_config,
-    check_preference_row,
-)
+from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config, check_preference_row
 
 
 class PairLogProbs(NamedTuple):
@@ -95,6 +91,7 @@ class GMTFullDPORecipe(MaskedRecipe):
             training.disable_dropout(model)
 
     def train(self) -> None:
+        """The training loop."""
         if not self._begin_training():
             return
         running, num_tokens = 0, 0

@@ -59,6 +59,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
     """
 
     def train(self) -> None:
+        """The training loop."""
         if not self._begin_training():
             return
         running_loss, num_tokens = 0, 0

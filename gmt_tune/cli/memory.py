@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
     if args.by_card and not args.all:
         raise UserError("--by-card is for all configs: give --all instead of --config")
     if args.all:
+        from gmt_tune.integrations.torchtune.plugin.registry import config_paths
+
         table = card_table if args.by_card else markdown_table
-        reports = [report(name, args.world_size, args.overrides) for name in packaged_configs()]
+        reports = [report(name, args.world_size, args.overrides) for name in config_paths()]
         print(json.dumps(reports, indent=2) if args.json else table(reports))
         return 0
     result = report(args.config, args.world_size, args.overrides)
@@ -165,13 +167,6 @@ def _fits(report: dict) -> str:
     if not _is_gpu(report):
         return "a CPU"
     return ", ".join(report["fits_on"]) or "no single card: use more devices, or a low-memory config"
-
-
-def packaged_configs() -> list[str]:
-    """The names of all configs that this package carries."""
-    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
-
-    return list(config_paths())
 
 
 def _path_of(name: str) -> Path:

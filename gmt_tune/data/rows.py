@@ -139,11 +139,6 @@ class CheckedRows(Dataset):
         return None
 
 
-def check_packed(packed: PackedDataset, name: str) -> None:
-    """Raise UserError if a row that went into the packs is wrong, and raised no error."""
-    CheckedRows(packed.ds, name).check(None)
-
-
 def rows_of_pack(packed: PackedDataset, index: int) -> range:
     """The rows that are in a pack, wholly or in part."""
     # Positions count from 0 in each row, and go on behind the last one, in the padding

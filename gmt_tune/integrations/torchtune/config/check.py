@@ -22,6 +22,7 @@ from gmt_tune.integrations.torchtune.config.components import (
 from gmt_tune.integrations.torchtune.config.files import check_files
 from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
+from gmt_tune.integrations.torchtune.plugin.versions import release
 
 log = utils.get_logger("INFO")
 
@@ -189,7 +190,7 @@ def _check_values(cfg: DictConfig) -> None:
 
 def _check_combinations(cfg: DictConfig) -> None:
     if cfg.get("optimizer_in_bwd", False):
-        if cfg.get("fsdp_cpu_offload", False) and _torch_release() < (2, 13):
+        if cfg.get("fsdp_cpu_offload", False) and release(torch.__version__) < (2, 13):
             raise UserError(
                 f"optimizer_in_bwd: True does not work with fsdp_cpu_offload: True on torch {torch.__version__}, which "
                 "steps before gradients have arrived in the host's memory: set one of them to False, or install torch "
@@ -239,10 +240,6 @@ def _check_combinations(cfg: DictConfig) -> None:
         )
     if "left_pad_sequence" in str(cfg.get("collate_fn", "")):
         raise UserError("collate_fn must not be left_pad_sequence, which is for inference only")
-
-
-def _torch_release() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 
 def _meta_model(cfg: DictConfig) -> nn.Module:

@@ -32,10 +32,8 @@ def check_component(
 ) -> None:
     """Check that a section's component can be imported and takes the section's keys.
 
-    Args:
-        name, cfg: of the section.
-        positional, names: how many arguments the recipe gives by position, and which by name.
-        only_known: import no component of a package that we do not know, and leave its section unchecked.
+    The recipe gives arguments too: ``positional`` many, and those in ``names``. With ``only_known``, no component of a
+    package that we do not know is imported, and its section stays unchecked.
     """
     path = component_path(name, cfg)
     if only_known and not is_known_package(path):

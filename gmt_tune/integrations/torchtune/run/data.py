@@ -13,7 +13,7 @@ from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from gmt_tune.data.files import fault_of_files
-from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed
+from gmt_tune.data.rows import CheckedRows, cause_in_words
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 
@@ -69,7 +69,7 @@ def _build_part(part: DictConfig, tokenizer, key: str):
             raise UserError(f"{key}: {fault}") from error
         raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
     if isinstance(dataset, PackedDataset):
-        check_packed(dataset, name)
+        CheckedRows(dataset.ds, name).check(None)  # for a row that is wrong and raised no error
         return dataset
     rows = CheckedRows(dataset, name)
     rows.check()

@@ -24,8 +24,7 @@ class FiniteCheck:
     Args:
         stepping_in_backward: the optimizers, if they step inside backward: before all gradients are there.
         skips: leave a step out whose numbers are not finite, and count it, instead of raising.
-        rows_of_step: gives the positions in the data set of the rows in this rank's part of the step.
-        in_words: how messages call such positions.
+        rows_of_step, in_words: positions in the data set of this rank's rows of the step; such positions in messages.
         checkpoints: of the run; one that is being written is completed before the run ends.
     """
 

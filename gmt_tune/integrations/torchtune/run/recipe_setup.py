@@ -74,7 +74,6 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         """Set up further models, which are not trained."""
 
     def _resume(self, checkpoint) -> None:
-        """Continue where a checkpoint was saved; its weights are loaded already."""
         raise NotImplementedError
 
     def setup(self, cfg: DictConfig) -> None:

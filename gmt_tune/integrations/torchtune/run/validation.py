@@ -38,9 +38,8 @@ class Validation:
     def run(self, model, sums_of: Callable[[object, int], Mapping[str, Tensor]], device) -> dict[str, float]:
         """The mean of each number, the same on all ranks. The model's mode and all random numbers stay as they are.
 
-        Args:
-            sums_of: gives, for a batch and how many of its first rows count, sums over these by name, 0-d, and what
-                they are divided by as the last of them.
+        ``sums_of`` gives, for a batch and how many of its first rows count, sums over these by name, 0-d, and what they
+        are divided by as the last of them.
         """
         was_training = model.training
         model.eval()
