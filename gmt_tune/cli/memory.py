@@ -60,10 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_config(name: str, overrides: list[str]):
-    """A config with overrides as ``tune run`` takes them, and the number of devices that its run line names.
-
-    Args:
-        name: as ``tune ls`` shows it (of this package, or torchtune's own), or a file.
+    """A config, named as in ``tune ls`` or a file, with overrides; and the number of devices that its run line names.
 
     Raises UserError if there is no such config, or ``tune run`` would refuse it.
     """

@@ -128,9 +128,7 @@ class ChatMLTokenizer:
         return tokens, mask
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Replace ``messages`` in a dataset's sample with ``tokens`` and ``mask``, in place; with ``inference``, the
-        conversation stays open for the model to go on.
-        """
+        """Replace a sample's ``messages`` with ``tokens`` and ``mask``, in place; ``inference`` leaves it open."""
         messages = sample.pop("messages")
         sample["tokens"], sample["mask"] = self.tokenize_messages(messages, add_end_tokens=not inference)
         return sample

@@ -26,10 +26,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], command: str, lead: str = "") -> None:
-    """Write a page whole or not at all; its last line names the command that made it, ``lead`` stands on top.
-
-    Raises UserError if it cannot be written there.
-    """
+    """Write a page whole or not at all, with ``lead`` on top and ``command`` in its last line. May raise UserError."""
     from jinja2 import Template
 
     template = Template(

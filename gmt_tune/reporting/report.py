@@ -38,10 +38,7 @@ def write_report(
 
 
 def report_at_end(run_dir: str | Path) -> str:
-    """Draw the report of a run that ends: whatever is wrong with it does not end the run.
-
-    Returns a sentence for the run's last line: where the report is, or how to get one.
-    """
+    """Draw the report of a run that ends, which no fault of it may disturb; returns a sentence on where it is."""
     try:
         page, _ = write_report([run_dir])
         return f"its report is {page.resolve()}"

@@ -169,8 +169,6 @@ class GradientMaskCallback(TrainerCallback):
         """Take the hooks off: the optimizer may go on to be used without the mask."""
         self._unhook()
 
-    # ------------------------------------------------------------------ the work
-
     def _build_mask(self, model: torch.nn.Module) -> GradientMask:
         return self._mask_class(model.named_parameters(), **self._options)
 

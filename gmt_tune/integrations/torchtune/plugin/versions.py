@@ -44,19 +44,13 @@ def check_torchtune_version() -> str | None:
 
 
 def check_before_torchao() -> None:
-    """End a ``tune`` command whose torchao cannot even be imported, with one sentence and no traceback.
-
-    Other programs are left alone: they may have their own use for that torchao.
-    """
+    """End a ``tune`` command, no other program, whose torchao cannot be imported: one sentence, no traceback."""
     if _is_tune_command():
         _raise_if(_problem_of_versions())
 
 
 def make_torchtune_importable() -> None:
-    """Check the versions and fill in what torchtune 0.6.1 misses in the installed torchao.
-
-    Raises VersionError, under the ``tune`` command SystemExit, if torchtune could not be imported even so.
-    """
+    """Fill in what torchtune misses in the installed torchao; raises VersionError, under ``tune`` SystemExit."""
     if check_torchtune_version() is None:  # another torchtune is not ours to change; our recipes refuse it
         _raise_if(_problem_of_versions() or _fill_in_torchao())
 

@@ -57,10 +57,7 @@ class MaskedRecipe(RecipeSetup):
         torch.distributed.destroy_process_group()
 
     def _close(self, has_failed: bool = False) -> None:
-        """Close profiler and metric logger, and let other runs write to the folder.
-
-        It raises nothing, which would hide why the run has ended.
-        """
+        """Close what was opened. It raises nothing, which would hide why the run has ended."""
         self._profiler.writes_trace = not has_failed or self.world_size == 1  # for a trace, ranks wait for each other
         close = [self._stop.uninstall, self._profiler.stop]
         if self._is_rank_zero and hasattr(self, "_metric_logger"):
@@ -81,8 +78,6 @@ class MaskedRecipe(RecipeSetup):
     def _validate(self) -> dict[str, float]:
         """Numbers of the held-out data, the same on all ranks, from ``self._validation``; with ``val_loss``."""
         raise NotImplementedError
-
-    # ------------------------------------------------------------------ checkpoints
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint was saved; its weights are loaded already."""

@@ -8,10 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress of one epoch (from 1 on), shown by one rank; ``done`` of its steps were done before the run was resumed.
-
-    Without a terminal, a line is printed ``every`` so many steps.
-    """
+    """Progress of one epoch, from 1 on, shown by one rank; without a terminal, a line ``every`` so many steps."""
 
     def __init__(self, epoch: int, total: int, done: int, every: int, is_shown: bool) -> None:
         self._epoch, self._total, self._done, self._every = epoch, total, done, every
@@ -26,10 +23,7 @@ class Progress:
         self._val_loss: float | None = None
 
     def update(self, global_step: int, loss: float, tokens_per_second: float, mask_share: float | None) -> None:
-        """Show one more optimizer step.
-
-        ``mask_share`` is the part of the step's time that the mask took, in [0, 1]; None where it is not known.
-        """
+        """Show one more optimizer step; ``mask_share`` is the part of its time that the mask took, if known."""
         self._done += 1
         if not self._is_shown:
             return
