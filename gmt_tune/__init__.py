@@ -12,23 +12,16 @@ from gmt_tune._version import __version__
 if TYPE_CHECKING:
     from gmt_tune.masking import GradientMask, MaskStatistics, kth_largest_magnitude, mask_grads_
 
-_PUBLIC = {
-    "GradientMask": "gmt_tune.masking",
-    "MaskStatistics": "gmt_tune.masking",
-    "kth_largest_magnitude": "gmt_tune.masking",
-    "mask_grads_": "gmt_tune.masking",
-}
-
 __all__ = ["GradientMask", "MaskStatistics", "__version__", "kth_largest_magnitude", "mask_grads_"]
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
-        value = getattr(import_module(_PUBLIC[name]), name)
+    if name in __all__:
+        value = getattr(import_module("gmt_tune.masking"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'gmt_tune' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_PUBLIC))
+    return sorted(set(globals()) | set(__all__))

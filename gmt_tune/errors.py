@@ -21,15 +21,9 @@ def one_line(error: BaseException, *, with_type: bool = False) -> str:
 def did_you_mean(
     word: str, known: Iterable[str], otherwise: str = "", *, prefix: str = "", most: int = 1, cutoff: float = 0.6
 ) -> str:
-    """What a wrong word may have been meant to be: "did you mean lr?".
+    """What a wrong word may have been meant to be: "did you mean lr?"; else ``otherwise``, or "it takes betas, lr".
 
-    Args:
-        word: the wrong word.
-        known: the right ones.
-        otherwise: what to say where none is near; without it, all known ones: "it takes betas, lr".
-        prefix: put before a right word, such as its section.
-        most: how many words to name.
-        cutoff: how near they must be, from 0 to 1.
+    ``prefix``, such as a section, stands before a right word; ``most`` are named, at least ``cutoff`` near, 0 to 1.
     """
     known = sorted(known)
     near = get_close_matches(word, known, n=most, cutoff=cutoff)

@@ -12,11 +12,7 @@ from torchtune import config, rlhf, training
 from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
-from gmt_tune.integrations.torchtune.run.preference import (
-    OWN_KEYS,
-    check_preference_config,
-    check_preference_row,
-)
+from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config, check_preference_row
 
 
 class PairLogProbs(NamedTuple):
@@ -194,7 +190,6 @@ class GMTFullDPORecipe(MaskedRecipe):
 
 
 def dpo(cfg: DictConfig) -> None:
-    """One run of the recipe."""
     check_preference_config(cfg)
     config.log_config(recipe_name="GMTFullDPORecipe", cfg=config_to_log(cfg))
     GMTFullDPORecipe(cfg=cfg).run(cfg)

@@ -134,7 +134,6 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 
 
 def finetune(cfg: DictConfig) -> None:
-    """One run of the recipe."""
     config.log_config(recipe_name="GMTFullFinetuneRecipe", cfg=config_to_log(cfg))
     GMTFullFinetuneRecipe(cfg=cfg).run(cfg)
 

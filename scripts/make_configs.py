@@ -229,8 +229,9 @@ def build_docs() -> dict[Path, str]:
     A file without the marks of its table stays as it is.
     """
     from gmt_tune.cli import memory
+    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
-    reports = [memory.report(name, None, []) for name in memory.packaged_configs()]
+    reports = [memory.report(name, None, []) for name in config_paths()]
     made = {}
     for path, (begin, end), table in (
         (DOCS, TABLE, memory.markdown_table(reports)),

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from gmt_tune.cli.paths import as_path
 
 
 def add_parser(subparsers) -> None:
-    """Add ``diff`` to the subcommands of ``gmt-tune``."""
     parser = subparsers.add_parser(
         "diff",
         help="show how far a fine-tuned checkpoint went from its base",
@@ -31,7 +30,8 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print, and draw what was asked for."""
+    from tqdm import tqdm
+
     from gmt_tune.reporting.diff import compare
     from gmt_tune.reporting.weights_reader import Weights
 
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
         require_matplotlib()  # now rather than after minutes of reading
     base, tuned = Weights(args.base), Weights(args.tuned)
-    diff = compare(base, tuned, watch=_with_progress)
+    # disable=None: only on a terminal
+    diff = compare(base, tuned, partial(tqdm, desc="Comparing", unit="tensor", disable=None, leave=False))
     written: list[Path] = []
     if args.html or args.png:
         written = draw_diff(diff, base.path, tuned.path, html=args.html, png_dir=args.png, top=args.top)
@@ -53,12 +54,6 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
     return int(text)
-
-
-def _with_progress(names: Iterable[str]) -> Iterable[str]:
-    from tqdm import tqdm
-
-    return tqdm(names, desc="Comparing", unit="tensor", disable=None, leave=False)  # None: only on a terminal
 
 
 def _as_json(diff, base, tuned) -> str:

@@ -62,7 +62,6 @@ class OutOfReachError(UserError):
 
 
 def add_parser(subparsers) -> None:
-    """Add ``fetch`` to the subcommands of ``gmt-tune``."""
     parser = subparsers.add_parser(
         "fetch",
         help="get a small pretrained model",
@@ -225,8 +224,7 @@ def _convert(model: Model, gguf: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(gguf: Path, folder: Path) -> tuple[list[str], str]:
-    """
-    Write ``tokenizer.json``; returns tokens and chat template.
+    """Write ``tokenizer.json``; returns tokens and chat template.
 
     transformers' own converter adds tokens of Llama 2 (5.0) or does not split digits (5.23), as GGUF's "smollm" says.
     """

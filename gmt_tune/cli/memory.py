@@ -15,7 +15,6 @@ GIB = 2**30
 
 
 def add_parser(subparsers) -> None:
-    """Add ``memory`` to the subcommands of ``gmt-tune``."""
     parser = subparsers.add_parser(
         "memory",
         help="estimate the memory that a config needs",
@@ -44,14 +43,15 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the estimate for ``args.config``, or the table of all configs."""
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
     if args.by_card and not args.all:
         raise UserError("--by-card is for all configs: give --all instead of --config")
     if args.all:
+        from gmt_tune.integrations.torchtune.plugin.registry import config_paths
+
         table = card_table if args.by_card else markdown_table
-        reports = [report(name, args.world_size, args.overrides) for name in packaged_configs()]
+        reports = [report(name, args.world_size, args.overrides) for name in config_paths()]
         print(json.dumps(reports, indent=2) if args.json else table(reports))
         return 0
     result = report(args.config, args.world_size, args.overrides)
@@ -60,15 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_config(name: str, overrides: list[str]):
-    """
-    A config with overrides, and the number of devices that its run line names.
+    """A config, named as in ``tune ls`` or a file, with overrides; and the number of devices that its run line names.
 
-    Args:
-        name: as ``tune ls`` shows it (of this package, or torchtune's own), or a file.
-        overrides: ``key=value`` pairs, and ``~key`` to remove a key, as ``tune run`` takes them.
-
-    Raises:
-        UserError: if there is no such config, or ``tune run`` would refuse it.
+    Raises UserError if there is no such config, or ``tune run`` would refuse it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -148,17 +142,7 @@ def card_table(reports: list[dict]) -> str:
 
 
 def report(name: str, world_size: int | None, overrides: list[str]) -> dict:
-    """
-    The estimate of one config as plain data; totals, like rows, in bytes of one device.
-
-    Args:
-        name: as in :func:`load_config`.
-        world_size: devices; None for as many as the config's run line names.
-        overrides: as in :func:`load_config`.
-
-    Raises:
-        UserError: if there is no such config or it cannot be estimated.
-    """
+    """The estimate of one config as plain data: bytes of one device, of as many as its run line names by default."""
     from gmt_tune.memory import cards_that_fit, estimate
 
     cfg, devices = load_config(name, overrides)
@@ -180,13 +164,6 @@ def _fits(report: dict) -> str:
     if not _is_gpu(report):
         return "a CPU"
     return ", ".join(report["fits_on"]) or "no single card: use more devices, or a low-memory config"
-
-
-def packaged_configs() -> list[str]:
-    """The names of all configs that this package carries."""
-    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
-
-    return list(config_paths())
 
 
 def _path_of(name: str) -> Path:

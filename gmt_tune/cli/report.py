@@ -6,7 +6,6 @@ from gmt_tune.cli.paths import as_path
 
 
 def add_parser(subparsers) -> None:
-    """Add ``report`` to the subcommands of ``gmt-tune``."""
     parser = subparsers.add_parser(
         "report",
         help="draw a run, or several on the same axes, as one HTML page",
@@ -25,7 +24,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and say where it is."""
     from gmt_tune.reporting.report import write_report
 
     page, pngs = write_report(args.run_dirs, args.output, args.png)

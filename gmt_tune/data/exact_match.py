@@ -25,8 +25,7 @@ _log = utils.get_logger("INFO")
 
 
 class ExactMatch:
-    """
-    Asks every question, compares the answers, and returns ``{"accuracy": ...}``.
+    """Asks every question, compares the answers, and returns ``{"accuracy": ...}``.
 
     Without ``data_files`` it asks the quickstart's questions. With it, the rows of your own file: for GSM8K,
     whose answers end in ``#### 42``, set ``prompt_column: question`` and ``extract: "#### (.*)"``.
@@ -131,18 +130,11 @@ def generate_greedily(
     stop_tokens: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
-    """Go on from each prompt with the likeliest token until it is a stop token.
+    """Go on from each prompt with the likeliest token until it is a stop token; ``pad_id`` is any valid id.
 
-    Args:
-        model (nn.Module): maps tokens [batch, sequence] to logits [batch, sequence, vocabulary], each position
-            depending on those before it alone; or to a list of such logits, chunked along the sequence.
-        prompts (Sequence[Sequence[int]]): one batch of token ids, of any lengths from 1 on.
-        max_new_tokens (int): the longest answer in tokens.
-        stop_tokens (Sequence[int]): ids that end an answer.
-        pad_id (int): any valid id, for positions that are not looked at.
-
-    Returns:
-        The new token ids of each prompt, without the stop token.
+    The model maps tokens [batch, sequence] to logits [batch, sequence, vocabulary], each position depending on those
+    before it alone; or to a list of such logits, chunked along the sequence. Prompts have any lengths from 1 on.
+    Returns the new token ids of each, without the stop token.
     """
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)

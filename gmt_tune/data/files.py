@@ -14,10 +14,8 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 def fault_of_files(files: object, kind: object) -> str | None:
     """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
 
-    Args:
-        files: a path, with or without wildcards, a list of paths, or either by split, as ``datasets.load_dataset``
-            takes them.
-        kind: "json", "csv" or "text"; files of others are not looked at.
+    ``files`` is a path or pattern, a list of such, or either by split, as ``datasets.load_dataset`` takes them. Those
+    of another ``kind`` than "json", "csv" and "text" are not looked at.
     """
     if kind not in ("json", "csv", "text"):
         return None
@@ -35,11 +33,7 @@ def fault_of_files(files: object, kind: object) -> str | None:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Rows of a JSON Lines file, each with the number of its line, from 1 on.
-
-    Raises:
-        UserError: at a line that holds no row; says which.
-    """
+    """Rows of a JSON Lines file and their lines' numbers, from 1 on. UserError names a line that holds no row."""
     lines = _text_lines(path)
     for number, line in lines:
         try:

@@ -20,8 +20,7 @@ from gmt_tune.errors import UserError
 
 
 class PreferenceAccuracy:
-    """
-    Compares the log probabilities of both answers of each pair, and returns ``{"preference_accuracy": ...}``.
+    """Compares the log probabilities of both answers of each pair, and returns ``{"preference_accuracy": ...}``.
 
     No reference model takes part, so it can judge a model before training too: one that does not know what makes an
     answer better is right about half of the time.

@@ -18,8 +18,7 @@ def quickstart_dataset(
     seed: int = 0,
     packed: bool = False,
 ) -> Dataset:
-    """
-    Questions about the people of a small village, made by the package itself; only the answers are learnt.
+    """Questions about the people of a small village, made by the package itself; only the answers are learnt.
 
     Args:
         tokenizer (ModelTokenizer): turns messages into tokens.
@@ -51,8 +50,7 @@ def quickstart_questions(split: Split, size: int | None = None, seed: int = 0) -
 def quickstart_preference_dataset(
     tokenizer: ModelTokenizer, *, split: Split = "train", size: int | None = None, seed: int = 0
 ) -> PreferenceDataset:
-    """
-    The same questions, each with its answer and a worse one: a true sentence that answers another question.
+    """The same questions, each with its answer and a worse one: a true sentence that answers another question.
 
     The arguments are those of :func:`quickstart_dataset`; rows are those of ``torchtune.datasets.preference_dataset``.
     """

@@ -53,12 +53,7 @@ _READ: dict[type, _Columns] = {
 
 
 class CheckedRows(Dataset):
-    """A data set as it is, whose errors name the row and what is wrong with it.
-
-    Args:
-        dataset: any data set; rows of torchtune's own kinds are checked before they are prepared.
-        name: how messages call it, such as "dataset (train.jsonl)".
-    """
+    """A data set as it is, whose errors name the row and what is wrong with it. Messages call the set ``name``."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
         self._dataset, self._name = dataset, name
@@ -93,11 +88,7 @@ class CheckedRows(Dataset):
         raise UserErrorOfOneRank(self._sentence(index, fault))
 
     def check(self, rows: int | None = ROWS_CHECKED_AHEAD) -> None:
-        """Look at the first ``rows`` rows, without making tokens of them; None for all.
-
-        Raises:
-            UserError: names the first row that is wrong.
-        """
+        """Look at the first rows (None: all), without making tokens of them. UserError names one that is wrong."""
         if self._raw is None:
             return
         read = self._columns.texts + self._columns.formatted + self._columns.conversations
@@ -146,11 +137,6 @@ class CheckedRows(Dataset):
                 if not all(isinstance(text, str) for text in texts):
                     return f"a text of message {number} of {name} is null or no text"
         return None
-
-
-def check_packed(packed: PackedDataset, name: str) -> None:
-    """Raise UserError if a row that went into the packs is wrong, and raised no error."""
-    CheckedRows(packed.ds, name).check(None)
 
 
 def rows_of_pack(packed: PackedDataset, index: int) -> range:

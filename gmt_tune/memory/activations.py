@@ -52,8 +52,7 @@ def shape_of(model: Any, batch_size: int, seq_len: int, itemsize: int) -> Shape 
 
 
 def layer_bytes(s: Shape, tensor_parallel: int = 1) -> int:
-    """
-    Bytes that autograd saves in one layer without checkpointing.
+    """Bytes that autograd saves in one layer without checkpointing.
 
     Per token: each of the two norms keeps its input and the normalised input in fp32, one fp32 scale, and its output
     (16 d + 8 + 2 d e); attention keeps q, k, v (k and v expanded to all heads), its output (4 A e) and a
@@ -76,18 +75,12 @@ def layer_scratch_bytes(s: Shape, tensor_parallel: int = 1) -> int:
 
 
 def head_bytes(s: Shape, output_chunks: int, *, pairs: bool = False) -> int:
-    """
-    Bytes of the final norm, the logits and the loss when the loss has been computed.
+    """Bytes of the final norm, the logits and the loss when the loss has been computed.
 
     Per token: final norm 8 d + d e. With chunks, the logits (V e) and all fp32 log-probabilities (4 V), besides the
-    fp32 logits of one chunk (4 V / chunks). Without, the fp32 logits and log-probabilities (8 V) and their gradient
+    fp32 logits of one chunk (4 V / chunks). Without (0), the fp32 logits and log-probabilities (8 V) and their gradient
     in the model's dtype (V e). With pairs, while the reference model runs: the log-probabilities of the other model
     (4 V), its own logits (4 V), and of one half of them a copy and the log-probabilities (2 V each).
-
-    Args:
-        s: sizes.
-        output_chunks: of the loss; 0 for a loss that takes the logits whole.
-        pairs: whether chosen and rejected answers are compared with a reference model's.
     """
     norm = s.embed_dim * (8 + s.itemsize)
     if pairs:

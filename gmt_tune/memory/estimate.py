@@ -97,15 +97,10 @@ class _Job:
 
 
 def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
-    """
-    What a run of this config needs on each device.
+    """What a run of this config needs on each device, one for each of ``world_size`` processes.
 
-    Args:
-        cfg: of ``gmt_full_finetune`` or ``gmt_full_dpo``, or of torchtune's own full fine-tuning recipes.
-        world_size: processes, one for each device.
-
-    Raises:
-        UserError: if the config lacks a key that the arithmetic needs, or a component cannot be built.
+    ``cfg`` is of ``gmt_full_finetune`` or ``gmt_full_dpo``, or of torchtune's own full fine-tuning recipes. Raises
+    UserError if it lacks a key that the arithmetic needs, or a component cannot be built.
     """
     for key in ("model", "optimizer", "batch_size", "dtype"):
         if cfg.get(key, None) is None:
@@ -331,14 +326,11 @@ def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
         for name in _matching([name for name, _ in model.named_parameters()], section.get("frozen", None) or ()):
             model.get_parameter(name).requires_grad_(False)
     else:
-        if path is not None and not _is_mask(import_component("gradient_mask._component_", path)):
+        mask = GradientMask if path is None else import_component("gradient_mask._component_", path)
+        if not (inspect.isclass(mask) and issubclass(mask, GradientMask)):
             raise UserError(f"gradient_mask._component_ {path} is no GradientMask: set it to gmt_tune.GradientMask")
         build_gradient_mask(section, model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _is_mask(component: Any) -> bool:
-    return inspect.isclass(component) and issubclass(component, GradientMask)
 
 
 def _matching(names, patterns) -> set[str]:

@@ -22,13 +22,10 @@ class Mesh:
 
 
 def local_shapes(model: nn.Module, mesh: Mesh, tensor_parallel_plan: dict | None = None) -> dict[str, torch.Size]:
-    """Shapes of the parameters as one device holds them.
+    """Shapes of the parameters, on the meta device or another, as one device of the mesh holds them.
 
-    Args:
-        model: on any device, the meta device included.
-        mesh: how many devices share in each way.
-        tensor_parallel_plan: module name patterns to torch's parallel styles, as ``parallelize_module`` takes it;
-            parameters outside the plan are whole on every tensor parallel device.
+    ``tensor_parallel_plan`` maps module name patterns to torch's parallel styles, as ``parallelize_module`` takes it;
+    parameters outside the plan are whole on every tensor parallel device.
     """
     shapes = {}
     for name, parameter in model.named_parameters():

@@ -20,21 +20,14 @@ _IMPLEMENTATION = ("fused", "foreach", "capturable")
 
 
 def optimizer_state_bytes(component: Callable, options: dict, shapes: Iterable[torch.Size], dtype: torch.dtype) -> int:
-    """
-    Bytes of the states that an optimizer holds after its first step.
+    """Bytes of the states that an optimizer holds after its first step.
 
     Torchao's low-bit optimizers are counted by formula: two states (three with ``amsgrad``), each with one code an
     entry, one fp32 scale a block, and a lookup table. Any other optimizer takes one step on the meta device,
     where tensors have shapes and no memory, and its states are counted: of one tensor for each shape.
 
-    Args:
-        component: the optimizer's class.
-        options: what the config passes to it, without the parameters.
-        shapes: of the parameters, as this device holds them.
-        dtype: of the parameters.
-
-    Raises:
-        UserError: if the optimizer refuses the options, or cannot step on the meta device.
+    ``options`` is what the config passes besides the parameters; ``shapes`` are theirs, as this device holds them.
+    Raises UserError if the optimizer refuses the options, or cannot step on the meta device.
     """
     bits_and_table = _torchao_format(component)
     times = Counter(shapes)
@@ -68,8 +61,7 @@ def mask_bits_bytes(numels: Iterable[int]) -> int:
 
 
 def step_scratch_bytes(component: Callable, options: dict, largest: int, dtype: torch.dtype, total: int) -> int:
-    """
-    Bytes that an optimizer's step needs for a moment: an estimate, from the entries of the largest tensor and of all.
+    """Bytes that an optimizer's step needs for a moment, estimated from the entries of the largest tensor and of all.
 
     Torchao's compiled update keeps two fp32 copies of one tensor (seen in the code that inductor generates);
     ``fused=True`` works in place; torch's default on an accelerator (``foreach``) holds the square root of all second

@@ -22,8 +22,7 @@ IM_END = "<|im_end|>"
 
 
 class ChatMLTokenizer:
-    """
-    Renders messages as ChatML and encodes them, with torchtune's ``ModelTokenizer`` interface.
+    """Renders messages as ChatML and encodes them, with torchtune's ``ModelTokenizer`` interface.
 
     A conversation becomes, for each message, ``<|im_start|>role\\ncontent<|im_end|>\\n``. The rendered text
     is encoded in one go, so the ids are those of a Hugging Face chat template that writes the same text,
@@ -79,17 +78,16 @@ class ChatMLTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """
-        Token ids of plain text, ``<|im_end|>`` at their end if ``add_eos``. Special tokens written out in it become
+        """Token ids of plain text, ``<|im_end|>`` at their end if ``add_eos``. Special tokens written out in it become
         single ids. ``add_bos`` is there for torchtune's interface: ChatML has no such token, and none is added.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*ids, self.eos_id] if add_eos else ids
 
     def decode(self, token_ids: Sequence[int], truncate_at_eos: bool = False, skip_special_tokens: bool = True) -> str:
-        """
-        Text of token ids, without special tokens if ``skip_special_tokens``. With ``truncate_at_eos`` it stops before
-        the first ``<|im_end|>``: in a conversation, the end of its first message.
+        """Text of token ids, without special tokens if ``skip_special_tokens``.
+
+        With ``truncate_at_eos`` it stops before the first ``<|im_end|>``, the end of a conversation's first message.
         """
         token_ids = list(token_ids)
         if truncate_at_eos and self.eos_id in token_ids:
@@ -99,8 +97,7 @@ class ChatMLTokenizer:
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_end_tokens: bool = True
     ) -> tuple[list[int], list[bool]]:
-        """
-        Encode a conversation and say which tokens are left out of the loss.
+        """Encode a conversation and say which tokens are left out of the loss.
 
         The loss is on the content and the closing ``<|im_end|>`` of every message whose ``masked`` is False;
         headers, line breaks between messages and the default system message are always left out. A token
@@ -131,10 +128,7 @@ class ChatMLTokenizer:
         return tokens, mask
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
-        """
-        Replace ``messages`` in a dataset's sample with ``tokens`` and ``mask``, in place; with ``inference``, the
-        conversation stays open for the model to go on.
-        """
+        """Replace a sample's ``messages`` with ``tokens`` and ``mask``, in place; ``inference`` leaves it open."""
         messages = sample.pop("messages")
         sample["tokens"], sample["mask"] = self.tokenize_messages(messages, add_end_tokens=not inference)
         return sample

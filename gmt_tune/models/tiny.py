@@ -15,18 +15,11 @@ MAX_SEQ_LEN = 256
 
 
 def tiny_llama(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """
-    A Llama 3.2 with 1.2 million parameters, four layers and tied embeddings; its weights come with the
-    package, in ``${gmt_asset:quickstart}``, as an ordinary Hugging Face folder.
+    """A Llama 3.2 with 1.2 million parameters, four layers and tied embeddings.
 
-    Every head has its own keys and values, so that a model has only five shapes of parameters: torchao's
-    optimizers compile their update once for each.
-
-    Args:
-        max_seq_len (int): longest sequence in tokens; the weights have seen no more than 128.
-
-    Returns:
-        TransformerDecoder: the model.
+    Its weights come with the package, in ``${gmt_asset:quickstart}``, as an ordinary Hugging Face folder; they have
+    seen no more than 128 tokens at a time. Every head has its own keys and values, so that a model has only five
+    shapes of parameters: torchao's optimizers compile their update once for each.
     """
     return llama3_2(
         vocab_size=VOCAB_SIZE,

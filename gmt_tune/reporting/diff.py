@@ -52,7 +52,6 @@ class Change:
 
     @property
     def norm(self) -> float:
-        """L2 norm of the change."""
         return math.sqrt(self.square_of_change)
 
     @property
@@ -93,7 +92,6 @@ class Diff:
 
     @property
     def total(self) -> Change:
-        """All tensors together."""
         return sum(self.tensors.values(), Change())
 
     def by_module(self) -> dict[str, Change]:
@@ -118,17 +116,11 @@ class Diff:
 
 
 def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iterable[str]] = iter) -> Diff:
-    """Compare two checkpoints tensor by tensor.
+    """Compare two checkpoints tensor by tensor; each may be sharded in its own way.
 
     Where dtypes differ, both tensors are cast to the one with fewer digits first, so that rounding does not count
-    as change; a note says so.
-
-    Args:
-        base, tuned: opened folders; each may be sharded in its own way.
-        watch: wraps the names of the tensors as they are gone through, for a progress bar.
-
-    Raises:
-        UserError: if the two have no tensor of the same name and shape, or a file cannot be read.
+    as change; a note says so. ``watch`` wraps the names of the tensors as they are gone through, for a progress bar.
+    Raises UserError if the two have no tensor of the same name and shape, or a file cannot be read.
     """
     diff = Diff()
     pairs = _pair(base, tuned, diff)

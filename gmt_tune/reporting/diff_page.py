@@ -46,14 +46,7 @@ def diff_figures(diff: Diff, top: int = 10) -> list[Figure]:
 def draw_diff(
     diff: Diff, base: Path, tuned: Path, *, html: Path | None = None, png_dir: Path | None = None, top: int = 10
 ) -> list[Path]:
-    """Write a page, and each figure as a PNG file into a folder: what is asked for of the two.
-
-    Returns:
-        The files.
-
-    Raises:
-        UserError: if one cannot be written, or matplotlib is missing.
-    """
+    """Write what is asked for: a page, and PNG files into a folder. Returns the files. May raise UserError."""
     figures = diff_figures(diff, top)
     if html is not None:
         total = diff.total

@@ -16,8 +16,7 @@ _TRAINER_ONLY = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps
 def read_torchtune_log(run_dir: Path) -> tuple[list[dict], dict]:
     """What the DiskLogger wrote, in the folder or in one right below: ``log*.txt``, the oldest file first.
 
-    Returns:
-        Lines as ``{"step": int, name: text}``, and the config that was saved with the run, empty where unknown.
+    Returns ``{"step": int, name: text}`` for each line, and the config that was saved, empty where unknown.
     """
     found = [*run_dir.glob("log*.txt"), *run_dir.glob("*/log*.txt")]
     logs = sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime)

@@ -16,12 +16,7 @@ _GROUPED = ("density", "threshold", "overlap", "coverage")
 
 
 class MaskMetrics:
-    """Numbers of a mask's last step, and of the tracker that watches it, if there is one.
-
-    Args:
-        mask: registered on the optimizer.
-        tracker: registered behind it; without one, there is no overlap and no coverage.
-    """
+    """Numbers of a mask's last step, and of the tracker that is registered behind it, if there is one."""
 
     def __init__(self, mask: GradientMask, tracker: SelectionTracker | None = None) -> None:
         self._mask = mask
@@ -49,15 +44,9 @@ def group_metrics(detail: Mapping[str, Mapping[str, float]], numel: Mapping[str,
     What comes before the slash is what TensorBoard, W&B and Comet make a section of: a section holds one kind of
     number, and its charts sort by module or by layer.
 
-    Args:
-        detail: kind to ``{parameter: number}``.
-        numel: entries of each parameter, which fractions are weighed by.
-
-    Returns:
-        ``mask_density_by_module/attn.q_proj``, ``mask_density_by_layer/layer_03`` and so on: for fractions the
-        mean over the group's entries, for thresholds the median over its tensors. A parameter outside the layers
-        is a module of its own. Thresholds that are all equal (scope "global") are left out: ``mask/threshold_*``
-        says as much.
+    Returns ``mask_density_by_module/attn.q_proj``, ``mask_density_by_layer/layer_03`` and so on: for fractions the mean
+    over the group's entries, for thresholds the median over its tensors. A parameter outside the layers is a module of
+    its own. Thresholds that are all equal (scope "global") are left out: ``mask/threshold_*`` says as much.
     """
     metrics: dict[str, float] = {}
     for kind in _GROUPED:

@@ -26,18 +26,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], command: str, lead: str = "") -> None:
-    """Write a page whole or not at all.
-
-    Args:
-        path: the HTML file.
-        title: heading, also of the browser's tab.
-        sections: in order.
-        command: what made the page, for its last line.
-        lead: a sentence or two below the heading.
-
-    Raises:
-        UserError: if it cannot be written there.
-    """
+    """Write a page whole or not at all, with ``lead`` on top and ``command`` in its last line. May raise UserError."""
     from jinja2 import Template
 
     template = Template(

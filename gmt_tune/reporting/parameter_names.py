@@ -13,11 +13,9 @@ _ORDER = ("q_proj", "k_proj", "v_proj", "qkv", "o_proj", "output_proj", "gate", 
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """Layer and module of a parameter.
+    """Layer and module of a parameter: ``model.layers.3.self_attn.q_proj.weight`` gives ``(3, "self_attn.q_proj")``.
 
-    Returns:
-        The first whole number in the dotted name (None if there is none), and what follows it without
-        ``.weight`` or ``.scale``: ``model.layers.3.self_attn.q_proj.weight`` gives ``(3, "self_attn.q_proj")``.
+    The first whole number in the dotted name (None if there is none), and what follows it without ``.weight``.
     """
     match = _LAYER.search(name)
     layer, module = (int(match[1]), name[match.end() :]) if match else (None, name)
@@ -46,7 +44,6 @@ class Grid:
 
 
 def to_grid(numbers: Mapping[str, float]) -> Grid:
-    """Lay out numbers by parameter name as a grid."""
     cells: dict[tuple[int, str], float] = {}
     outside: dict[str, float] = {}
     for name, value in numbers.items():

@@ -17,18 +17,10 @@ log = logging.getLogger(__name__)
 def write_report(
     run_dirs: Sequence[str | Path], output: Path | None = None, png_dir: Path | None = None
 ) -> tuple[Path, list[Path]]:
-    """Draw the report of one run, or of several on the same axes.
+    """Draw the report of one run, or of several on the same axes, with PNG files if there is a folder for them.
 
-    Args:
-        run_dirs: output folders of runs.
-        output: the HTML file; by default ``report.html`` in the first run's folder.
-        png_dir: folder for the figures as PNG files; none by default.
-
-    Returns:
-        The page's path, and those of the PNG files.
-
-    Raises:
-        UserError: if a folder holds no run, a file cannot be written, or matplotlib is missing.
+    The page is ``output``, or ``report.html`` in the first run's folder. Returns its path, and those of the PNG files.
+    Raises UserError if a folder holds no run, a file cannot be written, or matplotlib is missing.
     """
     require_matplotlib()
     runs = read_runs(run_dirs)
@@ -46,11 +38,7 @@ def write_report(
 
 
 def report_at_end(run_dir: str | Path) -> str:
-    """Draw the report of a run that ends: whatever is wrong with it does not end the run.
-
-    Returns:
-        A sentence for the run's last line: where the report is, or how to get one.
-    """
+    """Draw the report of a run that ends, which no fault of it may disturb; returns a sentence on where it is."""
     try:
         page, _ = write_report([run_dir])
         return f"its report is {page.resolve()}"

@@ -31,12 +31,9 @@ log = logging.getLogger(__name__)
 class RunLog:
     """Writes a run's numbers to its output folder. Only one rank should have one.
 
-    Call :meth:`truncate_after` once before the first step, with the step that the run starts from.
-    A folder that cannot be written to costs the log, not the run: that is warned about once.
-
-    Args:
-        output_dir: the run's folder; made if it does not exist.
-        config: the run's configuration as plain dicts and lists; goes into the header, passwords and keys blanked.
+    Call :meth:`truncate_after` once before the first step, with the step that the run starts from. A folder that cannot
+    be written to costs the log, not the run: that is warned about once. ``config``, the run's configuration as plain
+    dicts and lists, goes into the header, passwords and keys blanked.
     """
 
     def __init__(self, output_dir: str | os.PathLike, config: Mapping | None = None) -> None:
@@ -58,12 +55,7 @@ class RunLog:
     ) -> Mapping[str, Mapping[str, float]]:
         """Append the numbers of every masked parameter, where that is due: always at first, later seldom.
 
-        Args:
-            step: optimizer steps done.
-            make_detail: gives them, as ``MaskMetrics.detail`` does, which waits for the device; called where due.
-
-        Returns:
-            What was written; empty where it was not due.
+        Calls ``make_detail`` where it is due, as that waits for the device. Returns what was written, if anything.
         """
         if self._last_detail is not None and step - self._last_detail < max(1, step // _DETAIL_RATE):
             return {}

@@ -35,12 +35,10 @@ class Series:
 
     @property
     def last(self) -> float:
-        """The last value."""
         return self.values[-1]
 
     @property
     def finite(self) -> list[float]:
-        """The values that are numbers."""
         return [value for value in self.values if math.isfinite(value)]
 
 
@@ -57,19 +55,15 @@ class Run:
     details: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
 
     def has(self, metric: str) -> bool:
-        """Whether a metric was logged."""
         return metric in self.series
 
 
 def read_run(run_dir: str | Path) -> Run:
     """Read a run's folder.
 
-    Args:
-        run_dir: an output folder with ``run_log.jsonl``; or with torchtune's ``log*.txt`` in it or in a folder
-            right below; or with a Trainer's ``trainer_state.json`` in it or in a checkpoint.
-
-    Raises:
-        UserError: if there is no such folder, no log with a step in it, or one that cannot be read.
+    It has ``run_log.jsonl``; or torchtune's ``log*.txt`` in it or in a folder right below; or a Trainer's
+    ``trainer_state.json`` in it or in a checkpoint. Raises UserError if there is no such folder, no log with a step in
+    it, or one that cannot be read.
     """
     path = Path(os.path.expanduser(run_dir))
     if not os.path.isdir(path):

@@ -21,18 +21,10 @@ class TensorInfo(NamedTuple):
 
 
 class Weights:
-    """The tensors of a folder (or of one file) in safetensors format.
+    """The tensors, by name, of a folder with ``*.safetensors``, sharded or not, or of one such file.
 
-    Args:
-        path: a folder with ``*.safetensors``, sharded or not, or one such file.
-
-    Attributes:
-        path: as given.
-        tensors: by name.
-        ties_embeddings: whether the folder's ``config.json`` says that the output layer is the embedding.
-
-    Raises:
-        UserError: if there is nothing to read, or a file is incomplete; says what would be right.
+    ``ties_embeddings`` says whether the folder's ``config.json`` says that the output layer is the embedding. Raises
+    UserError if there is nothing to read, or a file is incomplete; says what would be right.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,7 +39,6 @@ class Weights:
 
     @property
     def files(self) -> set[Path]:
-        """The files that hold the tensors."""
         return {info.file for info in self.tensors.values()}
 
     def slices(self, name: str, numel: int) -> Iterator[Tensor]:

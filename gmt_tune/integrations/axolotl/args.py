@@ -1,7 +1,5 @@
 """The ``gradient_mask:`` section of an Axolotl config, as Axolotl's validation sees it."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gmt_tune.integrations.transformers import GradientMaskCallback

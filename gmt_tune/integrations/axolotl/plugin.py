@@ -1,7 +1,5 @@
 """The plugin class that Axolotl loads: from the validated config to a callback of its trainer."""
 
-from __future__ import annotations
-
 from axolotl.integrations.base import BasePlugin
 
 from gmt_tune.integrations.axolotl.args import GradientMaskSection

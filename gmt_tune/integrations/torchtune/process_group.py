@@ -24,11 +24,9 @@ _LEAVE_S = 360.0  # for the end of a process that has failed, more than it waits
 def ensure_rendezvous(device_index: str = "") -> None:
     """Let a process that torchrun did not start be a world of one.
 
-    Sets the variables that ``torch.distributed.init_process_group`` reads, unless they are there. Port 0
-    takes any free port, so that several runs on one machine do not meet.
-
-    Args:
-        device_index: of the config's ``device: cuda:1``; it becomes LOCAL_RANK, unless a launcher has set that.
+    Sets the variables that ``torch.distributed.init_process_group`` reads, unless they are there. Port 0 takes any free
+    port, so that several runs on one machine do not meet. ``device_index``, of the config's ``device: cuda:1``, becomes
+    LOCAL_RANK, unless a launcher has set that.
     """
     is_launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not _is_single()
     if not is_launched:
@@ -120,9 +118,8 @@ def leave(*, has_failed: bool = False) -> None:
     abort: a complete run ends with SIGABRT. Destroying the group joins its threads only if nothing else holds it, and
     DTensor's caches do.
 
-    Args:
-        has_failed: this process leaves alone. A group of several processes stays: NCCL's would wait for the others to
-            finish what they have begun together, and they wait for this one.
+    A process that has failed leaves alone, and a group of several stays: NCCL's would wait for the others to finish
+    what they have begun together, and they wait for this one.
     """
     if torch.distributed.is_initialized():
         if has_failed and torch.distributed.get_world_size() > 1:

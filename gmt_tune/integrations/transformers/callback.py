@@ -9,8 +9,6 @@ it is the code path of a plain PyTorch loop. Its price is the assumption that th
 What can be masked is decided in ``trainer_setup``; files of a checkpoint are read and written in ``checkpoint``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -164,15 +162,12 @@ class GradientMaskCallback(TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
-        """Save the mask beside the optimizer's state."""
         if self._mask is not None:
             save_mask(self._mask, model, args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Take the hooks off: the optimizer may go on to be used without the mask."""
         self._unhook()
-
-    # ------------------------------------------------------------------ the work
 
     def _build_mask(self, model: torch.nn.Module) -> GradientMask:
         return self._mask_class(model.named_parameters(), **self._options)

@@ -6,8 +6,6 @@ carry a fingerprint of the Trainer's own state, so that the mask of another run'
 taken.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -45,9 +43,8 @@ def save_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, sta
 def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
     """Continue from the mask in the checkpoint that the Trainer resumes from. Called on every rank.
 
-    Raises:
-        ValueError: if the policy, the parameters, or how they are sharded differ from what was saved.
-        FileNotFoundError: if the file is not found, and the selection depends on what it holds.
+    Raises ValueError if policy, parameters or sharding differ from what was saved, and FileNotFoundError if there is no
+    file, and the selection depends on what it holds.
     """
     folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
     folders.append(_own_checkpoint(args, state))

@@ -1,7 +1,5 @@
 """What a Trainer's run leaves in its output folder for ``gmt-tune report``: the same files as a recipe's run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn
@@ -14,13 +12,7 @@ from gmt_tune.reporting.run_log import RunLog
 
 
 class TrainerRunLog:
-    """Writes ``run_log.jsonl`` and ``mask_detail.jsonl``, on one process of all.
-
-    Args:
-        mask: of the run.
-        metrics: of that mask.
-        model, args, state: as the Trainer hands them to a callback when training begins.
-    """
+    """Writes ``run_log.jsonl`` and ``mask_detail.jsonl``, on one process of all."""
 
     def __init__(
         self, mask: GradientMask, metrics: MaskMetrics, model: nn.Module, args: TrainingArguments, state: TrainerState
@@ -40,8 +32,7 @@ class TrainerRunLog:
     def log_mask(self, step: int) -> dict[str, float]:
         """Append the mask's numbers by parameter, where that is due.
 
-        Returns:
-            The same by module and by layer; empty where nothing is due, and on the other processes.
+        Returns the same by module and by layer; nothing where it is not due, and on the other processes.
         """
         if self._log is None:
             return {}

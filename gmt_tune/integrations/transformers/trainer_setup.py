@@ -1,7 +1,5 @@
 """What a Trainer may not be set up with, where a gradient mask is to act."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
@@ -16,11 +14,7 @@ _FSDP1 = (
 
 
 def refuse_unmaskable_arguments(args: TrainingArguments) -> None:
-    """Raise if, with these arguments, no step hook sees the whole gradient.
-
-    Raises:
-        ValueError: for DeepSpeed, FSDP version 1, and optimizers that step inside the backward pass.
-    """
+    """Raise ValueError if, with these arguments, no step hook sees the whole gradient."""
     if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "deepspeed keeps gradients in its own engine, where they cannot be masked: remove it and set "
@@ -37,10 +31,6 @@ def refuse_unmaskable_arguments(args: TrainingArguments) -> None:
 
 
 def refuse_unmaskable_model(model: nn.Module) -> None:
-    """Raise if gradients will arrive as pieces whose place in their tensor is unknown.
-
-    Raises:
-        ValueError: for FSDP version 1, however it was switched on.
-    """
+    """Raise ValueError if gradients arrive as pieces whose place in their tensor is unknown: FSDP version 1."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(_FSDP1)

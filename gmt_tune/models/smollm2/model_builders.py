@@ -32,17 +32,13 @@ def smollm2_1_7b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
 def smollm2_tokenizer(
     path: str, max_seq_len: int | None = None, system_prompt: str | None = SYSTEM_PROMPT
 ) -> ChatMLTokenizer:
-    """
-    The tokenizer of the SmolLM2-Instruct models; its ids equal those of their Hugging Face chat template.
+    """The tokenizer of the SmolLM2-Instruct models; its ids equal those of their Hugging Face chat template.
 
     Args:
         path (str): the model's ``tokenizer.json``.
         max_seq_len (int | None): conversations with more tokens are cut to this length; default None, no limit.
         system_prompt (str | None): the system message of conversations without one; default SmolLM2's own,
             None for none.
-
-    Returns:
-        ChatMLTokenizer: the tokenizer.
     """
     return ChatMLTokenizer(path, max_seq_len=max_seq_len, system_prompt=system_prompt)
 

@@ -1,7 +1,5 @@
 """Refuses a wrong config before a model is loaded: one sentence with the key, the value, and what is right."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from gmt_tune.integrations.torchtune.config.components import (
 from gmt_tune.integrations.torchtune.config.files import check_files
 from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
+from gmt_tune.integrations.torchtune.plugin.versions import release
 
 log = utils.get_logger("INFO")
 
@@ -37,12 +36,8 @@ _IS_NEW = "gmt_tune_new_key:"
 def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     """Check keys, values, and the files that a config names. Reads no weights and imports no data.
 
-    Args:
-        cfg: the parsed config.
-        own_keys: top-level keys that a customised recipe reads besides those known here; it checks them itself.
-
-    Raises:
-        UserError: for the first thing that is wrong.
+    ``own_keys`` are top-level keys that a customised recipe reads besides those known here; it checks them itself.
+    Raises UserError for the first thing that is wrong.
     """
     check_keys(cfg, own_keys)
     try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
@@ -65,13 +60,7 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
 def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: bool = False) -> None:
     """Check keys and values. Calls nothing that the config names, and looks at no files.
 
-    Args:
-        cfg: the parsed config.
-        own_keys: as in :func:`check_config`.
-        only_known: import no component of a package that we do not know; its keys are not checked then.
-
-    Raises:
-        UserError: for the first thing that is wrong.
+    ``only_known`` imports no component of a package that we do not know; its keys are not checked then.
     """
     _check_interpolations(cfg)
     _check_top_level_keys(cfg, own_keys)
@@ -86,11 +75,7 @@ def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: boo
 
 
 def check_machine(cfg: DictConfig) -> None:
-    """Check what a config needs of the machine that it is to run on.
-
-    Raises:
-        UserError: if the device is not there, or the processes cannot be split as the config says.
-    """
+    """Raise UserError if the device is not there, or the processes cannot be split as the config says."""
     kind, _, index = str(cfg.device).partition(":")
     if kind == "cuda":
         if not torch.cuda.is_available():
@@ -205,7 +190,7 @@ def _check_values(cfg: DictConfig) -> None:
 
 def _check_combinations(cfg: DictConfig) -> None:
     if cfg.get("optimizer_in_bwd", False):
-        if cfg.get("fsdp_cpu_offload", False) and _torch_release() < (2, 13):
+        if cfg.get("fsdp_cpu_offload", False) and release(torch.__version__) < (2, 13):
             raise UserError(
                 f"optimizer_in_bwd: True does not work with fsdp_cpu_offload: True on torch {torch.__version__}, which "
                 "steps before gradients have arrived in the host's memory: set one of them to False, or install torch "
@@ -255,10 +240,6 @@ def _check_combinations(cfg: DictConfig) -> None:
         )
     if "left_pad_sequence" in str(cfg.get("collate_fn", "")):
         raise UserError("collate_fn must not be left_pad_sequence, which is for inference only")
-
-
-def _torch_release() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 
 def _meta_model(cfg: DictConfig) -> nn.Module:

@@ -1,7 +1,5 @@
 """Refuses sections of a config whose component cannot be imported, or cannot be made with the section's keys."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import os
@@ -34,10 +32,8 @@ def check_component(
 ) -> None:
     """Check that a section's component can be imported and takes the section's keys.
 
-    Args:
-        name, cfg: of the section.
-        positional, names: how many arguments the recipe gives by position, and which by name.
-        only_known: import no component of a package that we do not know, and leave its section unchecked.
+    The recipe gives arguments too: ``positional`` many, and those in ``names``. With ``only_known``, no component of a
+    package that we do not know is imported, and its section stays unchecked.
     """
     path = component_path(name, cfg)
     if only_known and not is_known_package(path):
@@ -79,11 +75,7 @@ def is_known_package(path: str) -> bool:
 
 
 def import_component(key: str, path: object) -> Any:
-    """What a key's value, a dotted path, stands for; it is not called.
-
-    Raises:
-        UserError: if the value is no dotted path, or what it names cannot be imported.
-    """
+    """What a key's value, a dotted path, stands for; it is not called. Raises UserError if it cannot be imported."""
     if not isinstance(path, str):
         raise UserError(f"{key} must be a dotted path, got {path!r}")
     if os.getcwd() not in sys.path:
@@ -96,11 +88,7 @@ def import_component(key: str, path: object) -> Any:
 
 
 def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None) -> None:
-    """Make the optimizer and its schedule once, for a parameter of four entries, so that they check their values.
-
-    Raises:
-        UserError: with what they say.
-    """
+    """Make optimizer and schedule once, for four entries, so that they check their values; raises UserError."""
     optimizer = _make("optimizer", cfg_optimizer, [nn.Parameter(torch.zeros(2, 2))])
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

@@ -1,7 +1,5 @@
 """Refuses configs whose files are not there, cannot be read or written, or are of another model."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

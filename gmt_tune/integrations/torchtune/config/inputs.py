@@ -1,7 +1,5 @@
 """Which files that a config names lie in its own ``output_dir``, where a run moves, replaces and deletes folders."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import itertools
@@ -17,10 +15,6 @@ def inputs_in(config, output_dir: Path) -> dict[str, str]:
     """Names in ``output_dir`` that paths of a config lead into, with the first key that does and its value.
 
     Files are looked at one by one only where they may lie in ``output_dir``: a data set may have very many.
-
-    Args:
-        config: as plain dicts and lists.
-        output_dir: exists.
     """
     outputs = _spellings(str(output_dir))
     texts = {key: leaf.value for key, leaf in leaves(config).items() if isinstance(leaf.value, str)}

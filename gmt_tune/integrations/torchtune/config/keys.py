@@ -29,7 +29,6 @@ class Takes:
 
     @property
     def or_null(self) -> Takes:
-        """These, or null."""
         return Takes(f"{self.words} or null", lambda value: value is None or self.allows(value))
 
 

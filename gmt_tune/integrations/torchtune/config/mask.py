@@ -12,11 +12,7 @@ from gmt_tune.masking import GradientMask
 
 
 def build_gradient_mask(cfg_mask: DictConfig | None, model: nn.Module) -> GradientMask | None:
-    """The mask of the config's ``gradient_mask`` section over a model's parameters; None for plain full fine-tuning.
-
-    Raises:
-        UserError: names the key, the value, and what would be right.
-    """
+    """The config's mask over a model's parameters; None for plain full fine-tuning. UserError names a wrong key."""
     if cfg_mask is None:
         return None
     if not OmegaConf.is_dict(cfg_mask):

@@ -53,7 +53,6 @@ class Leaf:
 
     @property
     def value(self):
-        """The value, which can be set."""
         return self.holder[self.name]
 
     @value.setter
@@ -99,7 +98,6 @@ class PublicConfigLogger:
         self._logger = logger
 
     def log_config(self, config: DictConfig) -> None:
-        """Log a config."""
         self._logger.log_config(config_to_log(config))
 
     def __getattr__(self, name: str):

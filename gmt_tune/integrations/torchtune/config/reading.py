@@ -1,7 +1,5 @@
 """Reads a config as ``tune run`` gets it: a YAML file, and what the command line changes of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -32,11 +30,7 @@ _NULL = ("null", "Null", "NULL", "~", "None")
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a config file, interpolations as they are written.
-
-    Raises:
-        UserError: if it is no YAML file of keys and values.
-    """
+    """The keys and values of a config file, interpolations as they are written; UserError if it is no such file."""
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -53,19 +47,13 @@ def apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> DictConf
 
     As torchtune does it, and besides: ``~section`` and ``section=null`` leave a whole section out, a value may contain
     ``=``, text that YAML takes for something else is an error that shows the quoting, and ``None`` is null in the file
-    too. Top-level keys that the file lacks are marked for the config check, which knows the recipe's own.
-
-    Args:
-        given: what the file says; it is changed.
-        overrides: in the order of the command line.
-
-    Raises:
-        UserError: for the first override that cannot be read.
+    too. Top-level keys that the file lacks are marked for the config check, which knows the recipe's own. ``given``,
+    what the file says, is changed. Raises UserError for the first override that cannot be read.
     """
     changes = OmegaConf.create({})
     for override in overrides:
         key, equals, value = override.partition("=")
-        if override.startswith("~") and _is_section(given, key[1:]):
+        if override.startswith("~") and isinstance(given.get(key[1:], ""), (dict, list, type(None))):
             OmegaConf.update(changes, key[1:], None)
         elif override.startswith("~"):
             _remove(given, key[1:])
@@ -107,10 +95,6 @@ def expand_home(cfg: DictConfig) -> None:
             waiting += [k for k in found if k not in seen]
             seen.update(found)
     cfg.update(plain)
-
-
-def _is_section(given: dict[str, Any], key: str) -> bool:
-    return key in given and (given[key] is None or isinstance(given[key], (dict, list)))
 
 
 def _remove(given: dict[str, Any], key: str) -> None:

@@ -38,10 +38,7 @@ def recipe_of(config_name: str) -> str:
 
 
 def register_recipes(registry) -> None:
-    """Append our recipes to torchtune's registry module, ``torchtune._recipe_registry``.
-
-    With a torchtune release other than the supported one, says so on stderr and registers nothing.
-    """
+    """Append our recipes to the module ``torchtune._recipe_registry``; with another torchtune, say so on stderr."""
     problem = check_torchtune_version()
     if problem is not None:
         print(f"gmt-tune: {problem}", file=sys.stderr)

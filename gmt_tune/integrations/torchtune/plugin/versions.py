@@ -44,24 +44,13 @@ def check_torchtune_version() -> str | None:
 
 
 def check_before_torchao() -> None:
-    """End a ``tune`` command whose torchao cannot even be imported, with one sentence and no traceback.
-
-    Other programs are left alone: they may have their own use for that torchao.
-
-    Raises:
-        SystemExit: with the sentence.
-    """
+    """End a ``tune`` command, no other program, whose torchao cannot be imported: one sentence, no traceback."""
     if _is_tune_command():
         _raise_if(_problem_of_versions())
 
 
 def make_torchtune_importable() -> None:
-    """Check the versions and fill in what torchtune 0.6.1 misses in the installed torchao.
-
-    Raises:
-        VersionError: if torchtune could not be imported even so. Under the ``tune`` command this is a
-            ``SystemExit`` with the same sentence, so that its user sees no traceback.
-    """
+    """Fill in what torchtune misses in the installed torchao; raises VersionError, under ``tune`` SystemExit."""
     if check_torchtune_version() is None:  # another torchtune is not ours to change; our recipes refuse it
         _raise_if(_problem_of_versions() or _fill_in_torchao())
 
@@ -79,16 +68,17 @@ def _is_tune_command() -> bool:
 
 def _problem_of_versions() -> str | None:
     torch, torchao = installed_version("torch") or "0", installed_version("torchao")
-    if _numbers(torch) < (2, 6):
+    if release(torch) < (2, 6):
         return f"torch {torch} is too old (2.6 or newer is needed)"
     if torchao is None:
         return "torchao is not installed"
-    if not (0, 11) <= _numbers(torchao) <= (0, 18) or _numbers(torchao) == (0, 12):
+    if not (0, 11) <= release(torchao) <= (0, 18) or release(torchao) == (0, 12):
         return f"torchao {torchao} does not work with torchtune {TORCHTUNE_VERSION} (0.11 and 0.13 to 0.18 do)"
     return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, for comparisons."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 

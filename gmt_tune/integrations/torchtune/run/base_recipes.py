@@ -12,11 +12,7 @@ from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_vers
 
 
 def load_base_recipe(name: str) -> ModuleType:
-    """One of torchtune's recipe files as a module, by its name without ``.py``: ``full_finetune_distributed``.
-
-    Raises:
-        SystemExit: if the installed torchtune is not the release that our recipes extend.
-    """
+    """One of torchtune's recipe files as a module, by its name without ``.py``: ``full_finetune_distributed``."""
     problem = check_torchtune_version()
     if problem is not None:
         raise SystemExit(f"gmt-tune: {problem}")

@@ -4,8 +4,6 @@
 reduces, so that ranks whose batches differ in length would wait for each other forever.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch.nn.functional as F
@@ -16,13 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 def fill_chunks(
     batch: Mapping[str, Tensor], model: nn.Module, chunks: int, pad_id: int, ignore_index: int
 ) -> Mapping[str, Tensor]:
-    """A batch that the model's output layer runs ``chunks`` times for, on every rank.
+    """A batch that the model's output layer runs ``chunks`` times for, on every rank; 0 if the loss takes it whole.
 
-    Args:
-        batch: ``tokens`` and ``labels``, [batch, sequence]. A packed one has further entries: it is left as it is.
-        model: a decoder; nothing is done unless FSDP2 shards its ``output`` by itself.
-        chunks: that the loss takes the output in; 0 if it takes it whole.
-        pad_id, ignore_index: token and label of what is added.
+    ``batch`` has ``tokens`` and ``labels``, [batch, sequence]; a packed one has further entries and is left as it is.
+    So is any batch unless FSDP2 shards the model's ``output`` by itself.
     """
     if not chunks or batch.keys() != {"tokens", "labels"} or not isinstance(getattr(model, "output", None), FSDPModule):
         return batch

@@ -1,7 +1,5 @@
 """Data sets and loaders as torchtune's recipes make them, made before the model so that errors come early."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterable
 from functools import partial
@@ -15,7 +13,7 @@ from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from gmt_tune.data.files import fault_of_files
-from gmt_tune.data.rows import CheckedRows, cause_in_words, check_packed
+from gmt_tune.data.rows import CheckedRows, cause_in_words
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
 
@@ -30,11 +28,7 @@ def build_tokenizer(cfg_tokenizer: DictConfig):
 def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "dataset"):
     """Make the data set of a config's section, or of a list of sections; check its rows, and read the first one.
 
-    Returns:
-        (data set, whether it is packed).
-
-    Raises:
-        UserError: if it cannot be loaded, has no rows, or one of them is wrong; it names the file or the row.
+    Returns (data set, whether it is packed). Raises UserError, which names the file or the row that is wrong.
     """
     if isinstance(cfg_dataset, ListConfig):
         built = [_build_part(part, tokenizer, f"{key}[{i}]") for i, part in enumerate(cfg_dataset)]
@@ -75,7 +69,7 @@ def _build_part(part: DictConfig, tokenizer, key: str):
             raise UserError(f"{key}: {fault}") from error
         raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
     if isinstance(dataset, PackedDataset):
-        check_packed(dataset, name)
+        CheckedRows(dataset.ds, name).check(None)  # for a row that is wrong and raised no error
         return dataset
     rows = CheckedRows(dataset, name)
     rows.check()

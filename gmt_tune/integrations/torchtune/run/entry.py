@@ -1,7 +1,5 @@
 """How a recipe begins and ends for its user: a checked config first, one sentence when something is wrong."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os
@@ -55,13 +53,8 @@ def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
 def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: Sequence[str] = ()) -> int:
     """Check the config, run the recipe, and say what went wrong.
 
-    Args:
-        cfg: the parsed config.
-        recipe: sets up and trains.
-        own_keys: top-level keys that this recipe reads besides those of ``gmt_full_finetune``.
-
-    Returns:
-        The exit status: 0, 1 for an error, or 128 and the signal's number for a run that was asked to stop.
+    ``own_keys`` are top-level keys that this recipe reads besides those of ``gmt_full_finetune``. Returns the exit
+    status: 0, 1 for an error, or 128 and the signal's number for a run that was asked to stop.
     """
     is_first_of_node = _is_first_of_node()  # a run may set LOCAL_RANK
     try:

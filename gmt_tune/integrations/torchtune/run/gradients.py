@@ -1,7 +1,5 @@
 """Keeps NaN and infinity out of the weights: all ranks look at loss and gradients together, and decide the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -26,8 +24,7 @@ class FiniteCheck:
     Args:
         stepping_in_backward: the optimizers, if they step inside backward: before all gradients are there.
         skips: leave a step out whose numbers are not finite, and count it, instead of raising.
-        rows_of_step: gives the positions in the data set of the rows in this rank's part of the step.
-        in_words: how messages call such positions.
+        rows_of_step, in_words: positions in the data set of this rank's rows of the step; such positions in messages.
         checkpoints: of the run; one that is being written is completed before the run ends.
     """
 
@@ -66,13 +63,8 @@ class FiniteCheck:
     def allows_step(self, step: int, loss: Tensor, num_tokens: Tensor) -> bool:
         """Before weights change: whether loss and gradients are finite.
 
-        Args:
-            step: counted from 1.
-            loss: of the step, summed or a mean; 0-d, the same on all ranks.
-            num_tokens: of the step, over all ranks, 0-d.
-
-        Raises:
-            UserError: if they are not, and such steps are not skipped.
+        ``loss``, summed or a mean, and ``num_tokens`` are of the step and over all ranks, 0-d; ``step`` counts from 1.
+        Raises UserError if they are not finite, and such steps are not skipped.
         """
         loss = loss.detach() / num_tokens  # the mean over no token is NaN
         gradients = {}

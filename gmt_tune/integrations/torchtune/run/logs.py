@@ -1,7 +1,5 @@
 """Where a run's numbers go: the config's metric logger, and the files that ``gmt-tune report`` draws."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torchtune import utils
@@ -20,7 +18,6 @@ class RunLogs:
         self._has_logger_failed = False
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log an optimizer step, with what the mask did in it."""
         by_group = {}
         if self._mask_metrics is not None:
             metrics = {**metrics, **self._mask_metrics.totals()}
@@ -29,7 +26,6 @@ class RunLogs:
         self.log(step, metrics, by_group)
 
     def log(self, step: int, metrics: Mapping[str, float], for_logger_alone: Mapping[str, float] | None = None) -> None:
-        """Log numbers by name."""
         try:
             self._metric_logger.log_dict({**metrics, **(for_logger_alone or {})}, step=step)
         except OSError as error:  # such as a full disk, which somebody may make room on before the next checkpoint

@@ -4,8 +4,6 @@ A recipe's file defines one class on top of :class:`MaskedRecipe`, with its trai
 its rows, losses and validation are.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator, Mapping
@@ -38,9 +36,6 @@ class MaskedRecipe(RecipeSetup):
     A recipe gives ``train`` and ``_validate``, and is started with :meth:`run`. Its loop calls :meth:`_begin_training`,
     for each epoch :meth:`_epoch_batches`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
     :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
-
-    Args:
-        cfg (DictConfig): OmegaConf object parsed from yaml file
     """
 
     def run(self, cfg: DictConfig) -> None:
@@ -62,10 +57,7 @@ class MaskedRecipe(RecipeSetup):
         torch.distributed.destroy_process_group()
 
     def _close(self, has_failed: bool = False) -> None:
-        """Close profiler and metric logger, and let other runs write to the folder.
-
-        It raises nothing, which would hide why the run has ended.
-        """
+        """Close what was opened. It raises nothing, which would hide why the run has ended."""
         self._profiler.writes_trace = not has_failed or self.world_size == 1  # for a trace, ranks wait for each other
         close = [self._stop.uninstall, self._profiler.stop]
         if self._is_rank_zero and hasattr(self, "_metric_logger"):
@@ -86,8 +78,6 @@ class MaskedRecipe(RecipeSetup):
     def _validate(self) -> dict[str, float]:
         """Numbers of the held-out data, the same on all ranks, from ``self._validation``; with ``val_loss``."""
         raise NotImplementedError
-
-    # ------------------------------------------------------------------ checkpoints
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint was saved; its weights are loaded already."""
@@ -218,10 +208,7 @@ class MaskedRecipe(RecipeSetup):
     ) -> None:
         """Show the optimizer step that was just done, and log it where that is due.
 
-        Args:
-            loss, num_tokens: of the step, over all ranks.
-            grad_norm: before clipping, of all ranks; None where it was not measured.
-            more: further numbers to log, by name.
+        Numbers are of the step, over all ranks; ``grad_norm`` is before clipping, and None where it was not measured.
         """
         seconds = time.perf_counter() - self._step_start
         # Each rank counts its tokens, and those of a tensor-parallel group have the same ones

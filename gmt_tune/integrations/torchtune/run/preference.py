@@ -1,7 +1,5 @@
 """What training on pairs of answers needs besides: its own keys of a config, and rows that are pairs."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 

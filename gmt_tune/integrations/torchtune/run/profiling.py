@@ -1,16 +1,10 @@
 """The profiler of a run, and CUDA's memory history beside it."""
 
-from __future__ import annotations
-
 import torch
 
 
 class RunProfiler:
-    """torchtune's profiler; in some of its steps, CUDA's allocations are recorded too.
-
-    Args:
-        profiler: as torchtune's set-up makes it.
-        memory_steps: the optimizer steps of this process, counted from 0, in which allocations are recorded.
+    """torchtune's profiler; in ``memory_steps`` of this process, from 0 on, CUDA's allocations are recorded too.
 
     Attributes:
         writes_trace: set it to False where other ranks may not come: torchtune's trace handler waits for all of them.
@@ -23,13 +17,11 @@ class RunProfiler:
         self._is_running = self._is_recording = False
 
     def start(self) -> None:
-        """Begin, before the first step."""
         self._profiler.start()
         self._is_running = True
         self._record(self._steps in self._memory_steps)
 
     def step(self) -> None:
-        """Go on to the next optimizer step."""
         self._profiler.step()
         self._steps += 1
         self._record(self._steps in self._memory_steps)

@@ -1,7 +1,5 @@
 """What a person sees while a run trains: a bar on a terminal, one plain line per logged step elsewhere."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -10,15 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress of one epoch, shown by one rank.
-
-    Args:
-        epoch: counted from 1.
-        total: optimizer steps in the epoch.
-        done: how many of them were done before the run was resumed.
-        every: without a terminal, a line is printed every so many steps.
-        is_shown: False on all ranks but one.
-    """
+    """Progress of one epoch, from 1 on, shown by one rank; without a terminal, a line ``every`` so many steps."""
 
     def __init__(self, epoch: int, total: int, done: int, every: int, is_shown: bool) -> None:
         self._epoch, self._total, self._done, self._every = epoch, total, done, every
@@ -33,14 +23,7 @@ class Progress:
         self._val_loss: float | None = None
 
     def update(self, global_step: int, loss: float, tokens_per_second: float, mask_share: float | None) -> None:
-        """Show one more optimizer step.
-
-        Args:
-            global_step: counted over all epochs.
-            loss: of the step.
-            tokens_per_second: over all ranks.
-            mask_share: part of the step's time that the mask took, in [0, 1]; None where it is not known.
-        """
+        """Show one more optimizer step; ``mask_share`` is the part of its time that the mask took, if known."""
         self._done += 1
         if not self._is_shown:
             return
@@ -67,7 +50,6 @@ class Progress:
             _print(f"epoch={self._epoch} step={self._done}/{self._total} val_loss={val_loss:.4f}")
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,7 +1,5 @@
 """torchtune's recipe, set up our way: data before the model, then the mask and all that watches a training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -40,11 +38,7 @@ log = utils.get_logger("INFO")
 
 
 class RecipeSetup(FullFinetuneRecipeDistributed):
-    """Sets up a training with a gradient mask, on one device or many.
-
-    Args:
-        cfg (DictConfig): OmegaConf object parsed from yaml file
-    """
+    """Sets up a training with a gradient mask, on one device or many."""
 
     # Makes a batch of rows, unless the config's collate_fn names another
     default_collate_fn = "torchtune.data.padded_collate_sft"
@@ -80,7 +74,6 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         """Set up further models, which are not trained."""
 
     def _resume(self, checkpoint) -> None:
-        """Continue where a checkpoint was saved; its weights are loaded already."""
         raise NotImplementedError
 
     def setup(self, cfg: DictConfig) -> None:

@@ -50,10 +50,7 @@ def report_new_schedule(
 ) -> None:
     """Say so where a resumed run spreads its learning rate over another number of steps than the run before.
 
-    Args:
-        lr_scheduler: as it was restored, or None.
-        next_step, lr: number and learning rate of the next step; the checkpoint holds this rate, of the old schedule.
-        epochs, steps: of the run before, and now.
+    ``lr`` is that of step ``next_step`` by the old schedule; ``epochs`` and ``steps`` are of the run before, and now.
     """
     if lr_scheduler is None or steps[0] == steps[1]:
         return

@@ -27,12 +27,7 @@ def is_writing() -> bool:
 
 
 class StopRun(Exception):
-    """The run was asked to stop and has saved.
-
-    Args:
-        message: how to go on.
-        signal_number: of the signal that stopped it.
-    """
+    """The run was asked to stop by a signal and has saved; the message says how to go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -63,11 +58,7 @@ class StopSignal:
         self._socket: socket.socket | None = None
 
     def install(self, ended_ranks: Callable[[], list[int]] = lambda: []) -> None:
-        """Take over the signals. Only the main thread may: in another one, nothing changes.
-
-        Args:
-            ended_ranks: says which other processes of the run have ended.
-        """
+        """Take over the signals. Only the main thread may: in another one, nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             return
         listening, self._socket = socket.socketpair()

@@ -1,7 +1,5 @@
 """Numbers of held-out data, shared among the ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,13 +22,7 @@ def tokens_in_loss(labels_BS: Tensor, ignore_index: int) -> Tensor:
 
 
 class Validation:
-    """Means over held-out rows, each counted once whatever the number of ranks.
-
-    Args:
-        batch_size: rows per forward pass on each rank.
-        collate_fn: makes a batch of rows.
-        rank, world_size: of the data-parallel group.
-    """
+    """Means over held-out rows, each counted once whatever the number of data-parallel ranks."""
 
     def __init__(self, dataset, *, batch_size: int, collate_fn, rank: int, world_size: int) -> None:
         # Sharded models need all ranks in each forward pass: the last row is repeated where a rank has too few.
@@ -46,9 +38,8 @@ class Validation:
     def run(self, model, sums_of: Callable[[object, int], Mapping[str, Tensor]], device) -> dict[str, float]:
         """The mean of each number, the same on all ranks. The model's mode and all random numbers stay as they are.
 
-        Args:
-            sums_of: gives, for a batch and how many of its first rows count, sums over these by name, 0-d, and what
-                they are divided by as the last of them.
+        ``sums_of`` gives, for a batch and how many of its first rows count, sums over these by name, 0-d, and what they
+        are divided by as the last of them.
         """
         was_training = model.training
         model.eval()
