@@ -208,7 +208,7 @@ def _plain(value):
 def _as_tensor(value) -> Tensor:
     """Plain values and tensors as bytes, which DCP saves without pickling them in a way that runs code.
 
-    Numbers of NumPy, such as the learning rate of a schedule that takes ``np.cos``, as Python's: those it could not load.
+    Numbers of NumPy, such as the rate of a schedule that takes ``np.cos``, as Python's: those it could not load.
     """
     stream = io.BytesIO()
     torch.save(tree_map_only(np.generic, lambda number: number.item(), value), stream)
