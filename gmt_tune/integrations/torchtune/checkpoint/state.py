@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, zeros
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
@@ -205,9 +206,12 @@ def _plain(value):
 
 
 def _as_tensor(value) -> Tensor:
-    """Plain values and tensors as bytes, which DCP saves without pickling them in a way that runs code."""
+    """Plain values and tensors as bytes, which DCP saves without pickling them in a way that runs code.
+
+    Numbers of NumPy, such as the rate of a schedule that takes ``np.cos``, as Python's: those it could not load.
+    """
     stream = io.BytesIO()
-    torch.save(value, stream)
+    torch.save(tree_map_only(np.generic, lambda number: number.item(), value), stream)
     return torch.frombuffer(stream.getbuffer(), dtype=torch.uint8).clone()
 
 

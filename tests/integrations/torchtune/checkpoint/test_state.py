@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import launch
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,6 +63,25 @@ def test_a_state_of_another_size_than_its_parameter_is_kept(tmp_path, one_rank):
     found = other.state_dict()["state"][0]
     assert found.keys() == wanted.keys() and {"row_var", "col_var"} <= found.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_schedule_that_computes_with_numpy_is_read_back(tmp_path, one_rank):
+    model = nn.Linear(4, 4)
+
+    def parts() -> TrainingParts:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(step / 100))
+        return TrainingParts(model, [optimizer], scheduler, None, None, torch.device("cpu"), None)
+
+    before, after = parts(), parts()
+    before.optimizers[0].step()
+    before.lr_scheduler.step()
+    writer = state.plan_save(tmp_path / "state", before, copy=False)
+    writer.finish([writer.write()])
+    state.restore(tmp_path / "state", after, is_same_world=True)
+    assert after.lr_scheduler.last_epoch == 1
+    assert after.lr_scheduler.get_last_lr() == before.lr_scheduler.get_last_lr() == [0.1 * np.cos(0.01)]
+    assert after.optimizers[0].param_groups[0]["lr"] == 0.1 * np.cos(0.01)
 
 
 def test_metadata_that_would_run_code_is_not_read(tmp_path):
