@@ -95,7 +95,7 @@ def import_component(key: str, path: object) -> Any:
         raise UserError(f"{key} '{path}' cannot be imported ({reason}): check its spelling") from None
     if not callable(component):
         kind = type(component).__name__
-        raise UserError(f"{key} '{path}' is a {kind}: name a class or a function, such as one in a module")
+        raise UserError(f"{key} '{path}' is a {kind}: name a class or a function in it")
     return component
 
 
