@@ -100,6 +100,14 @@ WRONG = [
         r"optimizer\._component_ 'torch\.optim\.AdamWW' cannot be imported",
     ),
     ("model._component_", "torchtun.models.x", r"model\._component_ 'torchtun\.models\.x' cannot be imported"),
+    # a module in place of what is in it
+    ("gradient_mask", {"_component_": "gmt_tune", "density": 0.2}, r"'gmt_tune' is a module"),
+    ("dataset._component_", "torchtune.datasets", r"dataset\._component_ 'torchtune\.datasets' is a module"),
+    ("optimizer._component_", "torch.optim", r"optimizer\._component_ 'torch\.optim' is a module"),
+    # the profiler, which torchtune makes after the model
+    ("profiler", {"enabeld": True}, r"profiler\.enabeld \(True\) is no key of .*: did you mean enabled\?"),
+    ("profiler", {"_component_": "torch.profiler.profile"}, r"profiler\._component_ must be torchtune"),
+    ("profiler", True, r"profiler must be a section or null, got True"),
     # combinations
     ("enable_activation_offloading", True, r"enable_activation_offloading: True needs device: cuda"),
     ("run_val_every_n_steps", 5, r"run_val_every_n_steps is set, but dataset_val is not"),
@@ -154,6 +162,11 @@ def test_a_wrong_config_is_named_with_what_is_right(path, value, message, tmp_pa
     with pytest.raises(UserError, match=message) as caught:
         check_config(OmegaConf.create(config))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("profiler", [None, {"enabled": False}, {"_component_": None, "output_dir": "${output_dir}/x"}])
+def test_the_profilers_section_need_not_name_it(profiler, tmp_path, tiny_config):
+    check_config(OmegaConf.create(tiny_config(tmp_path / "out", profiler=profiler)))
 
 
 @pytest.mark.parametrize(
@@ -422,10 +435,10 @@ TYPED = [
     (["dataset.column_map.input=prompt"], "its rows have no column 'prompt'", 1),
     (["batch_size=1000"], "dataset has 64 rows, but one optimizer step takes 2000", 2),
     (["evaluation._component_=gmt_tune.data.ExactMatch", "evaluation.split=x"], "split is 'x', but must be", 1),
+    (["profiler.enabled=True", "profiler.no_such=1"], "profiler.no_such (1) is no key of", 1),
     (["checkpointer.output_dir={out}/of_rank_${{oc.env:RANK}}"], "is not the same folder for all processes: rank 1", 2),
     # what nothing foresees: the last line of the traceback, and where the rest is
     (["loss._component_=torch.nn.MSELoss"], "(its traceback is in {out}/error_of_rank0.txt)", 1),
-    (["profiler.enabled=True", "profiler.no_such=1"], "unexpected keyword argument 'no_such'", 1),
 ]
 
 

@@ -29,6 +29,8 @@ log = utils.get_logger("INFO")
 # How a variable of the user's often ends; no optional key does.
 _VARIABLE_ENDS = ("_dir", "_name", "_path", "_root")
 
+_PROFILER = "torchtune.training.setup_torch_profiler"
+
 # Begins a flag of a config that marks one of its keys.
 _IS_NEW = "gmt_tune_new_key:"
 
@@ -71,6 +73,7 @@ def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: boo
             if part is not None and key.gives is not None:
                 name = f"{key.name}[{i}]" if isinstance(value, ListConfig) else key.name
                 check_component(name, part, **key.gives, only_known=only_known)
+    _check_profiler(cfg.get("profiler", None))
     _check_combinations(cfg)
 
 
@@ -186,6 +189,19 @@ def _check_values(cfg: DictConfig) -> None:
         holder = cfg.get(section, None) if section else cfg
         if OmegaConf.is_dict(holder) and name in holder and not key.takes.allows(holder[name]):
             raise UserError(f"{key.name} must be {key.takes.words}, got {holder[name]!r}")
+
+
+def _check_profiler(section: object) -> None:
+    """torchtune has one profiler, which the section need not name, and makes it after the model."""
+    if section is None:
+        return
+    if not isinstance(section, DictConfig):
+        raise UserError(f"profiler must be a section or null, got {section!r}")
+    path = section.get("_component_", None)
+    if path not in (None, _PROFILER):
+        raise UserError(f"profiler._component_ must be {_PROFILER}, the one that torchtune takes, got {path!r}")
+    keys = OmegaConf.to_container(section, resolve=True)
+    check_component("profiler", OmegaConf.create({**keys, "_component_": _PROFILER}))
 
 
 def _check_combinations(cfg: DictConfig) -> None:

@@ -75,16 +75,20 @@ def is_known_package(path: str) -> bool:
 
 
 def import_component(key: str, path: object) -> Any:
-    """What a key's value, a dotted path, stands for; it is not called. Raises UserError if it cannot be imported."""
+    """What a key's value, a dotted path, stands for; not called. Raises UserError if it cannot be imported or called."""
     if not isinstance(path, str):
         raise UserError(f"{key} must be a dotted path, got {path!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own module in the folder of the run, as torchtune allows
     try:
-        return _get_component_from_path(path)
+        component = _get_component_from_path(path)
     except (Exception, SystemExit) as error:  # a module may raise anything when it is imported
         reason = one_line(error.__cause__ or error)
         raise UserError(f"{key} '{path}' cannot be imported ({reason}): check its spelling") from None
+    if not callable(component):
+        kind = type(component).__name__
+        raise UserError(f"{key} '{path}' is a {kind}: name a class or a function in it")
+    return component
 
 
 def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None) -> None:

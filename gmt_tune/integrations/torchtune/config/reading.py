@@ -87,14 +87,26 @@ def expand_home(cfg: DictConfig) -> None:
         text = texts[key].value
         if re.match(r"~[\w.-]*/", text):
             texts[key].value = os.path.expanduser(text)
-        reference = re.match(r"\$\{\s*(\.*)([^:{}\s]+)\s*\}", text)
-        if reference is not None:
-            section = "".join(f"{part}." for part in key.split(".")[: -len(reference[1])]) if reference[1] else ""
-            target = section + re.sub(r"\[([a-zA-Z_]\w*)\]", r".\1", reference[2])
+        target = _refers_to(key, text)
+        for _ in texts:  # through sections that are references themselves
+            alias = next((k for k in texts if target.startswith(f"{k}.") and _refers_to(k, texts[k].value)), None)
+            if alias is None:
+                break
+            target = _refers_to(alias, texts[alias].value) + target.removeprefix(alias)
+        if target:
             found = [k for k in texts if k == target or k.startswith((f"{target}.", f"{target}["))]
             waiting += [k for k in found if k not in seen]
             seen.update(found)
     cfg.update(plain)
+
+
+def _refers_to(key: str, text: str) -> str:
+    """The key to which the reference leads that a key's text begins with; empty if it begins with none."""
+    reference = re.match(r"\$\{\s*(\.*)([^:{}\s]+)\s*\}", text)
+    if reference is None:
+        return ""
+    section = "".join(f"{part}." for part in key.split(".")[: -len(reference[1])]) if reference[1] else ""
+    return section + re.sub(r"\[([a-zA-Z_]\w*)\]", r".\1", reference[2])
 
 
 def _remove(given: dict[str, Any], key: str) -> None:
