@@ -126,6 +126,9 @@ def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
             "name": "a~b",
             "models": {"base": "~/models", "all": ["~/first"]},
             "also_models": "${models.base}",
+            "whole_section": "${others}",
+            "others": {"x_of_no_path": "~/z"},
+            "log_dir": "${whole_section.x_of_no_path}/logs",
             "metric_logger": {"log_dir": "${output_dir}/logs"},
             "checkpointer": {
                 "checkpoint_dir": "${also_models}/a",
@@ -143,6 +146,9 @@ def test_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
         "name": "a~b",
         "models": {"base": "/home/me/models", "all": ["/home/me/first"]},
         "also_models": "/home/me/models",
+        "whole_section": {"x_of_no_path": "/home/me/z"},
+        "others": {"x_of_no_path": "/home/me/z"},
+        "log_dir": "/home/me/z/logs",
         "metric_logger": {"log_dir": "/home/me/runs/a~b/logs"},
         "checkpointer": {
             "checkpoint_dir": "/home/me/models/a",
@@ -163,6 +169,9 @@ def test_what_is_no_path_and_what_an_environment_variable_holds_stays_as_it_is_w
         "output_dir": "${metric_logger.log_dir}/y",
         "a_dir": "${b_dir}/in_a_circle",
         "b_dir": "${a_dir}",
+        "c": "${d.e}",
+        "d": "${c.e}",
+        "c_dir": "${c.e}/in_a_circle_of_sections",
     }
     cfg = OmegaConf.create(values)
     expand_home(cfg)
