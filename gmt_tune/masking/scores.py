@@ -75,6 +75,8 @@ class Random(Score):
         return False
 
     def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
+        for part in parts:
+            check_dtype(part.local)
         return [
             RandomSelection(part, density, random_key(self._seed, self._draw(part.name), part.name)) for part in parts
         ]
@@ -107,7 +109,13 @@ class UserScore(Score):
                 "the score of a sharded gradient must be a DTensor as well: make it from the gradient and the "
                 "parameter that compute_score is given, not from their local parts"
             )
-        return part.local if score is grad else part.local_of(score)
+        if score is grad:
+            return part.local
+        local, own = part.local_of(score), part.local
+        # What lies in the gradient's memory in another order would change while the gradient is zeroed
+        shares_memory = local.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+        is_in_order = (local.data_ptr(), local.stride()) == (own.data_ptr(), own.stride())
+        return local.clone() if shares_memory and not is_in_order else local
 
     def unscaled(self, threshold: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
         return threshold  # gradients were divided before

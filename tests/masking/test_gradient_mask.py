@@ -244,6 +244,26 @@ def test_a_new_score_is_one_overridden_method():
         assert torch.equal(p.grad != 0, wanted), name
 
 
+def test_a_score_may_lie_in_the_gradients_memory_in_another_order():
+    class Transposed(GradientMask):
+        def compute_score(self, name, parameter, grad):
+            return grad.T
+
+    p = torch.nn.Parameter(torch.zeros(600, 600))
+    grad = p.grad = torch.randn(600, 600, generator=torch.Generator().manual_seed(0))
+    wanted = full_sort_selection(grad.T.clone(), 0.2)
+    Transposed([("weight", p)], 0.2).mask_grads_()
+    assert torch.equal(p.grad != 0, wanted)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_gradients_of_another_dtype_are_refused_in_words(score):
+    p = torch.nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="must be float32, bfloat16 or float16, got torch.float64"):
+        GradientMask([("weight", p)], 0.2, score=score).mask_grads_()
+
+
 def test_a_score_of_the_wrong_shape_is_refused_by_name():
     class Wrong(GradientMask):
         def compute_score(self, name, parameter, grad):

@@ -32,6 +32,7 @@ KNOBS = dict(
     enable_async_checkpointing=True,
     save_every_n_steps=2,
 )
+CLIPPED = dict(clip_grad_norm=0.5, optimizer={"_component_": "torch.optim.SGD", "lr": 1.0})
 LOW_BIT = ("AdamW8bit", "AdamW4bit", "AdamWFp8")
 STEPS, BATCH = 3, 4
 
@@ -70,6 +71,8 @@ RUNS = {
     "base on 2x2": ([0, 1, 2, 3], dict(base=True, **GRID)),
     "mask on 2x2": ([0, 1, 2, 3], dict(gradient_mask=MASK, save_every_n_steps=2, **GRID)),
     "mask resumed on 1x2": ([0, 1], dict(gradient_mask=MASK, origin="mask on 2x2", **GRID)),
+    "clipped on one": ([2], dict(gradient_mask=MASK, **CLIPPED)),
+    "clipped on 2x2": ([0, 1, 2, 3], dict(gradient_mask=MASK, **CLIPPED, **GRID)),
     "AdamW8bit on 2x2": ([0, 1, 2, 3], dict(low_bit("AdamW8bit"), **GRID)),
     "AdamW8bit resumed on 2x2": ([0, 1, 2, 3], dict(low_bit("AdamW8bit"), **GRID)),
 }
@@ -222,6 +225,16 @@ def test_from_a_grid_a_run_goes_on_with_tensor_parallelism_alone(losses, weights
     assert losses("mask resumed on 1x2") == pytest.approx(losses("mask on 2x2")[2:], abs=1e-5)
     found, wanted = weights("mask resumed on 1x2"), weights("mask on 2x2")
     assert len(wanted) > 10 and all((found[key] - weight).abs().max() < 1e-4 for key, weight in wanted.items())
+
+
+def test_on_a_grid_gradients_are_clipped_by_the_norm_of_all(runs, losses, weights, logged_metrics):
+    norms = [[step["grad_norm"] for step in logged_metrics(runs / f"clipped on {n}")] for n in ("one", "2x2")]
+    assert min(norms[0]) > 0.6  # so that each step is clipped
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert losses("clipped on 2x2") == pytest.approx(losses("clipped on one"), abs=1e-5)
+    found, wanted = weights("clipped on 2x2"), weights("clipped on one")
+    # The last bit of a gradient can decide which of two entries is selected
+    assert all(((found[key] - weight).abs() > 1e-5).float().mean() < 1e-3 for key, weight in wanted.items())
 
 
 def test_an_optimizer_that_takes_gradients_away_is_refused(tmp_path, tiny_config):

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchtune import training, utils
 from torchtune.training.lr_schedulers import get_lr
 
@@ -200,7 +202,19 @@ class MaskedRecipe(RecipeSetup):
         """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""
         if self._clip_grad_norm is None:
             return None
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=float(self._clip_grad_norm))
+        # Tensor parallelism leaves what it does not cut on a mesh of its own, and PyTorch takes the norm of one mesh
+        by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+        for p in self._model.parameters():
+            if p.grad is not None:
+                by_mesh.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+        norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
+        if len(norms) == 1:
+            norm = norms[0]
+        else:
+            whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+            norm = get_total_norm(whole)
+        for group in by_mesh.values():
+            clip_grads_with_norm_(group, float(self._clip_grad_norm), norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _log_step(
