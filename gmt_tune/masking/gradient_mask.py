@@ -343,6 +343,8 @@ class GradientMask:
             thresholds = [score.unscaled(s.threshold, self._grad_scale) for s in selections]
             if self._schedule.keeps:
                 lasting = [i for i, selection in enumerate(selections) if selection.outlasts_step]
+                for i in lasting:  # not beside the new ones: their bits are a gigabyte for 8 B entries
+                    self._selections.pop(batch[i].name, None)
                 packed = pack([selections[i] for i in lasting], [thresholds[i] for i in lasting])
                 self._selections.update(zip((batch[i].name for i in lasting), packed, strict=True))
             self.statistics.record(batch, self.apply_(batch, selections, optimizer), thresholds)
