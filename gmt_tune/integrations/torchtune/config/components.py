@@ -75,7 +75,7 @@ def is_known_package(path: str) -> bool:
 
 
 def import_component(key: str, path: object) -> Any:
-    """What a key's value, a dotted path, stands for; not called. Raises UserError if it cannot be imported or called."""
+    """What a key's value, a dotted path, stands for; not called. UserError if it cannot be imported or called."""
     if not isinstance(path, str):
         raise UserError(f"{key} must be a dotted path, got {path!r}")
     if os.getcwd() not in sys.path:
