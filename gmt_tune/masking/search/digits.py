@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.bits import INFINITY_BITS, blocks, from_bits, magnitude_bits
+from gmt_tune.masking.bits import INFINITY_BITS, from_bits, magnitude_bits
 from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.parts import Part, sum_over_ranks
 from gmt_tune.masking.search.devices import is_served, kernels_for, try_triton
@@ -159,7 +159,7 @@ def count_digits(tensor: Tensor, prefix: Tensor | int, level: Level) -> Tensor:
     """Count entries by their next digit, as the formula above says.
 
     Args:
-        tensor: any shape and stride; float32, bfloat16 or float16.
+        tensor: a block of entries, of any shape and stride; float32, bfloat16 or float16.
         prefix: the digits above this level; 0 at the first level. An int or a 0-d integer tensor.
         level: which digit to count by.
 
@@ -167,22 +167,19 @@ def count_digits(tensor: Tensor, prefix: Tensor | int, level: Level) -> Tensor:
         int64 tensor of ``2**level.width`` counts, on the tensor's device.
     """
     bins = 1 << level.width
-    counts = torch.zeros(bins, dtype=torch.int64, device=tensor.device)
-    for block in blocks(tensor, _block(tensor)):
-        digit = magnitude_bits(block).reshape(-1).to(torch.int32) >> level.shift
-        digit = digit.sub_(prefix << level.width).clamp_(0, bins - 1)
-        if tensor.device.type == "cpu":
-            counts += torch.bincount(digit, minlength=bins)
-        else:  # bincount would wait for the device
-            counts.scatter_add_(0, digit.long(), counts.new_ones(()).expand(digit.numel()))
-    return counts
+    digits = magnitude_bits(tensor).reshape(-1).to(torch.int32) >> level.shift
+    digits = digits.sub_(prefix << level.width).clamp_(0, bins - 1)
+    if tensor.device.type == "cpu":
+        return torch.bincount(digits, minlength=bins)
+    counts = torch.zeros(bins, dtype=torch.int64, device=tensor.device)  # bincount would wait for the device
+    return counts.scatter_add_(0, digits.long(), counts.new_ones(()).expand(digits.numel()))
 
 
 def kth_bits(read: Callable[[], Iterable[Tensor]], k: int, dtype: torch.dtype) -> Tensor:
     """Magnitude bits of the k-th largest entry of all tensors together, as a 0-d int64 tensor.
 
     Args:
-        read: gives the tensors, all of ``dtype`` and on one device; called once for each level.
+        read: gives the tensors in blocks, all of ``dtype`` and on one device; called once for each level.
         k: rank from the top.
         dtype: of the tensors.
     """
