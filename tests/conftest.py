@@ -64,6 +64,9 @@ LONG = (
 def pytest_collection_modifyitems(items) -> None:
     rank = {Path(__file__).parent / file: number for number, file in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(0))  # however long it takes
 
 
 def pytest_runtest_setup(item) -> None:

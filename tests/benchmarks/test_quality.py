@@ -2,7 +2,8 @@
 
 import json
 import math
-import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
@@ -149,8 +150,17 @@ def test_again_lets_the_runs_it_names_count_as_not_made(own_results, monkeypatch
 
 
 def test_many_processes_append_whole_lines(own_results):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.starmap(results.write, [(f"village_small/sft/measure_lr{i}_seed0", {"i": [i] * 999}) for i in range(200)])
+    script = """
+import sys
+from pathlib import Path
+from benchmarks.quality import results
+results.RUNS = Path(sys.argv[1])
+for i in range(int(sys.argv[2]), 200, 4):
+    results.write(f"village_small/sft/measure_lr{i}_seed0", {"i": [i] * 999})
+"""
+    command = [sys.executable, "-c", script, str(results.RUNS)]
+    processes = [subprocess.Popen([*command, str(first)], cwd=results.ROOT) for first in range(4)]
+    assert [process.wait(120) for process in processes] == [0] * 4
     found = results.read_all("village_small")
     assert {name: result["i"][-1] for name, result in found.items()} == {
         f"village_small/sft/measure_lr{i}_seed0": i for i in range(200)

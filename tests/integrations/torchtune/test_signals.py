@@ -108,10 +108,13 @@ def test_a_process_that_has_saved_no_longer_needs_the_others(start):
         process.wait(1)
 
 
-def test_a_signal_to_a_child_ends_the_child_and_is_not_one_to_the_run():
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_signal_to_a_child_ends_the_child_and_is_not_one_to_the_run(runs):
+    """Nor where an earlier run of the process was left without its cleanup, as in a notebook."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    stop = signals.StopSignal()
-    stop.install()
+    for _ in range(runs):
+        stop = signals.StopSignal()
+        stop.install()
     try:
         out, into = os.pipe()
         child = os.fork()
@@ -125,6 +128,8 @@ def test_a_signal_to_a_child_ends_the_child_and_is_not_one_to_the_run():
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert stop.received == 0
+        stop.uninstall()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         stop.uninstall()
         signal.signal(signal.SIGTERM, before)

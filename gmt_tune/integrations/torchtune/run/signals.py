@@ -59,8 +59,11 @@ class StopSignal:
 
     def install(self, ended_ranks: Callable[[], list[int]] = lambda: []) -> None:
         """Take over the signals. Only the main thread may: in another one, nothing changes."""
+        global _installed
         if threading.current_thread() is not threading.main_thread():
             return
+        _uninstall()  # of a run that was left without its cleanup, as in a notebook
+        _installed = self
         listening, self._socket = socket.socketpair()
         self._socket.setblocking(False)
         threading.Thread(target=self._listen, args=(listening, ended_ranks), daemon=True).start()
@@ -68,19 +71,19 @@ class StopSignal:
         for number in SIGNALS:
             # Only for a signal with a handler does Python write its number to the wakeup file descriptor
             self._previous[number] = signal.signal(number, lambda number, frame: None)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.uninstall)  # a signal to a child is not one to this process
 
     def uninstall(self) -> None:
         """Give the signals back to whoever had them."""
-        if self._socket is None:
+        global _installed
+        if _installed is not self:
             return
+        _installed = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
         self._previous.clear()
+        assert self._socket is not None
         self._socket.close()  # which ends the thread
-        self._socket = None
 
     def _listen(self, listening: socket.socket, ended_ranks: Callable[[], list[int]]) -> None:
         alone_since = None
@@ -115,6 +118,18 @@ class StopSignal:
             ctypes.pythonapi.PyOS_setsig(number, None)
             signal.raise_signal(number)
             os._exit(128 + number)  # a container's first process, which signals do not end by default
+
+
+_installed: StopSignal | None = None  # one at a time has the signals of this process
+
+
+def _uninstall() -> None:
+    if _installed is not None:
+        _installed.uninstall()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_uninstall)  # a signal to a child is not one to this process
 
 
 def _say(text: str) -> None:
