@@ -11,13 +11,14 @@ from gmt_tune._version import __version__
 
 if TYPE_CHECKING:
     from gmt_tune.masking import GradientMask, MaskStatistics, kth_largest_magnitude, mask_grads_
+    from gmt_tune.optim import CompactAdamW
 
-__all__ = ["GradientMask", "MaskStatistics", "__version__", "kth_largest_magnitude", "mask_grads_"]
+__all__ = ["CompactAdamW", "GradientMask", "MaskStatistics", "__version__", "kth_largest_magnitude", "mask_grads_"]
 
 
 def __getattr__(name: str):
     if name in __all__:
-        value = getattr(import_module("gmt_tune.masking"), name)
+        value = getattr(import_module("gmt_tune.optim" if name == "CompactAdamW" else "gmt_tune.masking"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'gmt_tune' has no attribute '{name}'")

@@ -54,6 +54,20 @@ def random_selection(start: int, stop: int, density: float, key: int, device: to
     return selected
 
 
+def random_ranks(start: int, stop: int, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """What the entries ``start..stop-1`` of a parameter are drawn by, as numbers to rank them by.
+
+    Returns:
+        float32 tensor of ``stop - start`` whole numbers from 1 to 2**24, the largest of which are those that
+        :func:`random_selection` draws.
+    """
+    ranks = torch.empty(stop - start, device=device)
+    draw = _Draw(1.0, key, ranks.device)
+    for first, last in draw.ranges(start, stop):
+        ranks[first - start : last - start] = (1 << 23) - (draw.hash(first, last) >> 8)
+    return ranks
+
+
 @torch.no_grad()
 def apply_random_(grad: Tensor, density: float, key: int, *, offset: int = 0) -> Tensor:
     """Zero, in place, all entries but a random fraction.
@@ -102,6 +116,11 @@ class _Draw:
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """int32, valid until the next call."""
+        h = self.hash(start, stop)
+        return torch.le(h, self._last, out=h)
+
+    def hash(self, start: int, stop: int) -> Tensor:
+        """The hashes themselves, spread over all int32; valid until the next call."""
         n = stop - start
         h, shifted = self._scratch[0, :n], self._scratch[1, :n]
         torch.add(self._counter[:n], signed(start), out=h)
@@ -111,7 +130,7 @@ class _Draw:
             torch.bitwise_right_shift(h, shift, out=shifted)
             h.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1))  # int32 shifts in the sign: drop it
             h.mul_(signed(factor))
-        return torch.le(h, self._last, out=h)
+        return h
 
 
 def signed(word: int, bits: int = 32) -> int:

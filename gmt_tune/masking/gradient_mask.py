@@ -18,13 +18,22 @@ from torch.utils.hooks import RemovableHandle
 from gmt_tune.masking import checks
 from gmt_tune.masking.functional import MaskStatistics
 from gmt_tune.masking.nonfinite import DelayedFlags
-from gmt_tune.masking.optimizers import HookHandles, after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
+from gmt_tune.masking.optimizers import (
+    CompactOptimizer,
+    HookHandles,
+    after_closure,
+    changes_no_weight,
+    check_has_hooks,
+    unwrap_optimizer,
+)
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
 from gmt_tune.masking.parameters import MaskedParameters
-from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, own_entries, own_ranges
-from gmt_tune.masking.schedule import Schedule
+from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, on_any_rank, own_entries, own_ranges
+from gmt_tune.masking.places import Places
+from gmt_tune.masking.schedule import Schedule, spread_turns
 from gmt_tune.masking.scores import Random, Score, UserScore, make_score
-from gmt_tune.masking.selection import PackedSelection, Selection, WholeSelection, apply_, pack
+from gmt_tune.masking.selection import PackedSelection, PlacedSelection, Selection, WholeSelection, apply_, pack
+from gmt_tune.masking.ties import place_exactly
 
 
 class GradientMask:
@@ -91,8 +100,10 @@ class GradientMask:
         self.frozen = checks.check_patterns("frozen", frozen)
         self._parameters = MaskedParameters(named_parameters, self.dense, self.frozen)
         self._schedule = Schedule(self.refresh_every)
+        self._phases: dict[str, int] = {}  # of tensors that take turns, by name
+        self._is_compact = False  # the optimizer keeps gradients and states of selected entries alone
         self._steps: dict[str, int] = {}  # optimizer steps that were masked, by name
-        self._selections: dict[str, PackedSelection] = {}
+        self._selections: dict[str, PackedSelection | PlacedSelection] = {}
         self._seconds: dict[int, float] = {}
         self._flags = DelayedFlags()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -191,10 +202,42 @@ class GradientMask:
                 f"scope 'global' needs one optimizer that holds all masked parameters, and this one lacks '{names[0]}' "
                 f"({len(names)} in all): give it all of them, or use scope 'tensor'"
             )
+        handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if isinstance(optimizer, CompactOptimizer):
+            handles += self._take_turns(optimizer)
         self._optimizers.add(optimizer)
-        return HookHandles(
-            optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)
-        )
+        return HookHandles(*handles)
+
+    def _take_turns(self, optimizer: CompactOptimizer) -> list[RemovableHandle]:
+        """Let an optimizer have selected entries alone: tensors take turns, and what is not due is freed at once."""
+        if self.scope == "global":
+            raise ValueError(f"scope 'global' does not work with {type(optimizer).__name__}: use scope 'tensor'")
+        if type(self).apply_ is not GradientMask.apply_:
+            raise TypeError(
+                f"{type(self).__name__} overrides apply_, which changes whole gradients, and "
+                f"{type(optimizer).__name__} has none: override select or compute_score, or use another optimizer"
+            )
+        self._is_compact = True
+        turns = self.refresh_every or 1
+        self._schedule = Schedule(self.refresh_every, in_turns=turns > 1)
+        self._phases = spread_turns({name: p.numel() for name, p in self.maskable_parameters.items()}, turns)
+
+        def take_in(p: Tensor) -> None:
+            name = self._parameters.masked.get(p)
+            if name is not None and p.grad is not None and not self.is_due(name):
+                (part,) = make_parts({name: p})
+                optimizer.add_gradient(part, self._placed(name))
+                p.grad = None
+
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        return [
+            p.register_post_accumulate_grad_hook(take_in)
+            for name, p in self.maskable_parameters.items()
+            if p in held and p.requires_grad
+        ]
 
     def mask_grads_(self) -> MaskStatistics:
         """Mask the gradients of all masked parameters, once, in place: for loops without a hook.
@@ -223,12 +266,18 @@ class GradientMask:
 
     def is_due(self, name: str) -> bool:
         """Whether a parameter gets a new selection in the next step; can be asked before the backward pass."""
+        step, phase = self._steps.get(name, 0), self._phases.get(name, 0)
         has_none = name not in self._selections and not isinstance(self._score(), Random)
-        return has_none or self._schedule.is_due(self._steps.get(name, 0))
+        return (has_none and not self._schedule.in_turns) or self._schedule.is_due(step, phase)
 
     def draw(self, name: str) -> int:
         """Which selection of a parameter is in force in this step, counted from 0: it changes at each refresh."""
-        return self._schedule.draw(self._steps.get(name, 0) - self._repeats)
+        return self._schedule.draw(self._steps.get(name, 0) - self._repeats, self._phases.get(name, 0))
+
+    def selection(self, p: Tensor) -> PlacedSelection | None:
+        """Which entries of a parameter are selected, for an optimizer that keeps these alone; None if none are yet."""
+        name = self._parameters.masked.get(p)
+        return None if name is None else self._placed(name)
 
     @property
     def masked_parameters(self) -> dict[str, Tensor]:
@@ -282,7 +331,10 @@ class GradientMask:
 
         def mask(is_repeated: bool) -> None:
             masked, dense = self._parameters.sort(optimizer, lambda p: p.grad is not None)
-            self._mask(masked, dense, optimizer, is_repeated=is_repeated)
+            if isinstance(optimizer, CompactOptimizer):
+                self._select_compactly(masked, dense, optimizer)
+            else:
+                self._mask(masked, dense, optimizer, is_repeated=is_repeated)
 
         def keep_selections() -> None:
             if not self._schedule.keeps and not isinstance(self._score(), Random):
@@ -301,7 +353,7 @@ class GradientMask:
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._grad_scale = None
-        if not self._schedule.keeps:
+        if not self._schedule.keeps and not self._is_compact:
             self._selections.clear()  # what the calls of one step's closure had in common
         self._flags.raise_if_set()
 
@@ -356,10 +408,43 @@ class GradientMask:
             self._steps[name] = self._steps.get(name, 0) + (not is_repeated)
         self._seconds[id(optimizer)] = time.perf_counter() - start
 
+    @torch.no_grad()
+    def _select_compactly(self, masked: list[Tensor], dense: list[Tensor], optimizer: CompactOptimizer) -> None:
+        """Give an optimizer the selected entries of what is due: the rest it has from the backward passes."""
+        start = time.perf_counter()
+        self._flags.raise_if_set()
+        names = [self._parameters.masked[p] for p in masked]
+        due = make_parts({name: p for name, p in zip(names, masked, strict=True) if p.grad is not None})
+        now = make_parts({self._parameters.names[p]: p for p in dense if p.grad is not None})
+        self._raise_if_nonfinite([*now, *due])
+        if taken := optimizer.nonfinite():
+            parts, flags = zip(*taken, strict=True)
+            self._raise_if_nonfinite(parts, on_any_rank(flags, parts))
+        score = self._score()
+        for batch in score.batches(due, self.scope):
+            selections = self.select(batch)
+            thresholds = [selection.threshold for selection in selections]
+            placed, counts = place_exactly(batch, selections, thresholds, self.density)
+            for part, selection in zip(batch, placed, strict=True):
+                optimizer.change_selection(part, self._placed(part.name), selection)
+                self._selections[part.name] = selection
+            self.statistics.record(batch, counts, thresholds)
+        for name in names:
+            self._steps[name] = self._steps.get(name, 0) + 1
+        self._seconds[id(optimizer)] = time.perf_counter() - start
+
+    def _placed(self, name: str) -> PlacedSelection | None:
+        """The selection that is in force for a tensor, by places: one that was loaded is in bits."""
+        kept = self._selections.get(name)
+        if isinstance(kept, PackedSelection):
+            kept = PlacedSelection(Places(kept.bits, kept.shape.numel()), kept.shape)
+            self._selections[name] = kept
+        return kept
+
     def _score(self) -> Score:
         if type(self).compute_score is not GradientMask.compute_score:
             return UserScore(self.compute_score, self._grad_scale)
-        return make_score(self.score, self.seed, self.draw)
+        return make_score(self.score, self.seed, self.draw, is_exact=self._is_compact)
 
     def _keeps_selection(self, name: str) -> bool:
         return name in self._selections and (self._repeats or not self.is_due(name))

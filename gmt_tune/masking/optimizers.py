@@ -1,11 +1,34 @@
-"""Optimizers as hooks meet them: inside wrappers, with closures, and with more than one hook to remove."""
+"""Optimizers as hooks meet them: inside wrappers, with closures, with more than one hook to remove, and compact."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from gmt_tune.masking.parts import Part
+from gmt_tune.masking.selection import PlacedSelection
+
+
+class CompactOptimizer(Optimizer):
+    """An optimizer that keeps gradients and states of selected entries alone, and is told by a mask which these are.
+
+    The mask calls the methods below, in backward passes and right before a step.
+    """
+
+    def add_gradient(self, part: Part, selection: PlacedSelection | None) -> None:
+        """Take in, from one backward pass, what a gradient has at the selected entries; None before the first turn."""
+        raise NotImplementedError
+
+    def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
+        """Take in a whole gradient that got a new selection. States of entries that stay selected stay."""
+        raise NotImplementedError
+
+    def nonfinite(self) -> list[tuple[Part, Tensor]]:
+        """What was taken in, and whether the gradient that this process held was not finite anywhere: 0-d bool."""
+        raise NotImplementedError
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

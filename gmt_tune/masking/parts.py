@@ -165,7 +165,11 @@ def sum_counts(counts: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
 def nonfinite_gradients(parts: Iterable[Part]) -> list[Tensor]:
     """For each part a 0-d bool tensor: whether its gradient holds NaN or infinity, on any rank. Does not wait."""
     parts = list(parts)
-    flags = nonfinite_flags([part.local for part in parts])
+    return on_any_rank(nonfinite_flags([part.local for part in parts]), parts)
+
+
+def on_any_rank(flags: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+    """For each part whether the flag of it, 0-d bool, is set on any of the ranks that hold some of its gradient."""
     if not any(part.groups for part in parts):
-        return flags
+        return list(flags)
     return [count > 0 for count in sum_counts(flags, parts)]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.checks import check_dtype
-from gmt_tune.masking.draws import random_key
+from gmt_tune.masking.draws import random_key, random_ranks
 from gmt_tune.masking.parts import Part, is_sharded
 from gmt_tune.masking.search import find_thresholds
 from gmt_tune.masking.search.entries import Product
-from gmt_tune.masking.selection import RandomSelection, Selection, ThresholdSelection
+from gmt_tune.masking.selection import RandomSelection, Selection, ThresholdSelection, offset_in_whole
 
 
 class Score:
@@ -66,20 +66,38 @@ class Random(Score):
     Args:
         seed: of all draws.
         draw: which draw is in force for a parameter's name; see :func:`gmt_tune.masking.draws.random_key`.
+        is_exact: draw k entries, as the other scores do, in place of each with its probability.
     """
 
-    def __init__(self, seed: int, draw: Callable[[str], int]) -> None:
-        self._seed, self._draw = seed, draw
+    def __init__(self, seed: int, draw: Callable[[str], int], is_exact: bool = False) -> None:
+        self._seed, self._draw, self._is_exact = seed, draw, is_exact
 
     def sees_nonfinite(self, part: Part) -> bool:
         return False
 
+    def rank(self, part: Part) -> Tensor:
+        local, key = part.local, self._key(part)
+        offset = offset_in_whole(part)
+        if offset is not None:
+            return random_ranks(offset, offset + local.numel(), key, local.device).view(local.shape)
+        ranks = torch.empty(local.shape, device=local.device)
+        shape = part.grad.shape
+        (first, last), *others = part.ranges()
+        row = math.prod(shape[1:])
+        for i in range(first, last):  # other ranks hold a part of each row
+            whole = random_ranks(i * row, (i + 1) * row, key, local.device).view(shape[1:])
+            ranks[i - first] = whole[tuple(slice(*held) for held in others)]
+        return ranks
+
     def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
+        if self._is_exact:
+            return super().select(parts, density, scope)
         for part in parts:
             check_dtype(part.local)
-        return [
-            RandomSelection(part, density, random_key(self._seed, self._draw(part.name), part.name)) for part in parts
-        ]
+        return [RandomSelection(part, density, self._key(part)) for part in parts]
+
+    def _key(self, part: Part) -> int:
+        return random_key(self._seed, self._draw(part.name), part.name)
 
 
 class UserScore(Score):
@@ -172,6 +190,6 @@ def entries_to_keep(n: int, density: float) -> int:
     return max(1, math.floor(density * n))
 
 
-def make_score(name: str, seed: int, draw: Callable[[str], int]) -> Score:
-    """The score of a name in ``checks.SCORES``."""
-    return {"magnitude": Magnitude, "saliency": Saliency}[name]() if name != "random" else Random(seed, draw)
+def make_score(name: str, seed: int, draw: Callable[[str], int], is_exact: bool = False) -> Score:
+    """The score of a name in ``checks.SCORES``; see :class:`Random` for the other arguments."""
+    return {"magnitude": Magnitude, "saliency": Saliency}[name]() if name != "random" else Random(seed, draw, is_exact)

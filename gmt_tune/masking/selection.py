@@ -25,6 +25,7 @@ from gmt_tune.masking.bits import (
 from gmt_tune.masking.draws import CHUNK, ROUNDS, apply_random_, last_drawn, random_selection, signed
 from gmt_tune.masking.packing import apply_packed_, pack_selection, unpack_selection
 from gmt_tune.masking.parts import Part, sum_counts
+from gmt_tune.masking.places import Places
 from gmt_tune.masking.search.devices import is_served, kernels_for, try_triton
 from gmt_tune.masking.search.entries import Product
 
@@ -177,6 +178,30 @@ class PackedSelection(Selection):
         return kernels.apply_packed_selections_(grads, [selection.bits for selection in selections])
 
 
+class PlacedSelection(Selection):
+    """A selection that was kept by the places of its entries: what compact gradients and states lie by.
+
+    Args:
+        places: of the selected entries.
+        shape: of the part's entries.
+        threshold: the one it was made with, if any.
+    """
+
+    def __init__(self, places: Places, shape: Sequence[int], threshold: Tensor | None = None) -> None:
+        self.places, self.shape, self.threshold = places, torch.Size(shape), threshold
+
+    @property
+    def bits(self) -> Tensor:
+        """As :func:`gmt_tune.masking.packing.pack_selection` lays them out."""
+        return self.places.bits()
+
+    def mask(self) -> Tensor:
+        return unpack_selection(self.bits, self.shape.numel()).view(self.shape)
+
+    def compact(self, values: Tensor) -> Tensor:
+        return self.places.gather(values.detach())
+
+
 class RandomSelection(Selection):
     """Entries that a hash of their place in the whole gradient draws, each with probability ``density``.
 
@@ -200,7 +225,7 @@ class RandomSelection(Selection):
         count = torch.zeros((), dtype=torch.int64, device=grad.device)
         if grad.numel() == 0:
             return count
-        offset = self._offset()
+        offset = offset_in_whole(self._part)
         if offset is not None:
             return apply_random_(grad, self._density, self._key, offset=offset)
         shape = self._part.grad.shape
@@ -218,22 +243,23 @@ class RandomSelection(Selection):
             count += kept.sum()
         return count
 
-    def _offset(self) -> int | None:
-        """The flat index in the whole gradient of the part's first entry, where the part is one range of such."""
-        shape = self._part.grad.shape
-        if not shape:
-            return 0
-        (first, _), *others = self._part.ranges()
-        is_range = all((0, size) == held for size, held in zip(shape[1:], others, strict=True))
-        return first * math.prod(shape[1:]) if is_range else None
-
     def suits(self, kernels: ModuleType, grad: Tensor) -> bool:
-        return grad.is_contiguous() and self._offset() is not None
+        return grad.is_contiguous() and offset_in_whole(self._part) is not None
 
     @staticmethod
     def apply_together_(kernels: ModuleType, grads: Sequence[Tensor], selections: Sequence[Any]) -> list[Tensor]:
-        draws = [(signed(s._key, 64), s._offset(), last_drawn(s._density)) for s in selections]
+        draws = [(signed(s._key, 64), offset_in_whole(s._part), last_drawn(s._density)) for s in selections]
         return kernels.apply_random_draws_(grads, draws, ROUNDS)
+
+
+def offset_in_whole(part: Part) -> int | None:
+    """The flat index in the whole gradient of a part's first entry, where the part is one range of such."""
+    shape = part.grad.shape
+    if not shape:
+        return 0
+    (first, _), *others = part.ranges()
+    is_range = all((0, size) == held for size, held in zip(shape[1:], others, strict=True))
+    return first * math.prod(shape[1:]) if is_range else None
 
 
 class WholeSelection(Selection):

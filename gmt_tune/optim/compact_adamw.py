@@ -1,0 +1,247 @@
+"""CompactAdamW: AdamW that pays only for what a GradientMask selects."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmt_tune.masking.checks import names_unknown_keys
+from gmt_tune.masking.gradient_mask import registered_masks
+from gmt_tune.masking.nonfinite import nonfinite_flags
+from gmt_tune.masking.optimizers import CompactOptimizer
+from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries
+from gmt_tune.masking.selection import PlacedSelection
+from gmt_tune.optim import states
+
+
+class CompactAdamW(CompactOptimizer):
+    """AdamW whose gradients and states exist for the entries alone that a mask selects; the others do not move.
+
+    On a step in which a tensor is not due for a new selection, its gradient is reduced to the selected entries as soon
+    as autograd has accumulated it, and freed. Moments and ages exist for selected entries alone: at a new selection,
+    entries that stay keep theirs, and new ones begin at zero. Each entry's bias correction uses its own age. Dense
+    parameters get ordinary states of the same kind.
+
+    With ``refresh_every`` above 1, tensors take turns, whole layers together, so that few are due at the same step;
+    before its first turn a tensor stands still.
+
+    Args:
+        params: as for every optimizer: parameters or groups.
+        lr, betas, eps, weight_decay: as of ``torch.optim.AdamW``; ``lr`` may be a tensor.
+        state_bits: of the moments: 32, 8, 4 or "fp8". The latter three are torchao's, in blocks; tensors with fewer
+            than 4,096 selected entries keep 32.
+        bf16_stochastic_round: round bfloat16 weights up or down by chance, so that small updates count on average.
+        max_grad_norm: clip the gradient that will be applied, selected entries and dense parameters of all ranks, to
+            this norm. It is not that of the whole gradient, which no longer exists when it would be known.
+
+    Attributes:
+        grad_norm: that norm before clipping, at the last step, 0-d; None without ``max_grad_norm``.
+
+    Example:
+        >>> mask = GradientMask(model.named_parameters(), density=0.05, refresh_every=20, dense=["*norm*"])
+        >>> optimizer = CompactAdamW(model.parameters(), lr=1e-4, state_bits=8)
+        >>> handle = mask.register(optimizer)
+    """
+
+    @names_unknown_keys
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int | str = 32,
+        bf16_stochastic_round: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            _check(name, value, "must be a number from 0 on", lambda number: number >= 0)
+        for i, beta in enumerate(betas):
+            _check(f"betas[{i}]", beta, "must be a number from 0 on and below 1", lambda number: 0 <= number < 1)
+        if state_bits not in states.STATE_BITS:
+            raise ValueError(f"state_bits must be one of {', '.join(map(str, states.STATE_BITS))}, got {state_bits!r}")
+        if max_grad_norm is not None:
+            _check("max_grad_norm", max_grad_norm, "must be a number above 0, or None", lambda number: number > 0)
+        self.state_bits, self.bf16_stochastic_round = state_bits, bf16_stochastic_round
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
+        self._taken: dict[Any, tuple[Part, Tensor]] = {}
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    # ------------------------------------------------------------------ what a mask calls
+
+    @torch.no_grad()
+    def add_gradient(self, part: Part, selection: PlacedSelection | None) -> None:
+        (flag,) = nonfinite_flags([part.local])
+        taken = self._taken.get(part.parameter)
+        values = self._gather(part, selection)
+        if taken is not None:
+            values.add_(taken[0].local)
+            flag = flag | taken[1]
+        self._take(part, values, flag)
+
+    @torch.no_grad()
+    def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
+        p: Any = part.parameter
+        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=part.local.device))
+        p.grad = None
+        state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
+        for key in ("exp_avg", "exp_avg_sq", "age"):
+            old = state.get(key)
+            is_age = key == "age"
+            values = torch.zeros(size, dtype=self._age_dtype(p) if is_age else torch.float32, device=part.local.device)
+            if old is not None and before is not None:
+                selection.places.carry(states.to_floats(old), before.places, values)
+            if is_age:
+                state[key] = values
+                continue
+            if old is None or old.shape != values.shape:
+                old = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=values.device)
+            states.fill_(old, values)
+            state[key] = old
+
+    def nonfinite(self) -> list[tuple[Part, Tensor]]:
+        return list(self._taken.values())
+
+    def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
+        size = 0 if selection is None else states.padded_size(selection.places.count, self.state_bits)
+        values = part.local.new_zeros(size)
+        if selection is not None:
+            selection.places.gather(part.local, out=values)
+        return values
+
+    def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
+        self._taken[part.parameter] = replace(part, grad=values, local=values), flag
+
+    def _age_dtype(self, p: Tensor) -> torch.dtype:
+        """16 bits count to 32,767, from where on the bias correction of common betas is 1 in float32."""
+        betas = next(group["betas"] for group in self.param_groups if any(p is q for q in group["params"]))
+        return torch.int16 if max(betas) ** 32767 < 2**-25 else torch.int32
+
+    # ------------------------------------------------------------------ what a training loop calls
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Update the selected entries and the dense parameters, and let go of the gradient's selected entries."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        masks = registered_masks(self)
+        if not masks:
+            raise RuntimeError(
+                "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
+            )
+        taken, self._taken = self._taken, {}
+        dense = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parts = [part for part, _ in taken.values()] + make_parts({str(i): p for i, p in enumerate(dense)})
+        if self.max_grad_norm is not None and parts:
+            self._clip_(parts, self.max_grad_norm)
+        gradients = {part.parameter: part for part in parts}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in taken and gradients[p].local.numel():  # none before the first turn
+                    selection = next(filter(None, (mask.selection(p) for mask in masks)))
+                    self._update_selected(p, gradients[p].local, selection, group)
+                elif p in gradients and p not in taken:
+                    self._update_dense(p, gradients[p].local, group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._taken.clear()
+        super().zero_grad(set_to_none)
+
+    def scale_gradients_(self, factor: Tensor | float) -> None:
+        """Multiply the selected entries that wait for the step, as a loop does that normalises after backward."""
+        for part, _ in self._taken.values():
+            part.local.mul_(factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # PyTorch would cast moments and ages to the dtype of their parameters
+        saved = state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        held = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, held, strict=True):
+            if number in saved:
+                self.state[p] = {
+                    key: value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+                    for key, value in saved[number].items()
+                }
+
+    def _clip_(self, parts: list[Part], max_norm: float) -> None:
+        norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
+        squares = sum_floats_over_ranks([norm.square() for norm in norms], parts)
+        self.grad_norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+        factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        for part in parts:
+            part.local.mul_(factor.to(part.local.device))
+
+    def _update_selected(self, p: Tensor, grad: Tensor, selection: PlacedSelection, group: dict) -> None:
+        state, own = self.state[p], own_entries(p)
+        ages = state["age"]
+        ages.add_(ages < torch.iinfo(ages.dtype).max)
+        weights = own.new_zeros(grad.shape)
+        selection.places.gather(own, out=weights)
+        states.adamw_(
+            weights,
+            grad,
+            ages,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            group,
+            stochastic_round=self.bf16_stochastic_round,
+        )
+        selection.places.scatter_(weights, own)
+
+    def _update_dense(self, p: Tensor, grad: Tensor, group: dict) -> None:
+        state, own = self.state[p], own_entries(p)
+        if not state:
+            state["step"] = torch.zeros(())
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = self._new_buffer(p, key == "exp_avg")
+        state["step"] += 1
+        exp_avg, exp_avg_sq = (own_entries(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq"))
+        weights, grad, rounds = own.reshape(-1), grad.reshape(-1), self.bf16_stochastic_round
+        states.adamw_(weights, grad, state["step"], exp_avg, exp_avg_sq, group, stochastic_round=rounds)
+        if not own.is_contiguous():
+            own.copy_(weights.view(own.shape))
+
+    def _new_buffer(self, p: Any, signed: bool) -> Tensor:
+        """A moment of a dense parameter, sharded as that is; by the name that torchao's optimizers give it."""
+        own = own_entries(p)
+        local = states.zeros(own.shape, self.state_bits, signed=signed, device=own.device)
+        if not is_sharded(p):
+            return local
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def sum_floats_over_ranks(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
+    """0-d sums over the shards of each part; one collective for all parts of the same processes."""
+    summed = list(values)
+    buckets: dict[tuple, list[int]] = {}
+    for i, part in enumerate(parts):
+        if part.groups:
+            buckets.setdefault((values[i].device, part.groups), []).append(i)
+    for (_, groups), members in buckets.items():
+        together = torch.stack([values[i] if parts[i].is_counted else torch.zeros_like(values[i]) for i in members])
+        for each in groups:
+            torch.distributed.all_reduce(together, group=each)
+        for i, value in zip(members, together.unbind(), strict=True):
+            summed[i] = value
+    return summed
+
+
+def _check(name: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:
+    number = value.item() if isinstance(value, Tensor) else value
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+    if not is_number or not is_right(number):
+        raise ValueError(f"{name} {wanted}, got {value!r}")
