@@ -123,9 +123,9 @@ def test_an_entry_that_is_not_finite_and_not_selected_is_met_by_all_ranks(
 
 
 REFUSED = [
-    (dict(optimizer_in_bwd=True), {}, "optimizer_in_bwd: True does not work with .*CompactAdamW.*optimizer_in_bwd: False"),
-    (dict(gradient_mask=None), {}, "CompactAdamW updates what a gradient_mask selects, and there is none: add the section"),
-    (dict(gradient_mask={**MASK, "scope": "global"}), {}, "gradient_mask: scope 'global' does not work with CompactAdamW"),
+    (dict(optimizer_in_bwd=True), {}, "optimizer_in_bwd: True does not work with .*CompactAdamW.*: set optimizer_in"),
+    (dict(gradient_mask=None), {}, "CompactAdamW updates what a gradient_mask selects, and there is none: add"),
+    (dict(gradient_mask={**MASK, "scope": "global"}), {}, "gradient_mask: scope 'global' does not work with Compact"),
     (dict(clip_grad_norm=1.0), dict(max_grad_norm=0.5), "clip_grad_norm is 1.0 and optimizer.max_grad_norm is 0.5"),
     ({}, dict(state_bits=5), "optimizer .* cannot be made: state_bits must be one of 32, 8, 4, fp8, got 5"),
     ({}, dict(state_bit=8), r"optimizer.state_bit \(8\) is no key of gmt_tune.CompactAdamW: did you mean .*state_bits"),
