@@ -202,14 +202,13 @@ class GradientMask:
                 f"scope 'global' needs one optimizer that holds all masked parameters, and this one lacks '{names[0]}' "
                 f"({len(names)} in all): give it all of them, or use scope 'tensor'"
             )
-        handles = [
+        hooks = self._take_turns(optimizer) if isinstance(optimizer, CompactOptimizer) else []
+        self._optimizers.add(optimizer)
+        return HookHandles(
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-        ]
-        if isinstance(optimizer, CompactOptimizer):
-            handles += self._take_turns(optimizer)
-        self._optimizers.add(optimizer)
-        return HookHandles(*handles)
+            *hooks,
+        )
 
     def _take_turns(self, optimizer: CompactOptimizer) -> list[RemovableHandle]:
         """Let an optimizer have selected entries alone: tensors take turns, and what is not due is freed at once."""
