@@ -227,7 +227,7 @@ class GradientMask:
         def take_in(p: Tensor) -> None:
             name = self._parameters.masked.get(p)
             if name is not None and p.grad is not None and not self.is_due(name):
-                (part,) = make_parts({name: p})
+                (part,) = make_parts({name: p}, as_weights=True)
                 optimizer.add_gradient(part, self._placed(name))
                 p.grad = None
 
@@ -413,7 +413,8 @@ class GradientMask:
         start = time.perf_counter()
         self._flags.raise_if_set()
         names = [self._parameters.masked[p] for p in masked]
-        due = make_parts({name: p for name, p in zip(names, masked, strict=True) if p.grad is not None})
+        with_grad = {name: p for name, p in zip(names, masked, strict=True) if p.grad is not None}
+        due = make_parts(with_grad, as_weights=True)
         now = make_parts({self._parameters.names[p]: p for p in dense if p.grad is not None})
         self._raise_if_nonfinite([*now, *due])
         if taken := optimizer.nonfinite():

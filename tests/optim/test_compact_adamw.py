@@ -249,7 +249,7 @@ def test_a_closure_computes_the_gradient():
         batches = torch.randn(6, 4, 16)
         for batch in batches:
 
-            def closure(batch=batch):
+            def closure(batch=batch, layer=layer, optimizer=optimizer):
                 optimizer.zero_grad()
                 loss = layer(batch).square().sum()
                 loss.backward()
@@ -281,6 +281,13 @@ def test_wrong_arguments_and_uses_are_answered_in_a_sentence():
     p.sum().backward()
     with pytest.raises(RuntimeError, match=r"call mask\.register\(optimizer\) before its step"):
         optimizer.step()
+    mask = GradientMask([("p", p)], 0.5)
+    handle = mask.register(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(RuntimeError, match="CompactAdamW takes no GradScaler: train in bfloat16"):
+        scaler.scale(p.sum()).backward()
+        scaler.step(optimizer)
+    handle.remove()
     with pytest.raises(ValueError, match="scope 'global' does not work with CompactAdamW: use scope 'tensor'"):
         GradientMask([("p", p)], 0.5, scope="global").register(optimizer)
 
