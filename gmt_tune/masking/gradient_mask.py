@@ -228,6 +228,8 @@ class GradientMask:
             name = self._parameters.masked.get(p)
             if name is not None and p.grad is not None and not self.is_due(name):
                 (part,) = make_parts({name: p}, as_weights=True)
+                if part.local.is_cpu and torch.cuda.is_initialized():  # FSDP2's offloading may still be copying it
+                    torch.cuda.current_stream().synchronize()
                 optimizer.add_gradient(part, self._placed(name))
                 p.grad = None
 
