@@ -28,7 +28,16 @@ from gmt_tune.masking.optimizers import (
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
 from gmt_tune.masking.parameters import MaskedParameters
-from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, on_any_rank, own_entries, own_ranges
+from gmt_tune.masking.parts import (
+    Part,
+    make_parts,
+    nonfinite_gradients,
+    on_any_rank,
+    own_entries,
+    own_ranges,
+    part_of,
+    sum_counts,
+)
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.schedule import Schedule, spread_turns
 from gmt_tune.masking.scores import Random, Score, UserScore, make_score
@@ -227,7 +236,7 @@ class GradientMask:
         def take_in(p: Tensor) -> None:
             name = self._parameters.masked.get(p)
             if name is not None and p.grad is not None and not self.is_due(name):
-                (part,) = make_parts({name: p}, as_weights=True)
+                (part,) = make_parts({name: p})
                 if part.local.is_cpu and torch.cuda.is_initialized():  # FSDP2's offloading may still be copying it
                     torch.cuda.current_stream().synchronize()
                 optimizer.add_gradient(part, self._placed(name))
@@ -416,12 +425,19 @@ class GradientMask:
         self._flags.raise_if_set()
         names = [self._parameters.masked[p] for p in masked]
         with_grad = {name: p for name, p in zip(names, masked, strict=True) if p.grad is not None}
-        due = make_parts(with_grad, as_weights=True)
+        due = make_parts(with_grad)
         now = make_parts({self._parameters.names[p]: p for p in dense if p.grad is not None})
         self._raise_if_nonfinite([*now, *due])
         if taken := optimizer.nonfinite():
             parts, flags = zip(*taken, strict=True)
             self._raise_if_nonfinite(parts, on_any_rank(flags, parts))
+        self.statistics = self.statistics.copy()  # what was given out before stays as it is
+        # Before its first turn nothing of a tensor is selected; behind resuming, what was counted before is not known
+        uncounted = {name: p for name, p in zip(names, masked, strict=True) if name not in self.statistics.numel}
+        parts = [part_of(p, name) for name, p in uncounted.items()]
+        own = [placed.places.count if (placed := self._placed(name)) else 0 for name in uncounted]
+        counts = sum_counts([torch.tensor(n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
+        self.statistics.record(parts, counts, [None] * len(parts))
         score = self._score()
         for batch in score.batches(due, self.scope):
             selections = self.select(batch)

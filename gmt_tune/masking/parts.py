@@ -64,22 +64,21 @@ class Part:
         return index_ranges(self.grad)
 
 
-def make_parts(parameters: Mapping[str, Tensor], *, as_weights: bool = False) -> list[Part]:
+def make_parts(parameters: Mapping[str, Tensor]) -> list[Part]:
     """The parts of all parameters that have a gradient.
 
-    A gradient that is still a sum over ranks to be made, as tensor parallelism leaves it, is summed first: the
-    parameter's ``grad`` is then distributed as the parameter is.
+    A gradient that tensor parallelism leaves otherwise, such as a sum over ranks that is still to be made, is first
+    distributed as the parameter is.
 
     Args:
         parameters: by name; the same ones, in the same order, on all ranks.
-        as_weights: let each rank hold the gradient of the very weights that it holds.
     """
     trained = {name: p for name, p in parameters.items() if p.grad is not None}
     if any(is_sharded(p.grad) for p in trained.values() if p.grad is not None):
         from gmt_tune.masking import dtensors
 
         for p in trained.values():
-            dtensors.reduce_partial_sums_(p, always=as_weights)
+            dtensors.distribute_as_parameter_(p)
     return [
         Part(name, grad, local, p, groups, is_counted)
         for (name, p), (grad, local, groups, is_counted) in zip(
@@ -88,10 +87,10 @@ def make_parts(parameters: Mapping[str, Tensor], *, as_weights: bool = False) ->
     ]
 
 
-def part_of(tensor: Tensor) -> Part:
-    """What this process holds of a tensor that is ranked itself."""
+def part_of(tensor: Tensor, name: str = "") -> Part:
+    """What this process holds of a tensor that is ranked or counted itself."""
     ((grad, local, groups, is_counted),) = _shares([tensor])
-    return Part("", grad, local, None, groups, is_counted)
+    return Part(name, grad, local, None, groups, is_counted)
 
 
 def _shares(tensors: Sequence[Any]) -> list[tuple]:
