@@ -47,12 +47,16 @@ def shares(grads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, tuple[dist.Pro
     return found
 
 
-def reduce_partial_sums_(p: Tensor) -> None:
+def reduce_partial_sums_(p: Tensor, *, always: bool = False) -> None:
     """Sum a parameter's gradient over the ranks where that is still to be done; it is then distributed as ``p`` is.
 
     Tensor parallelism leaves such gradients where nothing else reduces them; an optimizer would do it on first use.
+
+    Args:
+        always: distribute it as ``p`` is where nothing is to be summed, too. DTensor leaves a gradient of fewer rows
+            than ranks whole on each of them.
     """
-    if isinstance(p.grad, DTensor) and any(isinstance(placement, Partial) for placement in p.grad.placements):
+    if isinstance(p.grad, DTensor) and (always or any(isinstance(each, Partial) for each in p.grad.placements)):
         p.grad = with_placements_of(p.grad, p)
 
 

@@ -64,7 +64,7 @@ class Part:
         return index_ranges(self.grad)
 
 
-def make_parts(parameters: Mapping[str, Tensor]) -> list[Part]:
+def make_parts(parameters: Mapping[str, Tensor], *, as_weights: bool = False) -> list[Part]:
     """The parts of all parameters that have a gradient.
 
     A gradient that is still a sum over ranks to be made, as tensor parallelism leaves it, is summed first: the
@@ -72,13 +72,14 @@ def make_parts(parameters: Mapping[str, Tensor]) -> list[Part]:
 
     Args:
         parameters: by name; the same ones, in the same order, on all ranks.
+        as_weights: let each rank hold the gradient of the very weights that it holds.
     """
     trained = {name: p for name, p in parameters.items() if p.grad is not None}
     if any(is_sharded(p.grad) for p in trained.values() if p.grad is not None):
         from gmt_tune.masking import dtensors
 
         for p in trained.values():
-            dtensors.reduce_partial_sums_(p)
+            dtensors.reduce_partial_sums_(p, always=as_weights)
     return [
         Part(name, grad, local, p, groups, is_counted)
         for (name, p), (grad, local, groups, is_counted) in zip(

@@ -46,6 +46,9 @@ class CompactAdamW(CompactOptimizer):
         >>> handle = mask.register(optimizer)
     """
 
+    # With it, a GradScaler leaves gradients to the optimizer, which says that it cannot do with it
+    _step_supports_amp_scaling = True
+
     @names_unknown_keys
     def __init__(
         self,
@@ -133,6 +136,8 @@ class CompactAdamW(CompactOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if hasattr(self, "grad_scale") or hasattr(self, "found_inf"):
+            raise RuntimeError("CompactAdamW takes no GradScaler: train in bfloat16, which needs none, or in float32")
         masks = registered_masks(self)
         if not masks:
             raise RuntimeError(
@@ -140,7 +145,8 @@ class CompactAdamW(CompactOptimizer):
             )
         taken, self._taken = self._taken, {}
         dense = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        parts = [part for part, _ in taken.values()] + make_parts({str(i): p for i, p in enumerate(dense)})
+        parts = [part for part, _ in taken.values()]
+        parts += make_parts({str(i): p for i, p in enumerate(dense)}, as_weights=True)
         if self.max_grad_norm is not None and parts:
             self._clip_(parts, self.max_grad_norm)
         gradients = {part.parameter: part for part in parts}
