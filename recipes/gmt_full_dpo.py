@@ -119,12 +119,14 @@ class GMTFullDPORecipe(MaskedRecipe):
                             # With those that the epoch before has left over: divide by what is there
                             scale = self._gradient_accumulation_steps / len(self._micro_batches)
                             running = running * scale
-                            training.scale_grads(self._model, torch.tensor(scale))
+                            self._scale_gradients(torch.tensor(scale))
                         if self._check_finite(running[0], num_tokens):
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
                             # on the gradient as it is now.
                             self._optimizer.step()
+                            if self._is_compact:  # clipped inside the step
+                                grad_norm = self._optimizer.grad_norm
                         self._optimizer.zero_grad(set_to_none=True)
 
                     self.global_step += 1

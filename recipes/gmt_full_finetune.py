@@ -4,7 +4,7 @@ import sys
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config, training, utils
+from torchtune import config, utils
 
 from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.run.chunks import fill_chunks
@@ -35,6 +35,10 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         - Optimizers. ``torch.optim.AdamW``, torchao's ``AdamW8bit``, ``AdamW4bit``, ``AdamWFp8`` (also with
           ``bf16_stochastic_round: True``) or any other ``torch.optim.Optimizer``. Momentum and weight decay
           still move weights whose gradient was zeroed.
+
+        - Selected entries alone (``optimizer: gmt_tune.CompactAdamW``). Gradients and states exist for them alone, and
+          the other weights stand still. With ``refresh_every`` above 1, layers take turns to be selected from. The
+          norm that is clipped, and logged, is that of selected entries and dense parameters.
 
         - One device or many. ``tune run gmt_full_finetune`` runs in one process, on a GPU or on the CPU;
           ``tune run --nproc_per_node 8 gmt_full_finetune`` shards with FSDP2.
@@ -88,11 +92,13 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                     if not self._optimizer_in_bwd:
                         num_tokens, running_loss = self._reduce(num_tokens, running_loss)
                         if self._check_finite(running_loss, num_tokens):
-                            training.scale_grads(self._model, self.world_size / num_tokens)
+                            self._scale_gradients(self.world_size / num_tokens)
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
                             # on the gradient as it is now.
                             self._optimizer.step()
+                            if self._is_compact:  # clipped inside the step
+                                grad_norm = self._optimizer.grad_norm
                         self._optimizer.zero_grad(set_to_none=True)
 
                     self.global_step += 1

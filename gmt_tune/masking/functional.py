@@ -28,6 +28,10 @@ class MaskStatistics:
     selected: dict[str, Tensor] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
 
+    def copy(self) -> "MaskStatistics":
+        """The same numbers in a value of its own."""
+        return MaskStatistics(dict(self.thresholds), dict(self.selected), dict(self.numel))
+
     def forget(self, names: Iterable[str]) -> None:
         """Drop what is known of some gradients."""
         for name in names:

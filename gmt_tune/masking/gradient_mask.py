@@ -28,7 +28,16 @@ from gmt_tune.masking.optimizers import (
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
 from gmt_tune.masking.parameters import MaskedParameters
-from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, on_any_rank, own_entries, own_ranges
+from gmt_tune.masking.parts import (
+    Part,
+    make_parts,
+    nonfinite_gradients,
+    on_any_rank,
+    own_entries,
+    own_ranges,
+    part_of,
+    sum_counts,
+)
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.schedule import Schedule, spread_turns
 from gmt_tune.masking.scores import Random, Score, UserScore, make_score
@@ -422,6 +431,13 @@ class GradientMask:
         if taken := optimizer.nonfinite():
             parts, flags = zip(*taken, strict=True)
             self._raise_if_nonfinite(parts, on_any_rank(flags, parts))
+        self.statistics = self.statistics.copy()  # what was given out before stays as it is
+        # Before its first turn nothing of a tensor is selected; behind resuming, what was counted before is not known
+        uncounted = {name: p for name, p in zip(names, masked, strict=True) if name not in self.statistics.numel}
+        parts = [part_of(p, name) for name, p in uncounted.items()]
+        own = [placed.places.count if (placed := self._placed(name)) else 0 for name in uncounted]
+        counts = sum_counts([torch.tensor(n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
+        self.statistics.record(parts, counts, [None] * len(parts))
         score = self._score()
         for batch in score.batches(due, self.scope):
             selections = self.select(batch)

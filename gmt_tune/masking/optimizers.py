@@ -13,10 +13,18 @@ from gmt_tune.masking.selection import PlacedSelection
 
 
 class CompactOptimizer(Optimizer):
-    """An optimizer that keeps gradients and states of selected entries alone, and is told by a mask which these are.
+    """An optimizer that keeps gradients and states of selected entries alone; a mask decides which these are.
 
-    The mask calls the methods below, in backward passes and right before a step.
+    The mask calls ``add_gradient`` and ``change_selection``, in backward passes and right before a step; the rest is
+    for training loops, which do not find the gradients of most parameters in ``grad``.
+
+    Attributes:
+        max_grad_norm: to which the step clips what it applies, or None; infinity measures alone.
+        grad_norm: the norm of that before clipping, at the last step, 0-d; None without ``max_grad_norm``.
     """
+
+    max_grad_norm: float | None = None
+    grad_norm: Tensor | None = None
 
     def add_gradient(self, part: Part, selection: PlacedSelection | None) -> None:
         """Take in, from one backward pass, what a gradient has at the selected entries; None before the first turn."""
@@ -28,6 +36,10 @@ class CompactOptimizer(Optimizer):
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         """What was taken in, and whether the gradient that this process held was not finite anywhere: 0-d bool."""
+        raise NotImplementedError
+
+    def scale_gradients_(self, factor: Tensor | float) -> None:
+        """Multiply what was taken in and waits for the step, as a loop does that normalises after backward."""
         raise NotImplementedError
 
 

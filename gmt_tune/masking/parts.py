@@ -88,10 +88,10 @@ def make_parts(parameters: Mapping[str, Tensor], *, as_weights: bool = False) ->
     ]
 
 
-def part_of(tensor: Tensor) -> Part:
-    """What this process holds of a tensor that is ranked itself."""
+def part_of(tensor: Tensor, name: str = "") -> Part:
+    """What this process holds of a tensor that is ranked or counted itself."""
     ((grad, local, groups, is_counted),) = _shares([tensor])
-    return Part("", grad, local, None, groups, is_counted)
+    return Part(name, grad, local, None, groups, is_counted)
 
 
 def _shares(tensors: Sequence[Any]) -> list[tuple]:

@@ -1,6 +1,7 @@
 """Optional: how much of a selection comes back at the next step, and how much of the model was ever selected.
 
 Costs 2 bits of memory per masked entry and one more pass over the gradient; nothing is tracked unless one is made.
+With a compact optimizer, also how old the selection is.
 """
 
 from typing import Any
@@ -11,9 +12,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking.gradient_mask import GradientMask
-from gmt_tune.masking.optimizers import after_closure, changes_no_weight, check_has_hooks, unwrap_optimizer
+from gmt_tune.masking.optimizers import (
+    CompactOptimizer,
+    after_closure,
+    changes_no_weight,
+    check_has_hooks,
+    unwrap_optimizer,
+)
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
-from gmt_tune.masking.parts import make_parts, own_ranges, sum_over_ranks
+from gmt_tune.masking.parts import Part, make_parts, own_ranges, part_of, sum_over_ranks
 
 _CHUNK = 1 << 24  # entries that are looked at together: bounds what is alive besides the bits
 
@@ -22,7 +29,8 @@ class SelectionTracker:
     """Watches the gradients that a mask lets through.
 
     An entry counts as selected if its gradient is not zero behind the mask. With a mask that keeps its selection
-    for several steps, entries of it whose gradient happens to be zero do not count.
+    for several steps, entries of it whose gradient happens to be zero do not count. With a compact optimizer, which
+    has no such gradients, the mask's selection counts.
 
     Where training is sharded, each rank keeps the bits of its own entries; counts are added up over the ranks, so
     that all of them read the same numbers. Each must therefore have a tracker.
@@ -48,7 +56,9 @@ class SelectionTracker:
         self._calls = dict.fromkeys(mask.masked_parameters, 0)
         self._last: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}  # [selected both times, selected last time, ever selected], of all ranks
+        # [selected both times, selected last time, ever selected], of all ranks; and [sum of ages, selected now]
+        self._counts: dict[str, Tensor] = {}
+        self._ages: dict[str, Tensor] = {}
         self._numel: dict[str, int] = {}
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
@@ -70,16 +80,22 @@ class SelectionTracker:
 
         Returns:
             ``mask/coverage``, and from the second tracked step on ``mask/overlap``: the fraction of the selection
-            before that was selected again. Empty before the first step.
+            before that was selected again; with a compact optimizer ``mask/age``: the mean over selected entries of
+            the optimizer steps, with this one, for which they have been selected without a break. Empty before the
+            first step.
         """
         counts = self._read_counts().values()
         if not counts:
             return {}
         both, last, ever = map(sum, zip(*counts, strict=True))
-        return {"mask/coverage": ever / sum(self._numel.values())} | ({"mask/overlap": both / last} if last else {})
+        metrics = {"mask/coverage": ever / sum(self._numel.values())} | ({"mask/overlap": both / last} if last else {})
+        ages = [row.tolist() for row in self._ages.values()]
+        if selected := sum(count for _, count in ages):
+            metrics["mask/age"] = sum(total for total, _ in ages) / selected
+        return metrics
 
     def detail(self) -> dict[str, dict[str, float]]:
-        """The same for each parameter: ``{"overlap": {name: fraction}, "coverage": {name: fraction}}``."""
+        """By parameter: ``{"overlap": {name: fraction}, "coverage": {name: fraction}}``."""
         counts = self._read_counts()
         return {
             "overlap": {name: both / last for name, (both, last, _) in counts.items() if last},
@@ -120,7 +136,7 @@ class SelectionTracker:
             if not is_repeated:  # the selection is the same in all calls of one step's closure
                 names = {p: name for name, p in self._mask.masked_parameters.items()}
                 held = [p for group in optimizer.param_groups for p in group["params"]]
-                self._observe([(names[p], p) for p in held if p in names])
+                self._observe([(names[p], p) for p in held if p in names], optimizer)
 
         with_closure = after_closure(args, kwargs, observe)
         if with_closure is None:
@@ -128,21 +144,43 @@ class SelectionTracker:
         return with_closure
 
     @torch.no_grad()
-    def _observe(self, parameters: list[tuple[str, Tensor]]) -> None:
+    def _observe(self, parameters: list[tuple[str, Tensor]], optimizer: Optimizer) -> None:
         seen: dict[str, Tensor] = {}
         for name, p in parameters:
             calls = self._calls.get(name, 0)
             self._calls[name] = calls + 1
             if calls % self._every == 0:
                 seen[name] = p
-        parts = make_parts(seen)
-        rows = sum_over_ranks([self._count(part.name, part.local) for part in parts], parts)
-        self._counts.update(zip([part.name for part in parts], rows, strict=True))
+        if isinstance(optimizer, CompactOptimizer):
+            parts = [part_of(p, name) for name, p in seen.items()]
+            own = [self._selected_bits(part) for part in parts]
+            ages = [self._age(p, optimizer) for p in seen.values()]
+            self._ages.update(zip(seen, sum_over_ranks(ages, parts), strict=True))
+        else:
+            parts = make_parts(seen)
+            own = [pack_selection(part.local, lambda block: block != 0) for part in parts]
+        names = [part.name for part in parts]
+        rows = [self._count(name, bits) for name, bits in zip(names, own, strict=True)]
+        self._counts.update(zip(names, sum_over_ranks(rows, parts), strict=True))
         self._numel.update((part.name, part.numel) for part in parts)
 
-    def _count(self, name: str, grad: Tensor) -> Tensor:
+    def _selected_bits(self, part: Part) -> Tensor:
+        selection = self._mask.selection(part.grad)
+        if selection is None:  # before the tensor's first turn
+            return torch.zeros(-(-part.local.numel() // 8), dtype=torch.uint8, device=part.local.device)
+        return selection.bits
+
+    def _age(self, p: Tensor, optimizer: CompactOptimizer) -> Tensor:
+        """The sum of the ages that selected entries have in this step, and how many entries these are."""
+        selection = self._mask.selection(p)
+        count = 0 if selection is None else selection.places.count
+        total = torch.tensor(count, device=p.device)  # the step that is about to begin
+        if count:
+            total += optimizer.state[p]["age"][:count].sum()
+        return torch.stack([total, torch.tensor(count, device=p.device)])
+
+    def _count(self, name: str, now: Tensor) -> Tensor:
         """Take in what is selected now; the three counts of ``_counts`` for this rank's entries."""
-        now = pack_selection(grad, lambda block: block != 0)
         last, ever = self._last.get(name), self._ever.get(name)
         self._last[name] = now
         self._ever[name] = now.clone() if ever is None else ever.bitwise_or_(now)

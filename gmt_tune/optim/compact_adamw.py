@@ -35,7 +35,8 @@ class CompactAdamW(CompactOptimizer):
             than 4,096 selected entries keep 32.
         bf16_stochastic_round: round bfloat16 weights up or down by chance, so that small updates count on average.
         max_grad_norm: clip the gradient that will be applied, selected entries and dense parameters of all ranks, to
-            this norm. It is not that of the whole gradient, which no longer exists when it would be known.
+            this norm; infinity measures it alone. It is not that of the whole gradient, which no longer exists when it
+            would be known.
 
     Attributes:
         grad_norm: that norm before clipping, at the last step, 0-d; None without ``max_grad_norm``.
@@ -63,7 +64,7 @@ class CompactAdamW(CompactOptimizer):
         max_grad_norm: float | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            _check(name, value, "must be a number from 0 on", lambda number: number >= 0)
+            _check(name, value, "must be a number from 0 on", lambda number: 0 <= number < math.inf)
         for i, beta in enumerate(betas):
             _check(f"betas[{i}]", beta, "must be a number from 0 on and below 1", lambda number: 0 <= number < 1)
         if state_bits not in states.STATE_BITS:
@@ -72,7 +73,6 @@ class CompactAdamW(CompactOptimizer):
             _check("max_grad_norm", max_grad_norm, "must be a number above 0, or None", lambda number: number > 0)
         self.state_bits, self.bf16_stochastic_round = state_bits, bf16_stochastic_round
         self.max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
         self._taken: dict[Any, tuple[Part, Tensor]] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
@@ -164,9 +164,9 @@ class CompactAdamW(CompactOptimizer):
         super().zero_grad(set_to_none)
 
     def scale_gradients_(self, factor: Tensor | float) -> None:
-        """Multiply the selected entries that wait for the step, as a loop does that normalises after backward."""
         for part, _ in self._taken.values():
-            part.local.mul_(factor)
+            # With fsdp_cpu_offload, gradients are on the CPU and what they are divided by is not
+            part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # PyTorch would cast moments and ages to the dtype of their parameters
@@ -248,6 +248,6 @@ def sum_floats_over_ranks(values: list[Tensor], parts: list[Part]) -> list[Tenso
 
 def _check(name: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:
     number = value.item() if isinstance(value, Tensor) else value
-    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if not is_number or not is_right(number):
         raise ValueError(f"{name} {wanted}, got {value!r}")

@@ -14,7 +14,12 @@ from gmt_tune.reporting.run_reader import Run, Series
 # Metric, title, note. Drawn in this order, where logged; the loss comes before, pictures by layer after them.
 _CURVES = (
     ("lr", "Learning rate", "Of the step that was just done."),
-    ("grad_norm", "Gradient norm", "L2 norm of the whole gradient, before clipping and before the mask."),
+    (
+        "grad_norm",
+        "Gradient norm",
+        "L2 norm of the gradient before clipping: of the whole one before the mask, or, with CompactAdamW, of what is "
+        "selected and dense.",
+    ),
     (
         "mask/density",
         "Density",
@@ -23,6 +28,7 @@ _CURVES = (
     ),
     ("mask/overlap", "Overlap", "Fraction of a selection that is selected again at the next tracked step."),
     ("mask/coverage", "Coverage", "Fraction of the masked tensors' entries that were selected at least once."),
+    ("mask/age", "Age", "Optimizer steps for which selected entries have been selected without a break: their mean."),
     ("tokens_per_second_per_gpu", "Throughput", "Trained tokens per second and device."),
     ("mask/seconds", "Time of the mask", "Seconds per optimizer step, as the host sees them."),
     ("skipped_steps", "Steps left out", "Steps whose loss or gradient was not finite, counted."),

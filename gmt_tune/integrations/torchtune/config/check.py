@@ -23,6 +23,7 @@ from gmt_tune.integrations.torchtune.config.files import check_files
 from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.integrations.torchtune.plugin.versions import release
+from gmt_tune.masking.optimizers import CompactOptimizer
 
 log = utils.get_logger("INFO")
 
@@ -42,7 +43,9 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
     Raises UserError for the first thing that is wrong.
     """
     check_keys(cfg, own_keys)
-    try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
+    optimizer = try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
+    if isinstance(optimizer, CompactOptimizer):
+        _check_compact(cfg, optimizer)
     check_metric_logger(cfg.metric_logger)
     if cfg.get("collate_fn", None) is not None:
         import_component("collate_fn", cfg.collate_fn)
@@ -56,7 +59,12 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
         )
     _check_lengths(cfg, model)
     check_files(cfg, model)
-    build_gradient_mask(cfg.get("gradient_mask", None), model)
+    mask = build_gradient_mask(cfg.get("gradient_mask", None), model)
+    if mask is not None and isinstance(optimizer, CompactOptimizer):
+        try:  # on the model without memory, so that the mask says what it cannot do for such an optimizer
+            mask.register(config.instantiate(cfg.optimizer, model.parameters()))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"gradient_mask: {error}") from None
 
 
 def check_keys(cfg: DictConfig, own_keys: Sequence[str] = (), *, only_known: bool = False) -> None:
@@ -256,6 +264,33 @@ def _check_combinations(cfg: DictConfig) -> None:
         )
     if "left_pad_sequence" in str(cfg.get("collate_fn", "")):
         raise UserError("collate_fn must not be left_pad_sequence, which is for inference only")
+
+
+def _check_compact(cfg: DictConfig, optimizer: CompactOptimizer) -> None:
+    """What an optimizer that keeps gradients and states of selected entries alone needs."""
+    name = cfg.optimizer._component_
+    if cfg.get("gradient_mask", None) is None:
+        raise UserError(
+            f"optimizer._component_: {name} updates what a gradient_mask selects, and there is none: add the section, "
+            "or take torch.optim.AdamW for plain full fine-tuning"
+        )
+    if cfg.get("optimizer_in_bwd", False):
+        raise UserError(
+            f"optimizer_in_bwd: True does not work with optimizer._component_: {name}, which frees gradients in "
+            "backward by itself: set optimizer_in_bwd: False"
+        )
+    if cfg.get("fsdp_cpu_offload", False) and release(torch.__version__) < (2, 13):
+        raise UserError(
+            f"fsdp_cpu_offload: True does not work with optimizer._component_: {name} on torch {torch.__version__}, "
+            "which takes gradients in before they have arrived in the host's memory: set fsdp_cpu_offload: False, or "
+            "install torch 2.13 or newer"
+        )
+    norms = cfg.get("clip_grad_norm", None), optimizer.max_grad_norm
+    if None not in norms and float(norms[0]) != norms[1]:
+        raise UserError(
+            f"clip_grad_norm is {norms[0]} and optimizer.max_grad_norm is {norms[1]}, and both mean the same: set one "
+            "of them"
+        )
 
 
 def _meta_model(cfg: DictConfig) -> nn.Module:

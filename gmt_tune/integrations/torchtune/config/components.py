@@ -91,14 +91,19 @@ def import_component(key: str, path: object) -> Any:
     return component
 
 
-def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None) -> None:
-    """Make optimizer and schedule once, for four entries, so that they check their values; raises UserError."""
+def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None) -> Any:
+    """Make optimizer and schedule once, for four entries, so that they check their values; raises UserError.
+
+    Returns:
+        That optimizer.
+    """
     optimizer = _make("optimizer", cfg_optimizer, [nn.Parameter(torch.zeros(2, 2))])
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(f"optimizer ({cfg_optimizer._component_}) needs a closure, which no recipe gives: take another")
     if cfg_lr_scheduler is not None:
         _make("lr_scheduler", cfg_lr_scheduler, optimizer, num_training_steps=10, last_epoch=-1)
+    return optimizer
 
 
 def _make(name: str, section: DictConfig, *args, **kwargs):

@@ -1,6 +1,6 @@
 """Keeps NaN and infinity out of the weights: all ranks look at loss and gradients together, and decide the same."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torchtune import utils
 
 from gmt_tune.errors import UserError
+from gmt_tune.masking.optimizers import CompactOptimizer
 
 log = utils.get_logger("INFO")
 
@@ -22,7 +23,8 @@ class FiniteCheck:
     """Whether an optimizer step may change weights. All ranks call each method together, and get the same answer.
 
     Args:
-        stepping_in_backward: the optimizers, if they step inside backward: before all gradients are there.
+        optimizers: of the model.
+        steps_in_backward: whether they step inside backward: before all gradients are there.
         skips: leave a step out whose numbers are not finite, and count it, instead of raising.
         rows_of_step, in_words: positions in the data set of this rank's rows of the step; such positions in messages.
         checkpoints: of the run; one that is being written is completed before the run ends.
@@ -31,8 +33,9 @@ class FiniteCheck:
     def __init__(
         self,
         model: nn.Module,
-        stepping_in_backward: Iterable[Optimizer] = (),
+        optimizers: Sequence[Optimizer] = (),
         *,
+        steps_in_backward: bool = False,
         skips: bool,
         rows_of_step: Callable[[], list[int]],
         in_words: Callable[[list[int]], str],
@@ -45,10 +48,10 @@ class FiniteCheck:
         self._is_own_loss_finite: Tensor | None = None
         self._names = {p: name for name, p in model.named_parameters()}
         self._sums: dict[str, Tensor] = {}  # of gradients that were stepped with: finite if all their entries are
-        self._steps_in_backward = False
-        for optimizer in stepping_in_backward:
-            self._steps_in_backward = True
-            optimizer.register_step_pre_hook(self._note_gradients)
+        self._steps_in_backward, self._optimizers = steps_in_backward, optimizers
+        if steps_in_backward:
+            for optimizer in optimizers:
+                optimizer.register_step_pre_hook(self._note_gradients)
 
     def _note_gradients(self, optimizer: Optimizer, args, kwargs) -> None:
         for group in optimizer.param_groups:
@@ -67,12 +70,10 @@ class FiniteCheck:
         Raises UserError if they are not finite, and such steps are not skipped.
         """
         loss = loss.detach() / num_tokens  # the mean over no token is NaN
-        gradients = {}
-        if not self._steps_in_backward:
-            gradients = {name: _local(p.grad) for p, name in self._names.items() if p.grad is not None}
-        if not _on_any_rank(may_be_bad(loss, list(gradients.values()))):
+        gradients = [] if self._steps_in_backward else self._gradients()
+        if not _on_any_rank(may_be_bad(loss, [grad for _, grad in gradients])):
             return True
-        bad = _of_all_ranks([name for name, grad in gradients.items() if not torch.isfinite(grad).all()])
+        bad = _of_all_ranks([name for name, grad in gradients if not torch.isfinite(grad).all()])
         if not bad and torch.isfinite(loss):  # a norm can overflow where no entry does
             return True
         is_empty = not bad and num_tokens.item() == 0
@@ -89,6 +90,17 @@ class FiniteCheck:
             )
         skip = "" if self._steps_in_backward else ", or set on_nonfinite: skip"
         self._end(f"{where}; no weight was changed by it. {_REMEDY}{skip}")
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        """What this rank holds of gradients, by name of the parameter."""
+        gradients = [(name, _local(p.grad)) for p, name in self._names.items() if p.grad is not None]
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, CompactOptimizer):
+                for part, is_nonfinite in optimizer.nonfinite():
+                    name = self._names[part.parameter]
+                    # Of entries that are not selected, only the flag is left
+                    gradients += [(name, part.local), (name, torch.where(is_nonfinite, torch.nan, 0.0))]
+        return gradients
 
     def check_after_backward(self, step: int) -> None:
         """Raise UserError if optimizers that step inside backward have met a gradient that is not finite."""

@@ -37,7 +37,8 @@ class MaskedRecipe(RecipeSetup):
 
     A recipe gives ``train`` and ``_validate``, and is started with :meth:`run`. Its loop calls :meth:`_begin_training`,
     for each epoch :meth:`_epoch_batches`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
-    :meth:`_log_step` and :meth:`_finish_step`, and then :meth:`_end_training`.
+    :meth:`_scale_gradients`, :meth:`_clip_gradients`, :meth:`_log_step` and :meth:`_finish_step`, and then
+    :meth:`_end_training`.
     """
 
     def run(self, cfg: DictConfig) -> None:
@@ -198,9 +199,18 @@ class MaskedRecipe(RecipeSetup):
         """Whether this step may change weights, by what :meth:`_reduce` gave; raises where ``on_nonfinite`` says so."""
         return self._finite.allows_step(self.global_step + 1, loss, num_tokens)
 
+    def _scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the gradient of the step by a number (0-d), wherever the optimizer keeps it."""
+        training.scale_grads(self._model, factor)
+        if self._is_compact:
+            self._optimizer.scale_gradients_(factor)
+
     def _clip_gradients(self) -> Tensor | None:
-        """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None."""
-        if self._clip_grad_norm is None:
+        """Scale the gradient down to the norm ``clip_grad_norm``, if it is longer. Its norm before, or None.
+
+        A compact optimizer does so inside its step, when it is known what is selected: then None.
+        """
+        if self._clip_grad_norm is None or self._is_compact:
             return None
         # Tensor parallelism leaves what it does not cut on a mesh of its own, and PyTorch takes the norm of one mesh
         by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}

@@ -25,6 +25,7 @@ from gmt_tune.integrations.torchtune.run.logs import RunLogs
 from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.run.validation import Validation
+from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.tracker import SelectionTracker
 from gmt_tune.models.losses import LinearCrossEntropyLoss
 from gmt_tune.reporting.mask_metrics import MaskMetrics
@@ -97,11 +98,14 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         # Use the original config: ${checkpointer...} must resolve to the user's folder, not to the resumed one
         self._setup_reference(original)
 
+        if self._is_compact and self._clip_grad_norm is not None:
+            self._optimizer.max_grad_norm = float(self._clip_grad_norm)
         self._mask = build_gradient_mask(cfg.get("gradient_mask", None), self._model)
         # Before the mask: hooks act in the order in which they are registered
         self._finite = FiniteCheck(
             self._model,
-            self._optimizers if self._optimizer_in_bwd else (),
+            self._optimizers,
+            steps_in_backward=self._optimizer_in_bwd,
             skips=self._skips_nonfinite,
             rows_of_step=lambda: data.rows_of_batches(self._dataloader, self._micro_batches),
             in_words=partial(positions_in_words, self._dataset),
@@ -197,6 +201,11 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
             first = self.profiler_wait_steps + self.profiler_warmup_steps
             return RunProfiler(profiler, range(first, first + self.profiler_active_steps))
         return RunProfiler(profiler)
+
+    @property
+    def _is_compact(self) -> bool:
+        """Whether gradients and states exist for selected entries alone."""
+        return not self._optimizer_in_bwd and isinstance(self._optimizer, CompactOptimizer)
 
     @property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
