@@ -16,7 +16,6 @@ whatever else is left of gradients.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -113,7 +112,9 @@ def measure(model: str, dtype: str, methods: list[str], density: float, refresh_
         after = storages()
         kept = sum(size for address, size in after.items() if address not in before)
         kept -= sum(p.numel() * p.element_size() for p in weights.values())
-        rows[method] = dict(model=model, dtype=dtype, entries=entries, method=method, kept_bytes_per_entry=kept / entries)
+        rows[method] = dict(
+            model=model, dtype=dtype, entries=entries, method=method, kept_bytes_per_entry=kept / entries
+        )
     for _ in range(rounds):
         for method in methods:
             taken = []
