@@ -88,11 +88,11 @@ def storages() -> dict[int, int]:
 def measure(model: str, dtype: str, methods: list[str], density: float, refresh_every: int, rounds: int) -> list[dict]:
     """One row of results for each method."""
     shapes = MODELS[model]
-    memory = {
-        name: torch.cat([g.view(-1), g.view(-1)[: SHIFT * refresh_every]])
-        for name, g in make_gradients(shapes, DTYPES[dtype], torch.device("cpu")).items()
-        if g.numel()
-    }
+    extra = SHIFT * refresh_every
+    memory = {}
+    for name, gradient in make_gradients(shapes, DTYPES[dtype], torch.device("cpu")).items():
+        flat = gradient.view(-1)
+        memory[name] = torch.cat([flat, flat.repeat(-(-extra // flat.numel()))[:extra]])
 
     def gradients(step: int) -> dict[str, Tensor]:
         first = SHIFT * (step % refresh_every)

@@ -13,6 +13,7 @@ from gmt_tune.masking.gradient_mask import registered_masks
 from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries
+from gmt_tune.masking.places import Chunk, Places
 from gmt_tune.masking.selection import PlacedSelection
 from gmt_tune.optim import states
 
@@ -114,11 +115,10 @@ class CompactAdamW(CompactOptimizer):
         return list(self._taken.values())
 
     def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
-        size = 0 if selection is None else states.padded_size(selection.places.count, self.state_bits)
-        values = part.local.new_zeros(size)
-        if selection is not None:
-            selection.places.gather(part.local, out=values)
-        return values
+        if selection is None:
+            return part.local.new_empty(0)
+        places = selection.places
+        return _gather(places, part.local, states.padded_size(places.count, self.state_bits))
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
@@ -200,9 +200,9 @@ class CompactAdamW(CompactOptimizer):
             places = [next(filter(None, (mask.selection(parameters[i]) for mask in masks))).places for i in batch]
             # Of small ones, the indices are kept from one use to the other
             chunks = [list(each.chunks()) if each.is_one_block else None for each in places]
-            weights = [entries.new_zeros(grads[i].shape) for entries, i in zip(own, batch, strict=True)]
-            for each, entries, values, indices in zip(places, own, weights, chunks, strict=True):
-                each.gather(entries, out=values, chunks=indices)
+            weights = []
+            for each, entries, i, indices in zip(places, own, batch, chunks, strict=True):
+                weights.append(_gather(each, entries, grads[i].numel(), indices))
             self._adamw_(weights, [grads[i] for i in batch], "age", held, group)
             for each, entries, values, indices in zip(places, own, weights, chunks, strict=True):
                 each.scatter_(values, entries, chunks=indices)
@@ -236,6 +236,13 @@ class CompactAdamW(CompactOptimizer):
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _gather(places: Places, entries: Tensor, size: int, chunks: list[Chunk] | None = None) -> Tensor:
+    """The selected entries, with zeros behind them up to a size."""
+    values = entries.new_empty(size)
+    values[places.count :].zero_()
+    return places.gather(entries, out=values, chunks=chunks)
 
 
 def sum_floats_over_ranks(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
