@@ -16,6 +16,8 @@ from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries
 from gmt_tune.masking.selection import PlacedSelection
 from gmt_tune.optim import states
 
+_STATES = ("exp_avg", "exp_avg_sq", "age")  # of selected entries
+
 
 class CompactAdamW(CompactOptimizer):
     """AdamW whose gradients and states exist for the entries alone that a mask selects; the others do not move.
@@ -91,10 +93,12 @@ class CompactAdamW(CompactOptimizer):
     @torch.no_grad()
     def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
         p: Any = part.parameter
+        if self.state[p]:
+            self._check_fits(part, before)
         self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=part.local.device))
         p.grad = None
         state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
-        for key in ("exp_avg", "exp_avg_sq", "age"):
+        for key in _STATES:
             old = state.get(key)
             is_age = key == "age"
             values = torch.zeros(size, dtype=self._age_dtype(p) if is_age else torch.float32, device=part.local.device)
@@ -111,6 +115,20 @@ class CompactAdamW(CompactOptimizer):
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         return list(self._taken.values())
 
+    @torch.no_grad()
+    def load_compact_state(self, p: Tensor, key: str, values: Tensor, count: int) -> None:
+        size, device = states.padded_size(count, self.state_bits), own_entries(p).device
+        if key == "age":
+            state = torch.zeros(size, dtype=values.dtype, device=device)
+        else:
+            state = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+        if type(values) is type(state) and values.shape == state.shape:
+            state.copy_(values)
+        else:  # other ranks held other entries, or the bits were others
+            floats = states.to_floats(values).to(device)[:count]
+            states.fill_(state, torch.nn.functional.pad(floats, (0, size - count)))
+        self.state[p][key] = state
+
     def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
         size = 0 if selection is None else states.padded_size(selection.places.count, self.state_bits)
         values = part.local.new_zeros(size)
@@ -120,6 +138,20 @@ class CompactAdamW(CompactOptimizer):
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
+
+    def _check_fits(self, part: Part, selection: PlacedSelection | None) -> None:
+        """Raise RuntimeError unless a parameter has states of what is selected, or none where nothing is."""
+        p: Any = part.parameter
+        state, size = self.state.get(p, {}), None
+        if selection is not None:
+            size = (states.padded_size(selection.places.count, self.state_bits),)
+        if {key: value.shape for key, value in state.items()} == ({} if size is None else dict.fromkeys(_STATES, size)):
+            return
+        raise RuntimeError(
+            f"CompactAdamW's states of '{part.name}' are not those of the entries that the mask selects: load the "
+            "state_dict of both the mask and the optimizer, saved after the same step, with state_bits as it was then; "
+            "for a new mask, empty the states by optimizer.state.clear()"
+        )
 
     def _age_dtype(self, p: Tensor) -> torch.dtype:
         """16 bits count to 32,767, from where on the bias correction of common betas is 1 in float32."""
@@ -141,6 +173,9 @@ class CompactAdamW(CompactOptimizer):
                 "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
             )
         taken, self._taken = self._taken, {}
+        selections = {p: next(filter(None, (mask.selection(p) for mask in masks)), None) for p in taken}
+        for p, (part, _) in taken.items():
+            self._check_fits(part, selections[p])
         dense = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         parts = [part for part, _ in taken.values()] + make_parts({str(i): p for i, p in enumerate(dense)})
         if self.max_grad_norm is not None and parts:
@@ -148,8 +183,8 @@ class CompactAdamW(CompactOptimizer):
         gradients = {part.parameter: part for part in parts}
         for group in self.param_groups:
             for p in group["params"]:
-                if p in taken and gradients[p].local.numel():  # none before the first turn
-                    selection = next(filter(None, (mask.selection(p) for mask in masks)))
+                selection = selections.get(p)
+                if selection is not None:  # there is none before the first turn
                     self._update_selected(p, gradients[p].local, selection, group)
                 elif p in gradients and p not in taken:
                     self._update_dense(p, gradients[p].local, group)
@@ -165,8 +200,16 @@ class CompactAdamW(CompactOptimizer):
             part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimizer. The mask's own state_dict says whose states these are: load both.
+
+        Raises:
+            ValueError: if it was saved with other ``state_bits``, or for other parameters. Whether the mask selects
+                what the states are of, the next step checks.
+        """
         # PyTorch would cast moments and ages to the dtype of their parameters
         saved = state_dict["state"]
+        for state in saved.values():
+            self._check_kinds(state)
         super().load_state_dict({**state_dict, "state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         held = [p for group in self.param_groups for p in group["params"]]
@@ -176,6 +219,16 @@ class CompactAdamW(CompactOptimizer):
                     key: value.to(p.device, copy=True) if isinstance(value, Tensor) else value
                     for key, value in saved[number].items()
                 }
+
+    def _check_kinds(self, state: dict[str, Any]) -> None:
+        for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
+            value = own_entries(state[key])
+            wanted = states.zeros(value.shape, self.state_bits, signed=key == "exp_avg", device=value.device)
+            if type(value) is not type(wanted):
+                raise ValueError(
+                    f"CompactAdamW has state_bits {self.state_bits!r}, and the loaded states are of another kind "
+                    f"({type(value).__name__}): set state_bits as it was when they were saved"
+                )
 
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
         norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
