@@ -15,6 +15,8 @@ from pathlib import Path
 
 # Variable of the environment that asks for a broken gradient: "rank step parameter value".
 BREAK = "TEST_BREAK_GRADIENT"
+# The same in an entry that is not selected, before a compact optimizer takes the selected ones.
+BREAK_UNSELECTED = "TEST_BREAK_UNSELECTED"
 
 # Variable that asks a rank to die while it writes its part of a checkpoint: "rank name".
 DIE_IN_SAVE = "TEST_DIE_IN_SAVE"
@@ -53,6 +55,8 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
     torch.compiler.set_stance("force_eager")  # torchao's updates compile for 20 s a shape, in every process
     if BREAK in environment:
         _break_gradient(*environment[BREAK].split())
+    if BREAK_UNSELECTED in environment:
+        _break_unselected(*environment[BREAK_UNSELECTED].split())
     if DIE_IN_SAVE in environment:
         _die_in_save(*environment[DIE_IN_SAVE].split())
     if KILL in environment:
@@ -80,6 +84,27 @@ def _break_gradient(rank: str, step: str, name: str, value: str) -> None:
         return reduce(self, *args)
 
     MaskedRecipe._reduce = breaking
+
+
+def _break_unselected(rank: str, step: str, name: str, value: str) -> None:
+    from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
+
+    begin = MaskedRecipe._begin_training
+
+    def beginning(self):
+        p = self._model.get_parameter(name)
+
+        def breaking(p):
+            if self.rank == int(rank) and self.global_step + 1 == int(step):
+                grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+                unselected = ~self._mask.selection(p).mask().view(-1)
+                grad.view(-1)[unselected.nonzero()[0]] = float(value)
+
+        handle = p.register_post_accumulate_grad_hook(breaking)
+        p._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+        return begin(self)
+
+    MaskedRecipe._begin_training = beginning
 
 
 def _die_in_save(rank: str, name: str) -> None:

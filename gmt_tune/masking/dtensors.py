@@ -47,12 +47,13 @@ def shares(grads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, tuple[dist.Pro
     return found
 
 
-def reduce_partial_sums_(p: Tensor) -> None:
-    """Sum a parameter's gradient over the ranks where that is still to be done; it is then distributed as ``p`` is.
+def distribute_as_parameter_(p: Tensor) -> None:
+    """Let each rank hold of a gradient the entries that it holds of the parameter.
 
-    Tensor parallelism leaves such gradients where nothing else reduces them; an optimizer would do it on first use.
+    Tensor parallelism leaves gradients otherwise: as sums over ranks that are still to be made, or whole on each rank
+    where the parameter is sharded. An optimizer would do the same on first use.
     """
-    if isinstance(p.grad, DTensor) and any(isinstance(placement, Partial) for placement in p.grad.placements):
+    if isinstance(p.grad, DTensor):
         p.grad = with_placements_of(p.grad, p)
 
 

@@ -67,8 +67,8 @@ class Part:
 def make_parts(parameters: Mapping[str, Tensor]) -> list[Part]:
     """The parts of all parameters that have a gradient.
 
-    A gradient that is still a sum over ranks to be made, as tensor parallelism leaves it, is summed first: the
-    parameter's ``grad`` is then distributed as the parameter is.
+    A gradient that tensor parallelism leaves otherwise, such as a sum over ranks that is still to be made, is first
+    distributed as the parameter is.
 
     Args:
         parameters: by name; the same ones, in the same order, on all ranks.
@@ -78,7 +78,7 @@ def make_parts(parameters: Mapping[str, Tensor]) -> list[Part]:
         from gmt_tune.masking import dtensors
 
         for p in trained.values():
-            dtensors.reduce_partial_sums_(p)
+            dtensors.distribute_as_parameter_(p)
     return [
         Part(name, grad, local, p, groups, is_counted)
         for (name, p), (grad, local, groups, is_counted) in zip(

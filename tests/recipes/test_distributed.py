@@ -33,6 +33,13 @@ KNOBS = dict(
     save_every_n_steps=2,
 )
 CLIPPED = dict(clip_grad_norm=0.5, optimizer={"_component_": "torch.optim.SGD", "lr": 1.0})
+# Layers take turns; each step is clipped, by the norm of what is selected or dense
+COMPACT = dict(
+    gradient_mask={**MASK, "refresh_every": 2, "dense": ["*norm*"]},
+    optimizer={"_component_": "gmt_tune.CompactAdamW", "lr": 3e-3},
+    clip_grad_norm=0.5,
+    track_selection_every_n_steps=1,
+)
 LOW_BIT = ("AdamW8bit", "AdamW4bit", "AdamWFp8")
 STEPS, BATCH = 3, 4
 
@@ -68,6 +75,10 @@ RUNS = {
     **{f"{name} on two": ([2, 3], low_bit(name)) for name in LOW_BIT},
     **{f"{name} resumed on two": ([2, 3], low_bit(name)) for name in LOW_BIT},
     **{f"{name} resumed on one": ([i], low_bit(name)) for i, name in enumerate(LOW_BIT)},
+    "compact on one": ([0], COMPACT),
+    "compact on two": ([0, 1], COMPACT),
+    "compact tensor parallel on two": ([2, 3], dict(COMPACT, **GRID)),
+    "compact on 2x2": ([0, 1, 2, 3], dict(COMPACT, **GRID)),
     "base on 2x2": ([0, 1, 2, 3], dict(base=True, **GRID)),
     "mask on 2x2": ([0, 1, 2, 3], dict(gradient_mask=MASK, save_every_n_steps=2, **GRID)),
     "mask resumed on 1x2": ([0, 1], dict(gradient_mask=MASK, origin="mask on 2x2", **GRID)),
@@ -172,6 +183,9 @@ PAIRS = [
     ("tied on one", "tied on two", "base on two"),
     ("mask on one", "mask on 2x2", "base on 2x2"),
     ("mask on one", "tensor parallel on two", "base on 2x2"),
+    ("compact on one", "compact on two", "base on two"),
+    ("compact on one", "compact on 2x2", "base on 2x2"),
+    ("compact on one", "compact tensor parallel on two", "base on 2x2"),
 ]
 
 
@@ -201,6 +215,20 @@ def test_the_runs_that_are_compared_train_and_differ_by_their_masks(losses, weig
 def test_as_many_entries_are_selected_on_any_number_of_processes(score, runs, logged_metrics):
     found = [[step["mask/density"] for step in logged_metrics(runs / f"{score} on {n}")] for n in ("one", "two")]
     assert len(found[0]) == STEPS and found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["compact on two", "compact on 2x2", "compact tensor parallel on two"])
+def test_selected_entries_are_as_many_as_old_and_of_the_same_norm_on_any_number_of_processes(
+    name, runs, logged_metrics
+):
+    keys = ("mask/density", "mask/coverage", "mask/overlap", "mask/age", "grad_norm")
+    found, wanted = (
+        [[step.get(key, 0.0) for key in keys] for step in logged_metrics(runs / each)]
+        for each in (name, "compact on one")
+    )
+    assert len(wanted) == STEPS and min(norm for *_, norm in wanted) > 0.5 and wanted[-1][3] > 1.2
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize(
