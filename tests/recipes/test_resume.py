@@ -45,12 +45,14 @@ VARIANTS = {
     "packed, saliency, with validation": dict(
         gradient_mask={**MASK, "score": "saliency"}, packed=True, run_val_every_n_steps=2
     ),
-    "compact, 8-bit, inside a refresh interval, accumulation, bf16": dict(
+    "compact, 8-bit, inside a refresh interval, clipping, bf16, micro-batches left over": dict(
         gradient_mask={**MASK, "density": 0.6, "refresh_every": 3, "dense": ["*norm*"]},
         optimizer={**COMPACT, "state_bits": 8, "bf16_stochastic_round": True},
-        gradient_accumulation_steps=2,
-        batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps_per_epoch=None,
+        clip_grad_norm=1.0,
         dtype="bf16",
+        track_selection_every_n_steps=1,
     ),
 }
 
@@ -92,6 +94,7 @@ def resume_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metric
     packed = changes.pop("packed", False)
     run_recipe(with_data(tiny_config(tmp_path / "straight", **changes), packed))
     losses = losses_of(tmp_path / "straight", logged_metrics)
+    numbers = numbers_of(tmp_path / "straight", logged_metrics)
     wanted = final_weights(tmp_path / "straight", 1)
 
     half = len(losses) // 2  # the end of the first epoch
@@ -102,9 +105,15 @@ def resume_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metric
         interrupted_at(resumed, step)
         recipe = run_recipe(with_data(tiny_config(resumed, resume_from_checkpoint=True, **changes), packed))
         assert losses_of(resumed, logged_metrics) == losses[step:], f"losses after step {step}"
+        assert numbers_of(resumed, logged_metrics) == numbers[step:], f"numbers after step {step}"
         weights = final_weights(resumed, 1)
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted), f"weights, resumed at {step}"
         assert recipe._mask.step == len(losses)
+
+
+def numbers_of(output_dir, logged_metrics):
+    keys = "grad_norm", "mask/density", "mask/coverage", "mask/overlap", "mask/age"
+    return [{key: step.get(key) for key in keys} for step in logged_metrics(output_dir) if "loss" in step]
 
 
 def losses_of(output_dir, logged_metrics):
@@ -142,13 +151,14 @@ ON_TWO = {
         dict(gradient_mask={**MASK, "refresh_every": 5}, gradient_accumulation_steps=2, batch_size=2),
     ),
     "8-bit, packed": (2, dict(gradient_mask=MASK, packed=True, batch_size=1, optimizer=ADAMW_8BIT)),
-    "compact, 8-bit, accumulation, inside a refresh interval": (
+    "compact, 8-bit, accumulation, inside a refresh interval, written in the background": (
         2,
         dict(
             gradient_mask={**MASK, "density": 0.6, "refresh_every": 3, "dense": ["*norm*"]},
             optimizer={**COMPACT, "state_bits": 8},
             gradient_accumulation_steps=2,
             batch_size=1,
+            enable_async_checkpointing=True,
         ),
     ),
     "on one, compact in turns": (

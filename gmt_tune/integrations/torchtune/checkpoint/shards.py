@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,25 +179,30 @@ class ShardReader:
             1-d: where a rank held the same entries then, what it saved, bit for bit; else the values of the selected
             entries, in float32 where they were quantized.
         """
-        own = _item(name, parameter).tensor_data.chunk
-        if own in self.tensors[name].chunks:
+        saved, own = self.tensors[name], _item(name, parameter).tensor_data.chunk
+        if own in saved.chunks:
             return self._read_stored(name, own)
-
-        def entries(chunk: ChunkStorageMetadata) -> Tensor:
-            values = to_floats(self._read_stored(name, chunk))
-            return values.new_zeros(chunk.sizes).masked_scatter_(self._read_selected(bits, chunk), values)
-
-        whole = self._cut(name, parameter, self.tensors[name].properties.dtype, entries)
-        return whole[self._cut(bits, parameter, torch.bool, lambda chunk: self._read_selected(bits, chunk))]
+        is_selected = self._cut(bits, parameter, torch.bool, lambda chunk: self._read_selected(bits, chunk))
+        values = torch.empty(int(is_selected.sum()), dtype=saved.properties.dtype)
+        for chunk, theirs, ours in self._overlaps(name, own):
+            is_shared = _within(theirs, self._read_selected(bits, chunk))
+            stored = to_floats(self._read_stored(name, chunk))[: is_shared.numel()]  # padding is behind them
+            values[_within(ours, is_selected)] = stored[is_shared]
+        return values
 
     def _cut(self, name: str, parameter: Tensor, dtype: torch.dtype, read: Callable) -> Tensor:
         """A rank's part out of the parts that were saved, read one after the other, where DCP cannot cut these."""
         own = _item(name, parameter).tensor_data.chunk
         target = torch.empty(own.sizes, dtype=dtype)
-        for item in create_read_items_for_chunk_list(name, self.tensors[name], [own]):
-            saved = read(self.tensors[name].chunks[item.storage_index.index or 0])
-            target[_slices(item.dest_offsets, item.lengths)] = saved[_slices(item.storage_offsets, item.lengths)]
+        for chunk, theirs, ours in self._overlaps(name, own):
+            target[ours] = read(chunk)[theirs]
         return target
+
+    def _overlaps(self, name: str, own: ChunkStorageMetadata) -> Iterator[tuple[ChunkStorageMetadata, tuple, tuple]]:
+        """Each part that was saved and overlaps with a rank's own, and the slices of both that they share."""
+        for item in create_read_items_for_chunk_list(name, self.tensors[name], [own]):
+            chunk = self.tensors[name].chunks[item.storage_index.index or 0]
+            yield chunk, _slices(item.storage_offsets, item.lengths), _slices(item.dest_offsets, item.lengths)
 
     def _read_selected(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         """The bool tensor of one part's bits."""
@@ -252,6 +257,13 @@ def _item(name: str, tensor: Tensor) -> Any:
 
 def _slices(offsets, lengths) -> tuple[slice, ...]:
     return tuple(slice(first, first + length) for first, length in zip(offsets, lengths, strict=True))
+
+
+def _within(box: tuple[slice, ...], is_selected: Tensor) -> Tensor:
+    """Of the selected entries of a bool tensor, in row-major order, which of them lie in a box: bool, 1-d."""
+    inside = torch.zeros_like(is_selected)
+    inside[box] = True
+    return inside[is_selected]
 
 
 def _copy(tensor: Tensor) -> Tensor:
