@@ -71,6 +71,8 @@ class CompactAdamW(CompactOptimizer):
             raise ValueError(f"state_bits must be one of {', '.join(map(str, states.STATE_BITS))}, got {state_bits!r}")
         if max_grad_norm is not None:
             _check("max_grad_norm", max_grad_norm, "must be a number above 0, or None", lambda number: number > 0)
+        if state_bits != 32:
+            import torchao.optim  # noqa: F401  # torch.load(weights_only=True) knows its states from then on
         self.state_bits, self.bf16_stochastic_round = state_bits, bf16_stochastic_round
         self.max_grad_norm = max_grad_norm
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
