@@ -56,11 +56,13 @@ def test_five_trainer_steps_equal_five_of_a_plain_loop(
 
 
 def test_only_dense_and_due_parameters_hold_whole_gradients(make_trainer):
-    watch, callback = Watch(), GradientMaskCallback(**POLICY, compact=True)
-    make_trainer([watch, callback], max_steps=3).train()
+    watch, callback = Watch(), GradientMaskCallback(**POLICY, compact=True, track_selection_every=1)
+    trainer = make_trainer([watch, callback], max_steps=3)
+    trainer.train()
     masked = callback.mask.masked_parameters.keys()
     due = [whole & masked for whole in watch.whole]
     assert sorted(name for names in due for name in names) == sorted(masked) and all(due)
+    assert trainer.state.log_history[-2]["mask/coverage"] == pytest.approx(0.2, rel=0.01)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
