@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -33,7 +34,7 @@ class Places:
             found.append(block.nonzero().view(-1).bitwise_and_(_SEGMENT - 1).to(torch.int16))  # its lower 16 bits stay
             counts += [segment.sum() for segment in block.split(_SEGMENT)]
         self._counts = torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64, device=bits.device)
-        self._ends = torch.tensor([block.numel() for block in found]).cumsum(0).tolist()  # of the blocks' entries
+        self._ends = list(itertools.accumulate(block.numel() for block in found))  # of the blocks' entries
         self.count: int = self._ends[-1] if found else 0
         self._is_sparse = 2 * self.count < bits.numel()
         self._stored = torch.cat(found) if self._is_sparse and found else bits
