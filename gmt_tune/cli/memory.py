@@ -149,9 +149,13 @@ def beside_table(reports: list[dict]) -> str:
 
 
 def card_table(reports: list[dict]) -> str:
-    """One line for each card: the configs that need no larger one; behind those for several, how many of it."""
+    """One line for each card: the configs that need no larger one, those of selected entries alone first.
+
+    Behind those for several, how many of it.
+    """
     from gmt_tune.memory import CARDS
 
+    reports = sorted(reports, key=lambda report: "_compact" not in report["config"])
     lines = ["| card | on one | on several |", "|---|---|---|"]
     on_cpu = [f"`{r['config']}`" for r in reports if not _is_gpu(r)]
     if on_cpu:

@@ -110,12 +110,13 @@ def head_backward_bytes(s: Shape, output_chunks: int, weight: int) -> int:
 def linear_head_bytes(s: Shape, chunks: int, weight: int) -> int:
     """Bytes of the head with ``gmt_tune.models.losses.LinearCrossEntropyLoss``, which computes gradients in forward.
 
-    Those of the hidden states (T d e) and of the weight; of one chunk the logits, in the model's dtype and in fp32, and
-    the log-probabilities (V e + 8 V); and of the final norm what autograd keeps (d (4 + e)).
+    Those of the hidden states (T d e) and of the weight; of one chunk the logits and log-probabilities in fp32 (8 V),
+    beside the log-probabilities and gradients that the chunk before has left (4 V + V e); and of the final norm what
+    autograd keeps (d (4 + e)).
 
     Args:
         weight: entries of the output layer's weight, if it is trained.
     """
     norm = s.embed_dim * (4 + s.itemsize)
-    logits = s.vocab_size * (s.itemsize + 8) / chunks
+    logits = s.vocab_size * (12 + s.itemsize) / chunks
     return int(s.tokens * (norm + s.embed_dim * s.itemsize + logits)) + weight * s.itemsize

@@ -428,7 +428,7 @@ def test_beside_prints_both_configs_part_by_part(capsys):
     assert float(rows["gradients"][0]) < 0.1 * float(rows["gradients"][1])
 
 
-def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it():
+def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it_compact_ones_first():
     def report(config, world_size, fits_on, device="cuda"):
         return {"config": config, "world_size": world_size, "fits_on": fits_on, "device": device}
 
@@ -436,11 +436,12 @@ def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it():
         report("large", 8, ["80 GB", "141 GB"]),
         report("small", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
         report("medium", 1, ["80 GB", "141 GB"]),
+        report("medium_compact", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
         report("on a laptop", 1, ["24 GB"], device="cpu"),
     ]
     assert card_table(reports).splitlines()[2:] == [
         "| none: a CPU | `on a laptop` | |",
-        "| 24 GB | `small` |  |",
+        "| 24 GB | `medium_compact`, `small` |  |",
         "| 80 GB | `medium` | `large` (8) |",
     ]
 
