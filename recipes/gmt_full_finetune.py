@@ -11,6 +11,7 @@ from gmt_tune.integrations.torchtune.run.chunks import fill_chunks
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.run.validation import tokens_in_loss
+from gmt_tune.models.losses import LinearCrossEntropyLoss
 
 
 class GMTFullFinetuneRecipe(MaskedRecipe):
@@ -115,14 +116,17 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         chunks = getattr(self._loss_fn, "num_output_chunks", 0)
         batch = fill_chunks(batch, self._model, chunks, self._tokenizer.pad_id, self._loss_fn.ignore_index)
         labels_BS = batch.pop("labels")
-        with self.activations_handling_ctx:
-            logits = self._model(**batch)
         # The model's output at a position predicts the next token: shift the labels, not the logits.
         ignored_B1 = torch.full_like(labels_BS[:, :1], self._loss_fn.ignore_index)
         labels_BS = torch.hstack((labels_BS[..., 1:], ignored_B1))
         # The mean over no token is NaN, in the gradient too: take any labels where there are none, as the loss is then
         # weighed by 0.
         labels_BS = torch.where((labels_BS != self._loss_fn.ignore_index).any(), labels_BS, 0)
+        if isinstance(self._loss_fn, LinearCrossEntropyLoss):  # the output layer computes it: no logits
+            with self.activations_handling_ctx, self._loss_fn.of(labels_BS):
+                return self._model(**batch)
+        with self.activations_handling_ctx:
+            logits = self._model(**batch)
         if isinstance(logits, list):  # chunked losses take the chunks as they are
             return self._loss_fn(logits, labels_BS)
         return self._loss_fn(logits.reshape(-1, logits.size(-1)), labels_BS.reshape(-1))

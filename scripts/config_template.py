@@ -19,7 +19,6 @@ COMMON = {
     "max_steps_per_epoch": "null",
     "lr_scheduler._component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
     "gradient_mask._component_": "gmt_tune.GradientMask",
-    "gradient_mask.density": "0.2",
     "device": "cuda",
     "enable_activation_checkpointing": "True",
     "dtype": "bf16",
@@ -57,8 +56,17 @@ OPTIMIZERS = {
         "_component_": f"torchao.optim.AdamW4bit  # 4 bits: 1 byte a parameter. {TORCHAO}",
         "bf16_stochastic_round": "True",
     },
+    "CompactAdamW": {
+        "_component_": "gmt_tune.CompactAdamW  # Gradients and states of selected entries alone: about 8 bytes each",
+        "state_bits": "8",
+        "bf16_stochastic_round": "True",
+    },
 }
 CE_LOSS = {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
+LINEAR_CE_LOSS = {
+    "_component_": "gmt_tune.models.losses.LinearCrossEntropyLoss  # The output layer computes it and its gradients in "
+    "chunks: no logits are kept",
+}
 DPO_LOSS = {
     "_component_": "torchtune.rlhf.loss.DPOLoss  # Or torchtune.rlhf.loss.RSOLoss, with gamma in place of beta",
     "beta": "0.1",
@@ -124,6 +132,9 @@ class Config:
     warmup: int = 100
     decay: str = "0.01"
     dense: str = '["*norm*"]'
+    density: str = "0.2"
+    refresh: str = "1"
+    clip: str = "null"
     tensor_parallel: bool = False
     dataset: Mapping[str, str] = field(default_factory=lambda: ALPACA)
     prompt: str = ""  # the tokenizer's template, if not its own
@@ -149,10 +160,22 @@ class Config:
             "optimizer.weight_decay": self.decay,
             "optimizer_in_bwd": f"{self.in_backward}",
             "lr_scheduler.num_warmup_steps": f"{self.warmup}",
+            "gradient_mask.density": self.density,
+            "gradient_mask.refresh_every": self.refresh,
             "gradient_mask.dense": self.dense,
+            "clip_grad_norm": self.clip,
             **_section("loss", DPO_LOSS if self.preferences else CE_LOSS),
             "enable_activation_offloading": f"{self.offloading}",
         }
+        if self.optimizer == "CompactAdamW":
+            if not self.tensor_parallel:  # which cuts the output layer
+                found |= _section("loss", LINEAR_CE_LOSS)
+            found["optimizer.weight_decay"] += "  # Of selected entries: the others stand still"
+            found["gradient_mask.density"] += (
+                "  # Fraction of entries that are selected. Each costs memory: see the top"
+            )
+            found["gradient_mask.refresh_every"] += "  # Optimizer steps between two selections; layers take turns"
+            found["clip_grad_norm"] += "  # To this norm of what is applied: selected entries and dense parameters"
         if self.prompt:
             found["tokenizer.prompt_template"] = self.prompt
         if self.in_backward:

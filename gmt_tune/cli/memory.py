@@ -21,13 +21,17 @@ def add_parser(subparsers) -> None:
         description="Estimate the memory of each device that a config needs, from the config alone: no weights, no "
         "network, no accelerator.",
         epilog="Example: gmt-tune memory --config llama3_1/8B_gmt --world-size 8 batch_size=4",
-        usage="gmt-tune memory (--config NAME_OR_PATH [--world-size N] | --all [--by-card]) [--json] [KEY=VALUE ...]",
+        usage="gmt-tune memory (--config NAME_OR_PATH [--beside NAME_OR_PATH] [--world-size N] | --all [--by-card]) "
+        "[--json] [KEY=VALUE ...]",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="NAME_OR_PATH", help="a config's name, as `tune ls` shows it, or its file")
     which.add_argument("--all", action="store_true", help="print a Markdown table of all configs of this package")
     parser.add_argument(
         "--by-card", action="store_true", help="with --all: print which configs fit on which card, a line for each card"
+    )
+    parser.add_argument(
+        "--beside", metavar="NAME_OR_PATH", help="with --config: print a Markdown table of both configs, part by part"
     )
     parser.add_argument(
         "--world-size",
@@ -47,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
     if args.by_card and not args.all:
         raise UserError("--by-card is for all configs: give --all instead of --config")
+    if args.beside is not None and args.all:
+        raise UserError("--beside compares with one config: give --config instead of --all")
     if args.all:
         from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
@@ -55,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(reports, indent=2) if args.json else table(reports))
         return 0
     result = report(args.config, args.world_size, args.overrides)
+    if args.beside is not None:
+        both = [result, report(args.beside, args.world_size, args.overrides)]
+        print(json.dumps(both, indent=2) if args.json else beside_table(both))
+        return 0
     print(json.dumps(result, indent=2) if args.json else text_table(result))
     return 0
 
@@ -124,10 +134,28 @@ def markdown_table(reports: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def beside_table(reports: list[dict]) -> str:
+    """One line for each part, one column for each config: GiB of one device."""
+    columns = [{row["name"]: row["device_bytes"] for row in r["rows"]} | {"total": r["device_bytes"]} for r in reports]
+    names = list(dict.fromkeys(name for column in columns for name in column if name != "total"))
+    lines = [
+        "| GiB on each device | " + " | ".join(f"`{r['config']}`" for r in reports) + " |",
+        "|---|" + "---:|" * len(reports),
+    ]
+    for name in [*names, "total"]:
+        cells = [f"{column[name] / GIB:.2f}" if name in column else "" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def card_table(reports: list[dict]) -> str:
-    """One line for each card: the configs that need no larger one; behind those for several, how many of it."""
+    """One line for each card: the configs that need no larger one, those of selected entries alone first.
+
+    Behind those for several, how many of it.
+    """
     from gmt_tune.memory import CARDS
 
+    reports = sorted(reports, key=lambda report: "_compact" not in report["config"])
     lines = ["| card | on one | on several |", "|---|---|---|"]
     on_cpu = [f"`{r['config']}`" for r in reports if not _is_gpu(r)]
     if on_cpu:

@@ -211,14 +211,13 @@ class GradientMask:
                 f"scope 'global' needs one optimizer that holds all masked parameters, and this one lacks '{names[0]}' "
                 f"({len(names)} in all): give it all of them, or use scope 'tensor'"
             )
-        handles = [
+        hooks = self._take_turns(optimizer) if isinstance(optimizer, CompactOptimizer) else []
+        self._optimizers.add(optimizer)
+        return HookHandles(
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-        ]
-        if isinstance(optimizer, CompactOptimizer):
-            handles += self._take_turns(optimizer)
-        self._optimizers.add(optimizer)
-        return HookHandles(*handles)
+            *hooks,
+        )
 
     def _take_turns(self, optimizer: CompactOptimizer) -> list[RemovableHandle]:
         """Let an optimizer have selected entries alone: tensors take turns, and what is not due is freed at once."""
@@ -238,6 +237,8 @@ class GradientMask:
             name = self._parameters.masked.get(p)
             if name is not None and p.grad is not None and not self.is_due(name):
                 (part,) = make_parts({name: p})
+                if part.local.is_cpu and torch.cuda.is_initialized():  # FSDP2's offloading may still be copying it
+                    torch.cuda.current_stream().synchronize()
                 optimizer.add_gradient(part, self._placed(name))
                 p.grad = None
 
@@ -423,7 +424,8 @@ class GradientMask:
         start = time.perf_counter()
         self._flags.raise_if_set()
         names = [self._parameters.masked[p] for p in masked]
-        due = make_parts({name: p for name, p in zip(names, masked, strict=True) if p.grad is not None})
+        with_grad = {name: p for name, p in zip(names, masked, strict=True) if p.grad is not None}
+        due = make_parts(with_grad)
         now = make_parts({self._parameters.names[p]: p for p in dense if p.grad is not None})
         self._raise_if_nonfinite([*now, *due])
         if taken := optimizer.nonfinite():

@@ -90,3 +90,33 @@ def head_bytes(s: Shape, output_chunks: int, *, pairs: bool = False) -> int:
     else:
         logits = 8 * s.vocab_size + s.vocab_size * s.itemsize
     return int(s.tokens * (norm + logits))
+
+
+def head_backward_bytes(s: Shape, output_chunks: int, weight: int) -> int:
+    """Bytes of the head in the backward pass of a chunked loss, besides what is kept of the layers.
+
+    First that of the losses: the fp32 log-probabilities of all chunks (4 V) and, of one chunk, two gradients of them
+    (8 V / chunks). Then that of the output layer: the gradients of all logits (V e) but those of one chunk, and three
+    gradients of the weight: autograd makes the first sum of two chunks' a new tensor.
+
+    Args:
+        weight: entries of the output layer's weight, if it is trained.
+    """
+    of_losses = s.tokens * s.vocab_size * (4 + 8 / output_chunks)
+    logits = s.tokens * s.vocab_size * s.itemsize
+    return int(max(of_losses, logits * (1 - 1 / output_chunks) + (3 if output_chunks > 1 else 1) * weight * s.itemsize))
+
+
+def linear_head_bytes(s: Shape, chunks: int, weight: int) -> int:
+    """Bytes of the head with ``gmt_tune.models.losses.LinearCrossEntropyLoss``, which computes gradients in forward.
+
+    Those of the hidden states (T d e) and of the weight; of one chunk the logits and log-probabilities in fp32 (8 V),
+    beside the log-probabilities and gradients that the chunk before has left (4 V + V e); and of the final norm what
+    autograd keeps (d (4 + e)).
+
+    Args:
+        weight: entries of the output layer's weight, if it is trained.
+    """
+    norm = s.embed_dim * (4 + s.itemsize)
+    logits = s.vocab_size * (12 + s.itemsize) / chunks
+    return int(s.tokens * (norm + s.embed_dim * s.itemsize + logits)) + weight * s.itemsize

@@ -8,6 +8,7 @@ MIB = 2**20
 
 # name -> bytes
 CARDS = {
+    "16 GB": 15_356 * MIB,  # A2 with ECC; RTX A4000 and 4080 have 16,376
     "24 GB": 23_028 * MIB,  # A10 and L4; RTX 3090 and 4090 have 24,564
     "40 GB": 40_536 * MIB,  # A100 40 GB
     "48 GB": 46_068 * MIB,  # L40S, A40 with ECC; RTX A6000 has 49,140

@@ -22,8 +22,11 @@ from gmt_tune.integrations.torchtune.config.components import component_path, im
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.masking import GradientMask
 from gmt_tune.memory import activations as act
+from gmt_tune.memory.compact import CompactBytes, compact_bytes
 from gmt_tune.memory.sharding import Mesh, largest_units, local_shapes
 from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes, step_scratch_bytes
+from gmt_tune.models.losses import LinearCrossEntropyLoss
+from gmt_tune.optim import CompactAdamW
 
 GIB = 2**30
 ASSUMED_SEQ_LEN = 2048
@@ -75,6 +78,7 @@ class _Job:
     unit: int  # entries of the largest module that FSDP2 gathers as one
     rest: int  # entries of what belongs to no such module
     optimizer: tuple[type, dict, str]  # class, options, and how it is named
+    compact: CompactBytes | None  # with CompactAdamW
 
     @property
     def offloaded(self) -> bool:
@@ -117,7 +121,9 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     separately = tuple(cfg.get("custom_sharded_layers", None) or ())
     unit, rest = largest_units(separately, gathered) if mesh.data > 1 else (0, 0)
     stepped = {name: shapes[name] for name in trainable}
-    job = _Job(cfg, model, dtype, mesh, shapes, stepped, gathered, unit, rest, _optimizer(cfg))
+    optimizer = _optimizer(cfg)
+    compact = _compact(cfg, model, optimizer, stepped, dtype)
+    job = _Job(cfg, model, dtype, mesh, shapes, stepped, gathered, unit, rest, optimizer, compact)
     nccl = RESERVE_NCCL if world_size > 1 else 0
     note = "CUDA context, workspaces, fragmentation" + (", NCCL buffers" if nccl else "")
     rows = [*_state_rows(job), *_activation_rows(job), *_sharding_rows(job), Row("reserve", RESERVE + nccl, note=note)]
@@ -134,6 +140,8 @@ def _state_rows(job: _Job) -> list[Row]:
     rows = [row]
     if job.has_reference:
         rows.append(job.lasting("reference model", weights, "its weights alone"))
+    if job.compact is not None:
+        return rows + _compact_rows(job, job.compact)
 
     numels = [shape.numel() for shape in job.stepped.values()]
     if not job.in_backward:
@@ -150,6 +158,19 @@ def _state_rows(job: _Job) -> list[Row]:
     rows.append(job.lasting("optimizer states", states, note))
     rows.append(_mask_row(job))
     return rows
+
+
+def _compact_rows(job: _Job, compact: CompactBytes) -> list[Row]:
+    turns = f"the most of {compact.turns} turns" if compact.turns > 1 else "all of them at once"
+    rows = [
+        job.lasting("gradients", compact.gradients, f"of {_count(compact.selected)} selected entries, and dense ones"),
+        job.lasting("due gradients", compact.whole, f"whole until the step, of {_count(compact.due)} entries: {turns}"),
+        job.lasting("optimizer states", compact.states, "CompactAdamW: moments and ages of selected entries"),
+        job.lasting("gradient mask", compact.places, "where they are: 2 bytes each, or 1 bit an entry"),
+    ]
+    if job.mesh.data * job.mesh.tensor == 1:
+        return rows
+    return [replace(row, exact=False) for row in rows]  # which device holds how many selected entries, training decides
 
 
 def _mask_row(job: _Job) -> Row:
@@ -173,18 +194,37 @@ def _activation_rows(job: _Job) -> list[Row]:
     largest = max((s.numel() for s in job.stepped.values()), default=0)
     component, options, _ = job.optimizer
     at_once = largest if job.in_backward else sum(s.numel() for s in job.stepped.values())
-    step = step_scratch_bytes(component, options, largest, job.dtype, at_once)
-    if cfg.get("gradient_mask", None) is not None:
-        step = max(step, largest * e // 16 + MASK_SCRATCH)
+    if job.compact is not None:  # whole gradients are gone in the update
+        step = max(job.compact.selecting + MASK_SCRATCH, job.compact.updating - job.compact.whole)
+    else:
+        step = step_scratch_bytes(component, options, largest, job.dtype, at_once)
+        if cfg.get("gradient_mask", None) is not None:
+            step = max(step, largest * e // 16 + MASK_SCRATCH)
     if job.offloaded:
         step = 0  # on the host
     elif not job.in_backward:
         step = max(0, step - kept)  # by then the activations are gone
     # Before it is added to the one that is there. Under FSDP2 "gathered layers" has it.
     new_gradient = e * largest if job.mesh.data == 1 else 0
+    head_gradient = e * _trained_head(job)
+    loss, chunks = _loss(cfg)
+    if inspect.isclass(loss) and issubclass(loss, LinearCrossEntropyLoss):
+        heads = {"loss and gradient of the output layer": act.linear_head_bytes(shape, chunks, head_gradient // e)}
+    elif chunks:
+        heads = {
+            "logits and loss": act.head_bytes(shape, chunks),
+            "backward of loss and output layer": act.head_backward_bytes(shape, chunks, head_gradient // e),
+        }
+    else:
+        heads = {"logits and loss": act.head_bytes(shape, 0, pairs=job.has_reference) + new_gradient}
+    # One parameter for embeddings and output layer: the gradient from the one waits for that from the other, at the end
+    # of backward, and their sum lies beside both
+    tied = head_gradient if "output.weight" not in job.shapes else 0
     phases = {
-        "logits and loss": act.head_bytes(shape, _output_chunks(cfg), pairs=job.has_reference) + new_gradient,
-        "recomputing a layer": act.layer_bytes(shape, tensor) + act.layer_scratch_bytes(shape, tensor),
+        **heads,
+        "gradient of the largest tensor": new_gradient,
+        "gradients of the tied embeddings": max(0, 3 * tied - kept),  # the activations are gone
+        "recomputing a layer": act.layer_bytes(shape, tensor) + act.layer_scratch_bytes(shape, tensor) + tied,
         "optimizer step": step,
     }
     phase = max(phases, key=lambda name: phases[name])
@@ -192,6 +232,12 @@ def _activation_rows(job: _Job) -> list[Row]:
         Row("activations", kept, kept_on_host, note=note),
         Row("working memory", phases[phase], note=f"{phase}, the most of what follows one another"),
     ]
+
+
+def _trained_head(job: _Job) -> int:
+    """Entries of the output layer's weight that get a gradient here; under FSDP2, "gathered layers" counts them."""
+    own = "output.weight" if "output.weight" in job.shapes else "tok_embeddings.weight"  # tied
+    return job.stepped[own].numel() if own in job.stepped and job.mesh.data == 1 else 0
 
 
 def _kept_activations(cfg: DictConfig, shape: act.Shape, tensor_parallel: int) -> tuple[int, int, str]:
@@ -292,18 +338,44 @@ def _tensor_parallel_plan(cfg: DictConfig) -> dict:
     return config.instantiate(cfg.tensor_parallel_plan)
 
 
-def _output_chunks(cfg: DictConfig) -> int:
-    """Pieces in which the loss takes the logits; 0 if it takes them as a whole."""
+def _loss(cfg: DictConfig) -> tuple[Any, int]:
+    """The class of the loss, if it can be known, and the pieces in which it takes the logits; 0 for all at once."""
     section = cfg.get("loss", None)
     if section is None:
-        return 0
+        return None, 0
     path = component_path("loss", section)
     loss = import_component("loss._component_", path) if is_known_package(path) else None
-    parameter = inspect.signature(loss).parameters.get("num_output_chunks") if inspect.isclass(loss) else None
-    chunks = section.get("num_output_chunks", parameter.default if parameter is not None else 0)
+    parameters = inspect.signature(loss).parameters if inspect.isclass(loss) else {}
+    key = next((key for key in ("num_output_chunks", "num_chunks") if key in section or key in parameters), None)
+    if key is None:
+        return loss, 0
+    chunks = section.get(key, parameters[key].default if key in parameters else 0)
     if not isinstance(chunks, int):
-        raise UserError(f"loss.num_output_chunks must be a whole number, got {chunks!r}")
-    return chunks
+        raise UserError(f"loss.{key} must be a whole number, got {chunks!r}")
+    return loss, chunks
+
+
+def _compact(
+    cfg: DictConfig,
+    model: nn.Module,
+    optimizer: tuple[type, dict, str],
+    stepped: dict[str, torch.Size],
+    dtype: torch.dtype,
+) -> CompactBytes | None:
+    """What CompactAdamW will hold; None with another optimizer."""
+    component, options, _ = optimizer
+    if not issubclass(component, CompactAdamW):
+        return None
+    section = cfg.get("gradient_mask", None)
+    if section is None:
+        raise UserError(
+            "optimizer._component_ gmt_tune.CompactAdamW updates what a gradient_mask selects, and there is none: add "
+            "the section"
+        )
+    dense = _matching(stepped, section.get("dense", None) or ())
+    numels = {name: model.get_parameter(name).numel() for name in stepped}
+    masked = stepped.keys() - dense
+    return compact_bytes(options, numels, stepped, masked, section.density, section.get("refresh_every", 1), dtype)
 
 
 def _optimizer(cfg: DictConfig) -> tuple[type, dict, str]:

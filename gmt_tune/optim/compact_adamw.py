@@ -13,8 +13,11 @@ from gmt_tune.masking.gradient_mask import registered_masks
 from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries
+from gmt_tune.masking.places import Chunk, Places
 from gmt_tune.masking.selection import PlacedSelection
 from gmt_tune.optim import states
+
+_STATES = ("exp_avg", "exp_avg_sq", "age")  # of selected entries
 
 
 class CompactAdamW(CompactOptimizer):
@@ -47,6 +50,9 @@ class CompactAdamW(CompactOptimizer):
         >>> handle = mask.register(optimizer)
     """
 
+    # With it, a GradScaler leaves gradients to the optimizer, which says that it cannot do with it
+    _step_supports_amp_scaling = True
+
     @names_unknown_keys
     def __init__(
         self,
@@ -68,6 +74,8 @@ class CompactAdamW(CompactOptimizer):
             raise ValueError(f"state_bits must be one of {', '.join(map(str, states.STATE_BITS))}, got {state_bits!r}")
         if max_grad_norm is not None:
             _check("max_grad_norm", max_grad_norm, "must be a number above 0, or None", lambda number: number > 0)
+        if state_bits != 32:
+            import torchao.optim  # noqa: F401  # torch.load(weights_only=True) knows its states from then on
         self.state_bits, self.bf16_stochastic_round = state_bits, bf16_stochastic_round
         self.max_grad_norm = max_grad_norm
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
@@ -89,35 +97,65 @@ class CompactAdamW(CompactOptimizer):
     @torch.no_grad()
     def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
         p: Any = part.parameter
-        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=part.local.device))
+        if self.state[p]:
+            self._check_fits(part, before)
+        device = part.local.device
+        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=device))
         p.grad = None
         state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
-        for key in ("exp_avg", "exp_avg_sq", "age"):
-            old = state.get(key)
-            is_age = key == "age"
-            values = torch.zeros(size, dtype=self._age_dtype(p) if is_age else torch.float32, device=part.local.device)
-            if old is not None and before is not None:
-                selection.places.carry(states.to_floats(old), before.places, values)
-            if is_age:
-                state[key] = values
-                continue
-            if old is None or old.shape != values.shape:
-                old = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=values.device)
-            states.fill_(old, values)
-            state[key] = old
+        new = {key: torch.zeros(size, device=device) for key in ("exp_avg", "exp_avg_sq")}
+        new["age"] = torch.zeros(size, dtype=self._age_dtype(p), device=device)
+        if state and before is not None:
+            for near, old_at, at in selection.places.kept_from(before.places):
+                for key, values in new.items():
+                    values.index_copy_(0, at, states.pick(state[key], old_at, near))
+        state["age"] = new.pop("age")
+        for key, values in new.items():
+            moment = state.get(key)
+            if moment is None or moment.shape != values.shape:
+                moment = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+            states.fill_(moment, values)
+            state[key] = moment
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         return list(self._taken.values())
 
+    @torch.no_grad()
+    def load_compact_state(self, p: Tensor, key: str, values: Tensor, count: int) -> None:
+        size, device = states.padded_size(count, self.state_bits), own_entries(p).device
+        if key == "age":
+            state = torch.zeros(size, dtype=values.dtype, device=device)
+        else:
+            state = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+        if type(values) is type(state) and values.shape == state.shape:
+            state.copy_(values)
+        else:  # other ranks held other entries, or the bits were others
+            floats = states.to_floats(values).to(device)[:count]
+            states.fill_(state, torch.nn.functional.pad(floats, (0, size - count)))
+        self.state[p][key] = state
+
     def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
-        size = 0 if selection is None else states.padded_size(selection.places.count, self.state_bits)
-        values = part.local.new_zeros(size)
-        if selection is not None:
-            selection.places.gather(part.local, out=values)
-        return values
+        if selection is None:
+            return part.local.new_empty(0)
+        places = selection.places
+        return _gather(places, part.local, states.padded_size(places.count, self.state_bits))
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
+
+    def _check_fits(self, part: Part, selection: PlacedSelection | None) -> None:
+        """Raise RuntimeError unless a parameter has states of what is selected, or none where nothing is."""
+        p: Any = part.parameter
+        state, size = self.state.get(p, {}), None
+        if selection is not None:
+            size = (states.padded_size(selection.places.count, self.state_bits),)
+        if {key: value.shape for key, value in state.items()} == ({} if size is None else dict.fromkeys(_STATES, size)):
+            return
+        raise RuntimeError(
+            f"CompactAdamW's states of '{part.name}' are not those of the entries that the mask selects: load the "
+            "state_dict of both the mask and the optimizer, saved after the same step, with state_bits as it was then; "
+            "for a new mask, empty the states by optimizer.state.clear()"
+        )
 
     def _age_dtype(self, p: Tensor) -> torch.dtype:
         """16 bits count to 32,767, from where on the bias correction of common betas is 1 in float32."""
@@ -133,24 +171,30 @@ class CompactAdamW(CompactOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if hasattr(self, "grad_scale") or hasattr(self, "found_inf"):
+            raise RuntimeError("CompactAdamW takes no GradScaler: train in bfloat16, which needs none, or in float32")
         masks = registered_masks(self)
         if not masks:
             raise RuntimeError(
                 "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
             )
         taken, self._taken = self._taken, {}
+        selections: dict[Any, Any] = {p: next(filter(None, (mask.selection(p) for mask in masks)), None) for p in taken}
+        for p, (part, _) in taken.items():
+            self._check_fits(part, selections[p])
         dense = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        parts = [part for part, _ in taken.values()] + make_parts({str(i): p for i, p in enumerate(dense)})
+        parts = [part for part, _ in taken.values()]
+        parts += make_parts({str(i): p for i, p in enumerate(dense)})
         if self.max_grad_norm is not None and parts:
             self._clip_(parts, self.max_grad_norm)
         gradients = {part.parameter: part for part in parts}
         for group in self.param_groups:
-            for p in group["params"]:
-                if p in taken and gradients[p].local.numel():  # none before the first turn
-                    selection = next(filter(None, (mask.selection(p) for mask in masks)))
-                    self._update_selected(p, gradients[p].local, selection, group)
-                elif p in gradients and p not in taken:
-                    self._update_dense(p, gradients[p].local, group)
+            held = [p for p in group["params"] if p in gradients]
+            selected = [p for p in held if selections.get(p) is not None]  # none before the first turn
+            places = [selections[p].places for p in selected]
+            self._update_selected(selected, [gradients[p].local for p in selected], places, group)
+            dense = [p for p in held if p not in taken]
+            self._update_dense(dense, [gradients[p].local for p in dense], group)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -163,8 +207,16 @@ class CompactAdamW(CompactOptimizer):
             part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimizer. The mask's own state_dict says whose states these are: load both.
+
+        Raises:
+            ValueError: if it was saved with other ``state_bits``, or for other parameters. Whether the mask selects
+                what the states are of, the next step checks.
+        """
         # PyTorch would cast moments and ages to the dtype of their parameters
         saved = state_dict["state"]
+        for state in saved.values():
+            self._check_kinds(state)
         super().load_state_dict({**state_dict, "state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         held = [p for group in self.param_groups for p in group["params"]]
@@ -175,6 +227,16 @@ class CompactAdamW(CompactOptimizer):
                     for key, value in saved[number].items()
                 }
 
+    def _check_kinds(self, state: dict[str, Any]) -> None:
+        for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
+            value = own_entries(state[key])
+            wanted = states.zeros(value.shape, self.state_bits, signed=key == "exp_avg", device=value.device)
+            if type(value) is not type(wanted):
+                raise ValueError(
+                    f"CompactAdamW has state_bits {self.state_bits!r}, and the loaded states are of another kind "
+                    f"({type(value).__name__}): set state_bits as it was when they were saved"
+                )
+
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
         norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
         squares = sum_floats_over_ranks([norm.square() for norm in norms], parts)
@@ -183,35 +245,47 @@ class CompactAdamW(CompactOptimizer):
         for part in parts:
             part.local.mul_(factor.to(part.local.device))
 
-    def _update_selected(self, p: Tensor, grad: Tensor, selection: PlacedSelection, group: dict) -> None:
-        state, own = self.state[p], own_entries(p)
-        ages = state["age"]
-        ages.add_(ages < torch.iinfo(ages.dtype).max)
-        weights = own.new_zeros(grad.shape)
-        selection.places.gather(own, out=weights)
-        states.adamw_(
-            weights,
-            grad,
-            ages,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            group,
-            stochastic_round=self.bf16_stochastic_round,
-        )
-        selection.places.scatter_(weights, own)
+    def _update_selected(
+        self, parameters: list[Any], grads: list[Tensor], all_places: list[Places], group: dict
+    ) -> None:
+        if not parameters:
+            return
+        for batch in states.batches([grad.numel() for grad in grads], grads[0].device):
+            held = [self.state[parameters[i]] for i in batch]
+            for state in held:
+                state["age"].clamp_(max=torch.iinfo(state["age"].dtype).max - 1).add_(1)
+            own = [own_entries(parameters[i]) for i in batch]
+            places = [all_places[i] for i in batch]
+            # Of small ones, the indices are kept from one use to the other
+            chunks = [list(each.chunks()) if each.is_one_block else None for each in places]
+            weights = []
+            for each, entries, i, indices in zip(places, own, batch, chunks, strict=True):
+                weights.append(_gather(each, entries, grads[i].numel(), indices))
+            self._adamw_(weights, [grads[i] for i in batch], "age", held, group)
+            for each, entries, values, indices in zip(places, own, weights, chunks, strict=True):
+                each.scatter_(values, entries, chunks=indices)
 
-    def _update_dense(self, p: Tensor, grad: Tensor, group: dict) -> None:
-        state, own = self.state[p], own_entries(p)
-        if not state:
-            state["step"] = torch.zeros(())
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = self._new_buffer(p, key == "exp_avg")
-        state["step"] += 1
-        exp_avg, exp_avg_sq = (own_entries(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq"))
-        weights, grad, rounds = own.reshape(-1), grad.reshape(-1), self.bf16_stochastic_round
-        states.adamw_(weights, grad, state["step"], exp_avg, exp_avg_sq, group, stochastic_round=rounds)
-        if not own.is_contiguous():
-            own.copy_(weights.view(own.shape))
+    def _update_dense(self, parameters: list[Any], grads: list[Tensor], group: dict) -> None:
+        held = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, held, strict=True):
+            if not state:
+                state["step"] = torch.zeros(())
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = self._new_buffer(p, key == "exp_avg")
+            state["step"] += 1
+        own = [own_entries(p) for p in parameters]
+        weights = [entries.reshape(-1) for entries in own]
+        self._adamw_(weights, [grad.reshape(-1) for grad in grads], "step", held, group)
+        for entries, values in zip(own, weights, strict=True):
+            if not entries.is_contiguous():
+                entries.copy_(values.view(entries.shape))
+
+    def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
+        exp_avg, exp_avg_sq = (
+            [own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq")
+        )
+        ages, rounds = [state[age] for state in held], self.bf16_stochastic_round
+        states.adamw_(weights, grads, ages, exp_avg, exp_avg_sq, group, stochastic_round=rounds)
 
     def _new_buffer(self, p: Any, signed: bool) -> Tensor:
         """A moment of a dense parameter, sharded as that is; by the name that torchao's optimizers give it."""
@@ -222,6 +296,13 @@ class CompactAdamW(CompactOptimizer):
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _gather(places: Places, entries: Tensor, size: int, chunks: list[Chunk] | None = None) -> Tensor:
+    """The selected entries, with zeros behind them up to a size."""
+    values = entries.new_empty(size)
+    values[places.count :].zero_()
+    return places.gather(entries, out=values, chunks=chunks)
 
 
 def sum_floats_over_ranks(values: list[Tensor], parts: list[Part]) -> list[Tensor]:

@@ -156,6 +156,47 @@ def test_mask_keeps_one_bit_an_entry_when_it_outlives_a_step(refresh_every):
     assert (real == 0) == (refresh_every == 1)
 
 
+COMPACT_MODEL = {"vocab_size": 3000}  # so that some tensors have enough selected entries for quantized moments
+
+
+@pytest.mark.parametrize(("state_bits", "refresh_every"), [(32, 1), (8, 4), (4, None), ("fp8", 2)])
+def test_compact_rows_equal_what_a_real_run_holds(state_bits, refresh_every):
+    from gmt_tune import CompactAdamW, GradientMask
+
+    model = build(**COMPACT_MODEL)
+    section = {"density": 0.06, "dense": ["*norm*"], "refresh_every": refresh_every}
+    mask = GradientMask(model.named_parameters(), **section)
+    optimizer = CompactAdamW(model.parameters(), state_bits=state_bits)
+    mask.register(optimizer)
+    held = []
+    for step in range(2 * (refresh_every or 1)):
+        torch.manual_seed(step)
+        for _ in range(2):
+            model(torch.randint(0, 3000, (8, 64))).float().logsumexp(-1).sum().backward()
+        held.append(
+            sum(real_bytes(p.grad) for p in model.parameters())
+            + sum(real_bytes(part.local) for part, _ in optimizer._taken.values())
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    states = sum(real_bytes(value) for state in optimizer.state.values() for value in state.values())
+    places = [mask.selection(p).places for p in mask.masked_parameters.values()]
+
+    optimizer_section = {"_component_": "gmt_tune.CompactAdamW", "state_bits": state_bits}
+    rows = rows_of(
+        estimate(
+            config(
+                model={**TINY, **COMPACT_MODEL},
+                optimizer=optimizer_section,
+                gradient_mask={"_component_": "gmt_tune.GradientMask", **section},
+            )
+        )
+    )
+    assert rows["optimizer states"] == states
+    assert rows["gradients"] + rows["due gradients"] == max(held)
+    assert rows["gradient mask"] == sum(real_bytes(each._stored) + real_bytes(each._counts) for each in places)
+
+
 @pytest.fixture
 def six_devices():
     """A process group of six devices that exist in name only."""
@@ -226,22 +267,34 @@ def test_a_layer_keeps_what_autograd_saves_in_it(dtype):
     assert layer_bytes(shape_of(model, 2, 32, dtype.itemsize)) == pytest.approx(sum(saved.values()), rel=0.01)
 
 
-@pytest.mark.parametrize(("checkpointing", "chunked"), [(True, True), (False, False)])
-def test_peak_of_a_micro_batch_is_what_torch_tracks(checkpointing, chunked):
+LOSSES = {
+    "chunked": "torchtune.modules.loss.CEWithChunkedOutputLoss",
+    "whole": "torch.nn.CrossEntropyLoss",
+    "linear": "gmt_tune.models.losses.LinearCrossEntropyLoss",
+}
+
+
+@pytest.mark.parametrize(("checkpointing", "loss"), [(True, "chunked"), (False, "whole"), (True, "linear")])
+def test_peak_of_a_micro_batch_is_what_torch_tracks(checkpointing, loss):
     from torch.distributed._tools.mem_tracker import MemTracker
+    from torchtune import config as tt_config
     from torchtune import modules, training
 
     shape = {"vocab_size": 3000, "num_layers": 4, "embed_dim": 128, "intermediate_dim": 384, "max_seq_len": 256}
     model = build(**shape)
     if checkpointing:
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    loss_path = "torchtune.modules.loss.CEWithChunkedOutputLoss" if chunked else "torch.nn.CrossEntropyLoss"
-    loss_fn = modules.loss.CEWithChunkedOutputLoss() if chunked else nn.CrossEntropyLoss()
-    if chunked:
+    loss_fn = tt_config.instantiate(OmegaConf.create({"_component_": LOSSES[loss]}))
+    if loss == "chunked":
         model.set_num_output_chunks(loss_fn.num_output_chunks)
+    if loss == "linear":
+        loss_fn.attach_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def step_loss(tokens, labels):  # logits live as long as in the recipe
+        if loss == "linear":
+            with loss_fn.of(labels):
+                return model(tokens)
         logits = model(tokens)
         if isinstance(logits, list):
             return loss_fn(logits, labels)
@@ -259,7 +312,7 @@ def test_peak_of_a_micro_batch_is_what_torch_tracks(checkpointing, chunked):
     cfg = config(
         model={**TINY, **shape},
         optimizer={"_component_": "torch.optim.SGD", "lr": 0.1},
-        loss={"_component_": loss_path},
+        loss={"_component_": LOSSES[loss]},
         tokenizer={"max_seq_len": 128},
         gradient_mask=None,
         enable_activation_checkpointing=checkpointing,
@@ -363,7 +416,19 @@ def test_all_prints_a_line_for_each_packaged_config(capsys):
     assert [line.split("`")[1] for line in lines[2:]] == list(config_paths())
 
 
-def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it():
+def test_beside_prints_both_configs_part_by_part(capsys):
+    assert main(["memory", "--config", "llama3_1/8B_gmt_compact", "--beside", "llama3_1/8B_gmt_single_device"]) == 0
+    head, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert head == "| GiB on each device | `llama3_1/8B_gmt_compact` | `llama3_1/8B_gmt_single_device` |"
+    rows = {name.strip(): cells for name, *cells in (line[1:-1].split("|") for line in lines)}
+    assert list(rows)[:2] == ["weights", "gradients"] and list(rows)[-1] == "total"
+    compact, dense = (sum(float(cells[i]) for cells in list(rows.values())[:-1] if cells[i].strip()) for i in (0, 1))
+    assert compact == pytest.approx(float(rows["total"][0]), abs=0.05)
+    assert dense == pytest.approx(float(rows["total"][1]), abs=0.05)
+    assert float(rows["gradients"][0]) < 0.1 * float(rows["gradients"][1])
+
+
+def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it_compact_ones_first():
     def report(config, world_size, fits_on, device="cuda"):
         return {"config": config, "world_size": world_size, "fits_on": fits_on, "device": device}
 
@@ -371,11 +436,12 @@ def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it():
         report("large", 8, ["80 GB", "141 GB"]),
         report("small", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
         report("medium", 1, ["80 GB", "141 GB"]),
+        report("medium_compact", 1, ["24 GB", "40 GB", "48 GB", "80 GB", "141 GB"]),
         report("on a laptop", 1, ["24 GB"], device="cpu"),
     ]
     assert card_table(reports).splitlines()[2:] == [
         "| none: a CPU | `on a laptop` | |",
-        "| 24 GB | `small` |  |",
+        "| 24 GB | `medium_compact`, `small` |  |",
         "| 80 GB | `medium` | `large` (8) |",
     ]
 
@@ -398,6 +464,9 @@ def test_devices_come_from_the_run_line_of_a_config(line, devices):
     [
         (["--config", "llama3_1/8B_gmt_single_devic"], "did you mean llama3_1/8B_gmt_single_device"),
         (["--config", "nothing/like/it"], "`tune ls` lists them"),
+        (["--all", "--beside", "llama3_1/8B_gmt"], "--beside compares with one config"),
+        (["--config", "llama3_1/8B_gmt_compact", "~gradient_mask"], "add the section"),
+        (["--config", "llama3_1/8B_gmt_compact", "optimizer.state_bits=7"], "state_bits must be one of"),
         (["--config", "llama3_1/8B_gmt", "--by-card"], "--by-card is for all configs"),
         (["--config", "llama3_1/8B_gmt", "--world-size", "0"], "--world-size must be a whole number from 1 on, got 0"),
         (["--config", "llama3_1/8B_gmt", "dtype=fp16"], "dtype must be one of bf16, fp32, got 'fp16'"),

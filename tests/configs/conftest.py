@@ -139,6 +139,8 @@ def on_tiny_model(tiny_families, local_data):
         cfg.lr_scheduler.num_warmup_steps = 1
         cfg.metric_logger.filename = "log.txt"
         cfg.gradient_accumulation_steps = min(2, cfg.gradient_accumulation_steps)
+        # Of two steps, so that with CompactAdamW all tensors have their turn
+        cfg.gradient_mask.refresh_every = min(2, cfg.gradient_mask.refresh_every)
         for key, value in changes.items():
             cfg[key] = value
         return cfg

@@ -21,7 +21,11 @@ def _has_smaller(name: str) -> bool:
     return any(f"{family}/{smaller}B{variant}" in ALL for smaller in range(1, int(size)))
 
 
-TRAINED = [pytest.param(n, marks=pytest.mark.slow if _has_smaller(n) else ()) for n in FULL_SIZE]
+def _is_slow(name: str) -> bool:
+    return _has_smaller(name) or (name.endswith("_compact") and not name.startswith(("llama3_2/", "mistral/")))
+
+
+TRAINED = [pytest.param(n, marks=pytest.mark.slow if _is_slow(n) else ()) for n in FULL_SIZE]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -78,6 +82,14 @@ def test_config_opens_with_its_download_and_run_lines_and_comments_its_knobs(nam
     assert str(cfg.tokenizer.path).startswith(str(cfg.checkpointer.checkpoint_dir))
     for key in ("density", "score", "scope", "refresh_every", "dense", "frozen", "batch_size", "max_seq_len"):
         assert re.search(rf"^ *{key}: [^#\n]+  # \w", text, re.MULTILINE), f"{key} has no comment"
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if "_compact" in n])
+def test_compact_config_accumulates_clips_and_takes_turns(name):
+    cfg = OmegaConf.load(ALL[name])
+    assert cfg.optimizer._component_ == "gmt_tune.CompactAdamW"
+    assert cfg.gradient_accumulation_steps > 1 and cfg.clip_grad_norm > 0
+    assert cfg.gradient_mask.refresh_every > 1 and not cfg.optimizer_in_bwd
 
 
 def test_every_model_has_a_config_for_several_devices_and_one_device_where_it_fits():

@@ -14,6 +14,8 @@ class DenseOracle:
         dense: names that are not masked.
         turns: step of each name's first turn.
         quantize: what a moment's selected entries, 1-d, become when they are stored.
+        score: what the entries of a name are ranked by, of its gradient and weight.
+        dtype: that weights are rounded to.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class DenseOracle:
         max_norm=None,
         quantize=lambda values, signed: values,
         score=lambda name, grad, weight: grad.abs(),
+        dtype=None,
     ):
         self.p = {name: p.detach().double().clone() for name, p in parameters.items()}
         self.m = {name: torch.zeros_like(p) for name, p in self.p.items()}
@@ -40,6 +43,7 @@ class DenseOracle:
         self.density, self.every, self.turns, self.dense = density, refresh_every, turns, dense
         self.lr, self.betas, self.eps, self.decay, self.max_norm = lr, betas, eps, weight_decay, max_norm
         self.quantize, self.score, self.steps = quantize, score, 0
+        self.dtype = dtype or torch.float64
 
     def is_due(self, name: str) -> bool:
         first = self.steps == self.turns[name]
@@ -52,7 +56,7 @@ class DenseOracle:
                 k = max(1, math.floor(self.density * score.numel()))
                 order = torch.sort(score, descending=True, stable=True).indices[:k]
                 selected = torch.zeros(score.numel(), dtype=torch.bool).index_fill_(0, order, True)
-                selected &= score > 0
+                selected &= (score > 0) | (self.density == 1)
                 self.mask[name] = selected.view_as(grad)
                 for state, signed in ((self.m, True), (self.v, False), (self.age, None)):
                     state[name] *= self.mask[name]
@@ -72,7 +76,8 @@ class DenseOracle:
             age = self.age[name].clamp(min=1)
             update = m / (1 - beta1**age) / ((v / (1 - beta2**age)).sqrt() + self.eps)
             p = self.p[name]
-            self.p[name] = torch.where(mask, p - self.lr * self.decay * p - self.lr * update, p)
+            moved = (p - self.lr * self.decay * p - self.lr * update).to(self.dtype).double()
+            self.p[name] = torch.where(mask, moved, p)
             self.m[name], self.v[name] = m * mask, v * mask
             self._store(self.m, name, True)
             self._store(self.v, name, False)

@@ -32,6 +32,7 @@ KNOBS = dict(
     enable_async_checkpointing=True,
     save_every_n_steps=2,
 )
+LINEAR_LOSS = {"_component_": "gmt_tune.models.losses.LinearCrossEntropyLoss", "num_chunks": 3}
 CLIPPED = dict(clip_grad_norm=0.5, optimizer={"_component_": "torch.optim.SGD", "lr": 1.0})
 # Layers take turns; each step is clipped, by the norm of what is selected or dense
 COMPACT = dict(
@@ -64,6 +65,7 @@ RUNS = {
     "no mask on two": ([0, 1], dict()),
     "mask on two": ([0, 1], dict(gradient_mask=MASK)),
     "knobs on two": ([0, 1], dict(gradient_mask=MASK, **KNOBS)),
+    "linear loss on two": ([0, 1], dict(gradient_mask=MASK, loss=LINEAR_LOSS, **KNOBS)),
     "offload on two": ([0, 1], dict(gradient_mask=MASK, fsdp_cpu_offload=True)),
     "empty base on one": ([0], dict(base=True, empty=True)),
     "empty on two": ([0, 1], dict(empty=True, custom_sharded_layers=["output"])),
@@ -180,6 +182,7 @@ PAIRS = [
     ("random on one", "random on two", "base on two"),
     ("in backward on one", "in backward on two", "base on two"),
     ("mask on two", "knobs on two", "base on two"),
+    ("mask on two", "linear loss on two", "base on two"),
     ("mask on two", "offload on two", "base on two"),
     ("tied on one", "tied on two", "base on two"),
     ("mask on one", "mask on 2x2", "base on 2x2"),

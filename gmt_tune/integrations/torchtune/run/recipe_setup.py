@@ -27,6 +27,7 @@ from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.run.validation import Validation
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.tracker import SelectionTracker
+from gmt_tune.models.losses import LinearCrossEntropyLoss
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 from gmt_tune.reporting.run_log import RunLog
 
@@ -92,6 +93,8 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         cfg = OmegaConf.merge(cfg, _WITHOUT_RESUMING, {"checkpointer": checkpointer})
         self._checkpoint_client = CheckpointClient(cfg)
         super().setup(cfg)
+        if isinstance(self._loss_fn, LinearCrossEntropyLoss):
+            self._loss_fn.attach_(self._model)
         # Use the original config: ${checkpointer...} must resolve to the user's folder, not to the resumed one
         self._setup_reference(original)
 
