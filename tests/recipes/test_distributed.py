@@ -39,6 +39,7 @@ COMPACT = dict(
     gradient_mask={**MASK, "refresh_every": 2, "dense": ["*norm*"]},
     optimizer={"_component_": "gmt_tune.CompactAdamW", "lr": 3e-3},
     clip_grad_norm=0.5,
+    gradient_accumulation_steps=2,
     track_selection_every_n_steps=1,
 )
 LOW_BIT = ("AdamW8bit", "AdamW4bit", "AdamWFp8")
