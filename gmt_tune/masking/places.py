@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +11,10 @@ from torch import Tensor
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 _SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
-_BLOCK = 1 << 22  # entries that are looked at together, whole segments: bounds the passing memory
+# Entries that are looked at together, whole segments: bounds the passing memory, and on the CPU stays in the cache
+_BLOCK = {"cpu": 1 << 20, "other": 1 << 22}
+
+Chunk = tuple[int, slice, Tensor]  # a block's number, which of the selected entries lie in it, and their flat indices
 
 
 class Places:
@@ -27,14 +29,16 @@ class Places:
     """
 
     def __init__(self, bits: Tensor, numel: int) -> None:
-        self.numel = numel
+        self.numel, self._block = numel, _BLOCK["cpu" if bits.is_cpu else "other"]
         found, counts = [], []
-        for start in range(0, numel, _BLOCK):
-            block = _unpack(bits, start, min(start + _BLOCK, numel))
-            found.append(block.nonzero().view(-1).bitwise_and_(_SEGMENT - 1).to(torch.int16))  # its lower 16 bits stay
-            counts += [segment.sum() for segment in block.split(_SEGMENT)]
-        self._counts = torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64, device=bits.device)
-        self._ends = list(itertools.accumulate(block.numel() for block in found))  # of the blocks' entries
+        for start in range(0, numel, self._block):
+            stop = min(start + self._block, numel)
+            index = _unpack(bits, start, stop).nonzero().view(-1)
+            segments = torch.arange(0, stop - start + _SEGMENT, _SEGMENT, device=bits.device)
+            counts.append(torch.searchsorted(index, segments).diff())
+            found.append(index.to(torch.int16))  # its lower 16 bits stay
+        self._counts = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=bits.device)
+        self._ends = torch.tensor([block.numel() for block in found]).cumsum(0).tolist()  # of the blocks' entries
         self.count: int = self._ends[-1] if found else 0
         self._is_sparse = 2 * self.count < bits.numel()
         self._stored = torch.cat(found) if self._is_sparse and found else bits
@@ -48,7 +52,29 @@ class Places:
             mask[index] = True
         return pack_selection(mask)
 
-    def chunks(self) -> Iterator[tuple[int, slice, Tensor]]:
+    def drop_(self, at: Tensor, index: Tensor) -> None:
+        """Let entries be selected no more.
+
+        Args:
+            at: which of the selected entries, in order.
+            index: their flat indices.
+        """
+        if self._is_sparse:
+            stays = torch.ones(self.count, dtype=torch.bool, device=at.device).index_fill_(0, at, False)
+            self._stored = self._stored[stays]
+        else:  # each bit is set, so subtracting clears it; bytes wrap
+            self._stored.index_add_(0, index >> 3, (256 - (1 << (index & 7))).to(torch.uint8))
+        self._counts -= torch.bincount(index // _SEGMENT, minlength=self._counts.numel())
+        per_block = self._block // _SEGMENT
+        self._ends = torch.stack([part.sum() for part in self._counts.split(per_block)]).cumsum(0).tolist()
+        self.count = self._ends[-1]
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether ``chunks`` gives one at most."""
+        return len(self._ends) <= 1
+
+    def chunks(self) -> Iterator[Chunk]:
         """Block by block: its number, which of the selected entries lie in it, and their flat indices (int64)."""
         first = 0
         for number, last in enumerate(self._ends):
@@ -57,49 +83,65 @@ class Places:
             first = last
 
     def _index(self, number: int, first: int, last: int) -> Tensor:
-        start = number * _BLOCK
+        start = number * self._block
         if not self._is_sparse:
-            block = _unpack(self._stored, start, min(start + _BLOCK, self.numel))
+            block = _unpack(self._stored, start, min(start + self._block, self.numel))
             if block.is_cuda:
                 return torch.nonzero_static(block, size=last - first).view(-1) + start
             return block.nonzero().view(-1).add_(start)
-        counts = self._counts[start // _SEGMENT : (start + _BLOCK) // _SEGMENT]
-        starts = torch.arange(start, start + counts.numel() * _SEGMENT, _SEGMENT, device=counts.device)
         within = self._stored[first:last].long().bitwise_and_(_SEGMENT - 1)
+        if self.numel <= _SEGMENT:
+            return within
+        counts = self._counts[start // _SEGMENT : (start + self._block) // _SEGMENT]
+        if within.is_cpu:  # a few additions in place are faster than an index of starts
+            for i, segment in enumerate(within.split(counts.tolist())):
+                segment.add_(start + i * _SEGMENT)
+            return within
+        starts = torch.arange(start, start + counts.numel() * _SEGMENT, _SEGMENT, device=counts.device)
         return within.add_(starts.repeat_interleave(counts, output_size=last - first))
 
-    def gather(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """The selected entries of a tensor, 1-d; into the first entries of ``out`` if it is given."""
+    def gather(self, values: Tensor, out: Tensor | None = None, chunks: Iterable[Chunk] | None = None) -> Tensor:
+        """The selected entries of a tensor, 1-d; into the first entries of ``out`` if it is given.
+
+        ``chunks`` are what :meth:`chunks` gave, where they are at hand.
+        """
         flat = values.reshape(-1)
         out = flat.new_empty(self.count) if out is None else out
-        for _, part, index in self.chunks():
+        for _, part, index in self.chunks() if chunks is None else chunks:
             torch.index_select(flat, 0, index, out=out[part])
         return out
 
-    def scatter_(self, values: Tensor, into: Tensor) -> None:
+    def scatter_(self, values: Tensor, into: Tensor, chunks: Iterable[Chunk] | None = None) -> None:
         """Overwrite the selected entries of a tensor with the first of ``values``."""
         flat = into.view(-1) if into.is_contiguous() else into.reshape(-1)
-        for _, part, index in self.chunks():
+        for _, part, index in self.chunks() if chunks is None else chunks:
             flat.index_copy_(0, index, values[part])
         if not into.is_contiguous():
             into.copy_(flat.view(into.shape))
 
-    def carry(self, values: Tensor, before: Places, out: Tensor) -> None:
-        """Move what belongs to entries from where they lay before to where they lie now.
+    def kept_from(self, before: Places) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Entries that were selected in the same tensor before and are now, block by block.
 
-        Args:
-            values: of the entries selected before.
-            before: their places in the same tensor.
-            out: of those selected now; entries that were not selected before stay as they are.
+        Yields:
+            The range of the entries selected before that lie in the block; which of these there were, of all, and
+            which of the entries selected now they are: 1-d int64.
         """
+        ranks = torch.empty(min(self._block, self.numel), dtype=torch.int32, device=self._stored.device)
         old = before.chunks()
         old_number, old_part, old_index = next(old, _NO_MORE)
         for number, part, index in self.chunks():
             while old_number < number:
                 old_number, old_part, old_index = next(old, _NO_MORE)
             if old_number == number:
-                at = torch.searchsorted(old_index, index).clamp_(max=old_index.numel() - 1)
-                out[part] = torch.where(old_index[at] == index, values[old_part][at], out[part])
+                start = number * self._block
+                ranks.zero_()  # 0: not selected before
+                ranks[old_index - start] = torch.arange(
+                    1, old_index.numel() + 1, dtype=torch.int32, device=index.device
+                )
+                rank = ranks.index_select(0, index - start)
+                kept = rank.nonzero().view(-1)
+                old_at = rank.index_select(0, kept).long().add_(old_part.start - 1)
+                yield old_part, old_at, kept.add_(part.start)
 
 
 _NO_MORE = (sys.maxsize, slice(0), torch.empty(0, dtype=torch.int64))

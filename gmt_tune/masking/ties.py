@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.bits import magnitude_bits
-from gmt_tune.masking.packing import pack_selection
 from gmt_tune.masking.parts import Part, sum_counts, sum_over_ranks
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.scores import entries_to_keep
+from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.selection import PlacedSelection, Selection, ThresholdSelection, pack
 
 _DIGIT = 1 << 16  # an index is looked for in steps of so many
@@ -38,12 +38,10 @@ def place_exactly(
     counts = sum_counts([_number(places.count, part) for places, part in zip(own, parts, strict=True)], parts)
     surplus = [int(count) - entries_to_keep(part.numel, density) for count, part in zip(counts, parts, strict=True)]
     tied = [i for i, n in enumerate(surplus) if n > 0 and isinstance(selections[i], ThresholdSelection)]
-    kept = _keep_lowest([parts[i] for i in tied], [selections[i] for i in tied], [surplus[i] for i in tied])
-    for i, (index, stays) in zip(tied, kept, strict=True):
-        dropped = index[~stays]
-        # Each is set, so subtracting clears it; bytes wrap
-        bits[i].index_add_(0, dropped >> 3, (256 - (1 << (dropped & 7))).to(torch.uint8))
-        own[i] = Places(bits[i], parts[i].local.numel())
+    ties = [_ties(selections[i], own[i]) for i in tied]
+    dropped = _drop_highest([parts[i] for i in tied], ties, [surplus[i] for i in tied])
+    for i, (at, index) in zip(tied, dropped, strict=True):
+        own[i].drop_(at, index)
         counts[i] = counts[i] - surplus[i]
     placed = [
         PlacedSelection(places, part.local.shape, threshold)
@@ -52,15 +50,29 @@ def place_exactly(
     return placed, counts
 
 
-def _keep_lowest(
-    parts: Sequence[Part], selections: Sequence[Selection], surplus: Sequence[int]
+def _drop_highest(
+    parts: Sequence[Part], ties: Sequence[tuple[Tensor, Tensor]], surplus: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of each part the flat indices of what ties in it, and which of these stay."""
-    ties = [_ties(selection, part) for selection, part in zip(selections, parts, strict=True)]
-    whole = [_index_in_whole(index, part) for index, part in zip(ties, parts, strict=True)]
-    totals = sum_counts([_number(index.numel(), part) for index, part in zip(ties, parts, strict=True)], parts)
+    """Of what ties in each part, as :func:`_ties` gives it, the entries that are too many, in the same form."""
+    shared = [i for i, part in enumerate(parts) if part.groups]
+    ends = dict(zip(shared, _last_kept(shared, parts, ties, surplus), strict=True))
+    dropped = []
+    for i, (at, index) in enumerate(ties):
+        # Entries are in order: where this process has all, the last ones go
+        rest = _index_in_whole(index, parts[i]) > ends[i] if i in ends else slice(index.numel() - surplus[i], None)
+        dropped.append((at[rest], index[rest]))
+    return dropped
+
+
+def _last_kept(
+    members: Sequence[int], parts: Sequence[Part], ties: Sequence[tuple[Tensor, Tensor]], surplus: Sequence[int]
+) -> list[int]:
+    """Of parts whose other entries are on other ranks, the index in the whole of the last tie that stays."""
+    parts, surplus = [parts[i] for i in members], [surplus[i] for i in members]
+    whole = [_index_in_whole(ties[i][1], part) for i, part in zip(members, parts, strict=True)]
+    totals = sum_counts([_number(index.numel(), part) for index, part in zip(whole, parts, strict=True)], parts)
     left = [int(total) - n for total, n in zip(totals, surplus, strict=True)]
-    # The index of the last one that stays, digit by digit, as thresholds are found
+    # Digit by digit, as thresholds are found
     last = [0] * len(parts)
     for size in (_DIGIT * _DIGIT, _DIGIT, 1):
         rows = []
@@ -73,16 +85,25 @@ def _keep_lowest(
             digit = int((reached < left[i]).sum())
             left[i] -= int(reached[digit - 1]) if digit else 0
             last[i] += digit * size
-    return [(index, at <= end) for index, at, end in zip(ties, whole, last, strict=True)]
+    return last
 
 
-def _ties(selection: Selection, part: Part) -> Tensor:
-    """Flat indices, among the entries that this process holds, of those that are at the threshold."""
+def _ties(selection: Selection, places: Places) -> tuple[Tensor, Tensor]:
+    """Which of the selected entries of this process are at the threshold, and their flat indices."""
     assert isinstance(selection, ThresholdSelection)
     smallest = selection.smallest()
-    bits = pack_selection(selection.score, lambda block: magnitude_bits(block) == smallest)
-    found = [index for _, _, index in Places(bits, part.local.numel()).chunks()]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=part.local.device)
+    score = selection.score
+    at, indices = [], []
+    for _, part, index in places.chunks():
+        if isinstance(score, Product):
+            values = score.read(lambda t: t.reshape(-1).index_select(0, index))  # noqa: B023
+        else:
+            values = score.reshape(-1).index_select(0, index)
+        found = (magnitude_bits(values) == smallest).nonzero().view(-1)
+        at.append(found + part.start)
+        indices.append(index.index_select(0, found))
+    nothing = torch.empty(0, dtype=torch.int64, device=score.device)
+    return (torch.cat(at), torch.cat(indices)) if at else (nothing, nothing)
 
 
 def _index_in_whole(index: Tensor, part: Part) -> Tensor:

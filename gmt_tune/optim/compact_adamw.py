@@ -13,6 +13,7 @@ from gmt_tune.masking.gradient_mask import registered_masks
 from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries
+from gmt_tune.masking.places import Chunk, Places
 from gmt_tune.masking.selection import PlacedSelection
 from gmt_tune.optim import states
 
@@ -92,32 +93,32 @@ class CompactAdamW(CompactOptimizer):
     @torch.no_grad()
     def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
         p: Any = part.parameter
-        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=part.local.device))
+        device = part.local.device
+        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=device))
         p.grad = None
         state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
-        for key in ("exp_avg", "exp_avg_sq", "age"):
-            old = state.get(key)
-            is_age = key == "age"
-            values = torch.zeros(size, dtype=self._age_dtype(p) if is_age else torch.float32, device=part.local.device)
-            if old is not None and before is not None:
-                selection.places.carry(states.to_floats(old), before.places, values)
-            if is_age:
-                state[key] = values
-                continue
-            if old is None or old.shape != values.shape:
-                old = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=values.device)
-            states.fill_(old, values)
-            state[key] = old
+        new = {key: torch.zeros(size, device=device) for key in ("exp_avg", "exp_avg_sq")}
+        new["age"] = torch.zeros(size, dtype=self._age_dtype(p), device=device)
+        if state and before is not None:
+            for near, old_at, at in selection.places.kept_from(before.places):
+                for key, values in new.items():
+                    values.index_copy_(0, at, states.pick(state[key], old_at, near))
+        state["age"] = new.pop("age")
+        for key, values in new.items():
+            moment = state.get(key)
+            if moment is None or moment.shape != values.shape:
+                moment = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+            states.fill_(moment, values)
+            state[key] = moment
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         return list(self._taken.values())
 
     def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
-        size = 0 if selection is None else states.padded_size(selection.places.count, self.state_bits)
-        values = part.local.new_zeros(size)
-        if selection is not None:
-            selection.places.gather(part.local, out=values)
-        return values
+        if selection is None:
+            return part.local.new_empty(0)
+        places = selection.places
+        return _gather(places, part.local, states.padded_size(places.count, self.state_bits))
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
@@ -151,12 +152,11 @@ class CompactAdamW(CompactOptimizer):
             self._clip_(parts, self.max_grad_norm)
         gradients = {part.parameter: part for part in parts}
         for group in self.param_groups:
-            for p in group["params"]:
-                if p in taken and gradients[p].local.numel():  # none before the first turn
-                    selection = next(filter(None, (mask.selection(p) for mask in masks)))
-                    self._update_selected(p, gradients[p].local, selection, group)
-                elif p in gradients and p not in taken:
-                    self._update_dense(p, gradients[p].local, group)
+            held = [p for p in group["params"] if p in gradients]
+            selected = [p for p in held if p in taken and gradients[p].local.numel()]  # none before the first turn
+            self._update_selected(selected, [gradients[p].local for p in selected], masks, group)
+            dense = [p for p in held if p not in taken]
+            self._update_dense(dense, [gradients[p].local for p in dense], group)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -189,35 +189,43 @@ class CompactAdamW(CompactOptimizer):
         for part in parts:
             part.local.mul_(factor.to(part.local.device))
 
-    def _update_selected(self, p: Tensor, grad: Tensor, selection: PlacedSelection, group: dict) -> None:
-        state, own = self.state[p], own_entries(p)
-        ages = state["age"]
-        ages.add_(ages < torch.iinfo(ages.dtype).max)
-        weights = own.new_zeros(grad.shape)
-        selection.places.gather(own, out=weights)
-        states.adamw_(
-            weights,
-            grad,
-            ages,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            group,
-            stochastic_round=self.bf16_stochastic_round,
-        )
-        selection.places.scatter_(weights, own)
+    def _update_selected(self, parameters: list[Any], grads: list[Tensor], masks: list, group: dict) -> None:
+        if not parameters:
+            return
+        for batch in states.batches([grad.numel() for grad in grads], grads[0].device):
+            held = [self.state[parameters[i]] for i in batch]
+            for state in held:
+                state["age"].clamp_(max=torch.iinfo(state["age"].dtype).max - 1).add_(1)
+            own = [own_entries(parameters[i]) for i in batch]
+            places = [next(filter(None, (mask.selection(parameters[i]) for mask in masks))).places for i in batch]
+            # Of small ones, the indices are kept from one use to the other
+            chunks = [list(each.chunks()) if each.is_one_block else None for each in places]
+            weights = []
+            for each, entries, i, indices in zip(places, own, batch, chunks, strict=True):
+                weights.append(_gather(each, entries, grads[i].numel(), indices))
+            self._adamw_(weights, [grads[i] for i in batch], "age", held, group)
+            for each, entries, values, indices in zip(places, own, weights, chunks, strict=True):
+                each.scatter_(values, entries, chunks=indices)
 
-    def _update_dense(self, p: Tensor, grad: Tensor, group: dict) -> None:
-        state, own = self.state[p], own_entries(p)
-        if not state:
-            state["step"] = torch.zeros(())
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = self._new_buffer(p, key == "exp_avg")
-        state["step"] += 1
-        exp_avg, exp_avg_sq = (own_entries(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq"))
-        weights, grad, rounds = own.reshape(-1), grad.reshape(-1), self.bf16_stochastic_round
-        states.adamw_(weights, grad, state["step"], exp_avg, exp_avg_sq, group, stochastic_round=rounds)
-        if not own.is_contiguous():
-            own.copy_(weights.view(own.shape))
+    def _update_dense(self, parameters: list[Any], grads: list[Tensor], group: dict) -> None:
+        held = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, held, strict=True):
+            if not state:
+                state["step"] = torch.zeros(())
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = self._new_buffer(p, key == "exp_avg")
+            state["step"] += 1
+        own = [own_entries(p) for p in parameters]
+        weights = [entries.reshape(-1) for entries in own]
+        self._adamw_(weights, [grad.reshape(-1) for grad in grads], "step", held, group)
+        for entries, values in zip(own, weights, strict=True):
+            if not entries.is_contiguous():
+                entries.copy_(values.view(entries.shape))
+
+    def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
+        moments = [[own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq")]
+        ages, rounds = [state[age] for state in held], self.bf16_stochastic_round
+        states.adamw_(weights, grads, ages, *moments, group, stochastic_round=rounds)
 
     def _new_buffer(self, p: Any, signed: bool) -> Tensor:
         """A moment of a dense parameter, sharded as that is; by the name that torchao's optimizers give it."""
@@ -228,6 +236,13 @@ class CompactAdamW(CompactOptimizer):
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _gather(places: Places, entries: Tensor, size: int, chunks: list[Chunk] | None = None) -> Tensor:
+    """The selected entries, with zeros behind them up to a size."""
+    values = entries.new_empty(size)
+    values[places.count :].zero_()
+    return places.gather(entries, out=values, chunks=chunks)
 
 
 def sum_floats_over_ranks(values: list[Tensor], parts: list[Part]) -> list[Tensor]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from gmt_tune import GradientMask
+from gmt_tune import CompactAdamW, GradientMask
 from gmt_tune.masking.tracker import SelectionTracker
 
 
@@ -53,6 +53,37 @@ def test_overlap_and_coverage_are_those_of_sets(every, options):
     if of_name[-2]:
         assert detail["overlap"][name] == len(of_name[-1] & of_name[-2]) / len(of_name[-2])
     assert detail["coverage"][name] == len(set().union(*of_name)) / 15
+
+
+@pytest.mark.parametrize(("every", "refresh_every"), [(1, 1), (1, 3), (2, 3), (1, None)])
+def test_of_a_compact_optimizer_the_entries_that_move_are_counted_and_their_steps(every, refresh_every):
+    torch.manual_seed(0)
+    model = a_model()
+    optimizer = CompactAdamW(model.parameters(), lr=0.1)
+    mask = GradientMask(model.named_parameters(), density=0.2, refresh_every=refresh_every, dense=["*bias"])
+    tracker = SelectionTracker(mask, every)
+    mask.register(optimizer)
+    tracker.register(optimizer)
+    masked = mask.masked_parameters
+    age: dict = {}
+    moved_at, found = [], []
+    for step in range(8):
+        before = {name: p.detach().clone() for name, p in masked.items()}
+        sum((p * torch.randn(p.shape)).sum() for p in model.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {(n, i) for n, p in masked.items() for i in (p != before[n]).flatten().nonzero().flatten().tolist()}
+        age = {entry: age.get(entry, 0) + 1 for entry in moved}
+        moved_at.append(moved)
+        found.append(tracker.metrics())
+        numel = sum(p.numel() for p in masked.values())
+        assert mask.metrics()["mask/density"] == len(moved) / numel
+        if step % every == 0:
+            seen = moved_at[::every]
+            assert found[-1]["mask/coverage"] == len(set().union(*seen)) / numel
+            assert found[-1]["mask/age"] == sum(age.values()) / len(moved)
+            assert step == 0 or found[-1]["mask/overlap"] == len(seen[-1] & seen[-2]) / len(seen[-2])
+    assert len({round(metrics["mask/age"], 6) for metrics in found}) > 1 and max(age.values()) > 1
 
 
 def test_a_selection_that_is_kept_overlaps_wholly_and_covers_its_density():

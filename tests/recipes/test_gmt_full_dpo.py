@@ -107,6 +107,25 @@ def test_losses_and_weights_equal_torchtunes_recipe(
     assert any(not torch.equal(masked[key], wanted_weights[key]) for key in masked)
 
 
+def test_with_compact_gradients_at_density_1_losses_and_norms_are_those_of_adamw(
+    tmp_path, dpo_config, dpo_recipe, train_by, logged_metrics
+):
+    """Of eight micro-batches, three to a step, each epoch leaves two over, which the next one's first step divides."""
+    common = dict(
+        epochs=2, batch_size=8, gradient_accumulation_steps=3, max_steps_per_epoch=None, clip_grad_norm=0.5,
+        dataset_val=None,
+    )  # fmt: skip
+    mask = {**DENSITY_ONE, "refresh_every": None}  # all gradients but the first step's are taken in compactly
+    for name, changes in (
+        ("dense", dict(optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3})),
+        ("compact", dict(optimizer={"_component_": "gmt_tune.CompactAdamW", "lr": 1e-3}, gradient_mask=mask)),
+    ):
+        train_by(dpo_recipe, dpo_config(tmp_path / name, **common, **changes))
+    for key in ("loss", "grad_norm", "rewards/margins"):
+        found, wanted = ([step[key] for step in logged_metrics(tmp_path / name)] for name in ("compact", "dense"))
+        assert len(wanted) == 4 and found == pytest.approx(wanted, rel=1e-3), key
+
+
 def _torchtunes_recipe():
     """Its full_dpo_distributed, as its main function starts it, on one process of a backend that cannot average."""
     from gmt_tune.integrations.torchtune.process_group import ensure_rendezvous

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gmt_tune import CompactAdamW, GradientMask
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck, may_be_bad
 
@@ -17,6 +18,35 @@ def test_gradients_may_be_on_the_cpu_and_the_loss_on_a_gpu():
     loss = torch.zeros((), device="meta")  # stands for the GPU
     bad = may_be_bad(loss, [torch.zeros(3), torch.zeros((), dtype=torch.bfloat16)])
     assert bad.device == loss.device and bad.shape == () and bad.dtype == torch.bool
+
+
+@pytest.mark.parametrize("entry", [0, 1], ids=["selected", "not selected"])
+@pytest.mark.parametrize("is_due", [False, True])
+def test_what_a_compact_optimizer_has_taken_in_counts(entry, is_due, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(0, own))
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = CompactAdamW(model.parameters())
+    mask = GradientMask(model.named_parameters(), density=0.25, refresh_every=1 if is_due else None)
+    mask.register(optimizer)
+    check = FiniteCheck(
+        model, [optimizer], skips=True, rows_of_step=lambda: [7], in_words=lambda rows: f"rows {rows}",
+        checkpoints=None, max_seq_len=None,
+    )  # fmt: skip
+
+    def backward(*grad):
+        (model.weight * torch.tensor(grad)).sum().backward()
+        check.note_loss(torch.tensor(1.0))
+        return check.allows_step(1, torch.tensor(1.0), torch.tensor(2))
+
+    assert backward(3.0, 1.0, 1.0, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    for values, allows in (([1.0] * 4, True), ([math.nan if i == entry else 1.0 for i in range(4)], False)):
+        assert backward(*values) is allows
+        assert (model.weight.grad is None) is not is_due
+    optimizer.zero_grad()
+    assert backward(3.0, 1.0, 1.0, 1.0) and check.skipped_steps == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

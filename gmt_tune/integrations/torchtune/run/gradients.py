@@ -46,7 +46,7 @@ class FiniteCheck:
         self._model, self._skips, self._max_seq_len = model, skips, max_seq_len
         self._rows_of_step, self._in_words, self._checkpoints = rows_of_step, in_words, checkpoints
         self._is_own_loss_finite: Tensor | None = None
-        self._names = {p: name for name, p in model.named_parameters()}
+        self._names: dict = {p: name for name, p in model.named_parameters()}
         self._sums: dict[str, Tensor] = {}  # of gradients that were stepped with: finite if all their entries are
         self._steps_in_backward, self._optimizers = steps_in_backward, optimizers
         if steps_in_backward:

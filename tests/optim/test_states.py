@@ -1,0 +1,36 @@
+"""Moments in 8 bits, read and written by looking up: the same as torchao's own search, bit for bit."""
+
+import pytest
+import torch
+from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+from gmt_tune.optim import states
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_that_torchao_searches_for(signed):
+    torch.manual_seed(0)
+    qmap = states.zeros((4096,), 8, signed=signed, device=torch.device("cpu")).qmap
+    _, next_from = states._code_table(signed, torch.device("cpu"))
+    changes = next_from[next_from.isfinite()]
+    assert len(changes) > 200
+    beside = [torch.nextafter(changes, torch.tensor(end)) for end in (-2.0, 2.0)]
+    spread = torch.rand(1 << 18) ** torch.randint(1, 30, (1 << 18,)) * (torch.randn(1 << 18).sign() if signed else 1)
+    values = torch.cat([changes, *beside, qmap, spread, torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30])])
+    wanted = quantize_8bit_with_qmap(values, qmap)
+    assert len(wanted.unique()) == 256 - (not signed) * int((qmap < 0).sum())
+    assert torch.equal(states._nearest_codes(values, signed), wanted)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4, "fp8"])
+def test_pieces_are_read_and_written_as_whole_moments_are(bits):
+    torch.manual_seed(0)
+    values = torch.randn(1 << 17) * torch.randn(1 << 17).exp()
+    whole, pieces = (states.zeros(values.shape, bits, signed=True, device=values.device) for _ in range(2))
+    whole.copy_(values)
+    states.fill_(pieces, values)
+    wanted = whole if bits == 32 else whole.dequantize()
+    part, at = slice(512, 4096), torch.tensor([600, 601, 1023, 1024])
+    assert torch.equal(states.read(pieces, slice(0, 1 << 17)), wanted) and wanted.abs().sum() > 0
+    assert torch.equal(states.read(pieces, part), wanted[part])
+    assert torch.equal(states.pick(pieces, at, slice(600, 1025)), wanted[at])
