@@ -15,8 +15,9 @@ from gmt_tune.masking.selection import PlacedSelection
 class CompactOptimizer(Optimizer):
     """An optimizer that keeps gradients and states of selected entries alone; a mask decides which these are.
 
-    The mask calls ``add_gradient`` and ``change_selection``, in backward passes and right before a step; the rest is
-    for training loops, which do not find the gradients of most parameters in ``grad``.
+    The mask calls ``add_gradient`` and ``change_selection``, in backward passes and right before a step; a
+    checkpoint ``load_compact_state``; the rest is for training loops, which do not find the gradients of most
+    parameters in ``grad``.
 
     Attributes:
         max_grad_norm: to which the step clips what it applies, or None; infinity measures alone.
@@ -36,6 +37,18 @@ class CompactOptimizer(Optimizer):
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         """What was taken in, and whether the gradient that this process held was not finite anywhere: 0-d bool."""
+        raise NotImplementedError
+
+    def load_compact_state(self, p: Tensor, key: str, values: Tensor, count: int) -> None:
+        """Take in a saved state of a parameter's selected entries; a checkpoint calls it, behind the mask's own state.
+
+        Args:
+            p: the parameter.
+            key: of the state, such as "exp_avg".
+            values: 1-d, of the selected entries that this process holds, as they were saved: quantized or not, and
+                maybe with padding behind them.
+            count: how many these are.
+        """
         raise NotImplementedError
 
     def scale_gradients_(self, factor: Tensor | float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -38,7 +39,7 @@ class Places:
             counts.append(torch.searchsorted(index, segments).diff())
             found.append(index.to(torch.int16))  # its lower 16 bits stay
         self._counts = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=bits.device)
-        self._ends = torch.tensor([block.numel() for block in found]).cumsum(0).tolist()  # of the blocks' entries
+        self._ends = list(itertools.accumulate(block.numel() for block in found))  # of the blocks' entries
         self.count: int = self._ends[-1] if found else 0
         self._is_sparse = 2 * self.count < bits.numel()
         self._stored = torch.cat(found) if self._is_sparse and found else bits
@@ -85,10 +86,14 @@ class Places:
     def _index(self, number: int, first: int, last: int) -> Tensor:
         start = number * self._block
         if not self._is_sparse:
-            block = _unpack(self._stored, start, min(start + self._block, self.numel))
-            if block.is_cuda:
-                return torch.nonzero_static(block, size=last - first).view(-1) + start
-            return block.nonzero().view(-1).add_(start)
+            stop = min(start + self._block, self.numel)
+            block = _unpack(self._stored, start, stop)
+            if block.is_cpu:
+                return block.nonzero().view(-1).add_(start)
+            # Their number is known, so that nothing need wait for the device: what is not selected goes behind the end
+            at = torch.where(block, block.cumsum(0) - 1, last - first)
+            index = torch.empty(last - first + 1, dtype=torch.int64, device=block.device)
+            return index.scatter_(0, at, torch.arange(start, stop, device=block.device))[:-1]
         within = self._stored[first:last].long().bitwise_and_(_SEGMENT - 1)
         if self.numel <= _SEGMENT:
             return within

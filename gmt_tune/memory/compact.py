@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,7 +111,7 @@ def compact_bytes(
     )
 
 
-def _bytes(state: torch.Tensor) -> int:
+def _bytes(state: Any) -> int:
     """Memory of a tensor, or of those that torchao's classes are made of."""
     if type(state) is not torch.Tensor:
         return sum(_bytes(getattr(state, name)) for name in state.__tensor_flatten__()[0])

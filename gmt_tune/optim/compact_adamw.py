@@ -17,6 +17,8 @@ from gmt_tune.masking.places import Chunk, Places
 from gmt_tune.masking.selection import PlacedSelection
 from gmt_tune.optim import states
 
+_STATES = ("exp_avg", "exp_avg_sq", "age")  # of selected entries
+
 
 class CompactAdamW(CompactOptimizer):
     """AdamW whose gradients and states exist for the entries alone that a mask selects; the others do not move.
@@ -72,6 +74,8 @@ class CompactAdamW(CompactOptimizer):
             raise ValueError(f"state_bits must be one of {', '.join(map(str, states.STATE_BITS))}, got {state_bits!r}")
         if max_grad_norm is not None:
             _check("max_grad_norm", max_grad_norm, "must be a number above 0, or None", lambda number: number > 0)
+        if state_bits != 32:
+            import torchao.optim  # noqa: F401  # torch.load(weights_only=True) knows its states from then on
         self.state_bits, self.bf16_stochastic_round = state_bits, bf16_stochastic_round
         self.max_grad_norm = max_grad_norm
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
@@ -93,6 +97,8 @@ class CompactAdamW(CompactOptimizer):
     @torch.no_grad()
     def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
         p: Any = part.parameter
+        if self.state[p]:
+            self._check_fits(part, before)
         device = part.local.device
         self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=device))
         p.grad = None
@@ -114,6 +120,20 @@ class CompactAdamW(CompactOptimizer):
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         return list(self._taken.values())
 
+    @torch.no_grad()
+    def load_compact_state(self, p: Tensor, key: str, values: Tensor, count: int) -> None:
+        size, device = states.padded_size(count, self.state_bits), own_entries(p).device
+        if key == "age":
+            state = torch.zeros(size, dtype=values.dtype, device=device)
+        else:
+            state = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+        if type(values) is type(state) and values.shape == state.shape:
+            state.copy_(values)
+        else:  # other ranks held other entries, or the bits were others
+            floats = states.to_floats(values).to(device)[:count]
+            states.fill_(state, torch.nn.functional.pad(floats, (0, size - count)))
+        self.state[p][key] = state
+
     def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
         if selection is None:
             return part.local.new_empty(0)
@@ -122,6 +142,20 @@ class CompactAdamW(CompactOptimizer):
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
+
+    def _check_fits(self, part: Part, selection: PlacedSelection | None) -> None:
+        """Raise RuntimeError unless a parameter has states of what is selected, or none where nothing is."""
+        p: Any = part.parameter
+        state, size = self.state.get(p, {}), None
+        if selection is not None:
+            size = (states.padded_size(selection.places.count, self.state_bits),)
+        if {key: value.shape for key, value in state.items()} == ({} if size is None else dict.fromkeys(_STATES, size)):
+            return
+        raise RuntimeError(
+            f"CompactAdamW's states of '{part.name}' are not those of the entries that the mask selects: load the "
+            "state_dict of both the mask and the optimizer, saved after the same step, with state_bits as it was then; "
+            "for a new mask, empty the states by optimizer.state.clear()"
+        )
 
     def _age_dtype(self, p: Tensor) -> torch.dtype:
         """16 bits count to 32,767, from where on the bias correction of common betas is 1 in float32."""
@@ -145,6 +179,9 @@ class CompactAdamW(CompactOptimizer):
                 "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
             )
         taken, self._taken = self._taken, {}
+        selections: dict[Any, Any] = {p: next(filter(None, (mask.selection(p) for mask in masks)), None) for p in taken}
+        for p, (part, _) in taken.items():
+            self._check_fits(part, selections[p])
         dense = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         parts = [part for part, _ in taken.values()]
         parts += make_parts({str(i): p for i, p in enumerate(dense)})
@@ -153,8 +190,9 @@ class CompactAdamW(CompactOptimizer):
         gradients = {part.parameter: part for part in parts}
         for group in self.param_groups:
             held = [p for p in group["params"] if p in gradients]
-            selected = [p for p in held if p in taken and gradients[p].local.numel()]  # none before the first turn
-            self._update_selected(selected, [gradients[p].local for p in selected], masks, group)
+            selected = [p for p in held if selections.get(p) is not None]  # none before the first turn
+            places = [selections[p].places for p in selected]
+            self._update_selected(selected, [gradients[p].local for p in selected], places, group)
             dense = [p for p in held if p not in taken]
             self._update_dense(dense, [gradients[p].local for p in dense], group)
         return loss
@@ -169,8 +207,16 @@ class CompactAdamW(CompactOptimizer):
             part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimizer. The mask's own state_dict says whose states these are: load both.
+
+        Raises:
+            ValueError: if it was saved with other ``state_bits``, or for other parameters. Whether the mask selects
+                what the states are of, the next step checks.
+        """
         # PyTorch would cast moments and ages to the dtype of their parameters
         saved = state_dict["state"]
+        for state in saved.values():
+            self._check_kinds(state)
         super().load_state_dict({**state_dict, "state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         held = [p for group in self.param_groups for p in group["params"]]
@@ -181,6 +227,16 @@ class CompactAdamW(CompactOptimizer):
                     for key, value in saved[number].items()
                 }
 
+    def _check_kinds(self, state: dict[str, Any]) -> None:
+        for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
+            value = own_entries(state[key])
+            wanted = states.zeros(value.shape, self.state_bits, signed=key == "exp_avg", device=value.device)
+            if type(value) is not type(wanted):
+                raise ValueError(
+                    f"CompactAdamW has state_bits {self.state_bits!r}, and the loaded states are of another kind "
+                    f"({type(value).__name__}): set state_bits as it was when they were saved"
+                )
+
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
         norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
         squares = sum_floats_over_ranks([norm.square() for norm in norms], parts)
@@ -189,7 +245,9 @@ class CompactAdamW(CompactOptimizer):
         for part in parts:
             part.local.mul_(factor.to(part.local.device))
 
-    def _update_selected(self, parameters: list[Any], grads: list[Tensor], masks: list, group: dict) -> None:
+    def _update_selected(
+        self, parameters: list[Any], grads: list[Tensor], all_places: list[Places], group: dict
+    ) -> None:
         if not parameters:
             return
         for batch in states.batches([grad.numel() for grad in grads], grads[0].device):
@@ -197,7 +255,7 @@ class CompactAdamW(CompactOptimizer):
             for state in held:
                 state["age"].clamp_(max=torch.iinfo(state["age"].dtype).max - 1).add_(1)
             own = [own_entries(parameters[i]) for i in batch]
-            places = [next(filter(None, (mask.selection(parameters[i]) for mask in masks))).places for i in batch]
+            places = [all_places[i] for i in batch]
             # Of small ones, the indices are kept from one use to the other
             chunks = [list(each.chunks()) if each.is_one_block else None for each in places]
             weights = []
@@ -223,9 +281,11 @@ class CompactAdamW(CompactOptimizer):
                 entries.copy_(values.view(entries.shape))
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
-        moments = [[own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq")]
+        exp_avg, exp_avg_sq = (
+            [own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq")
+        )
         ages, rounds = [state[age] for state in held], self.bf16_stochastic_round
-        states.adamw_(weights, grads, ages, *moments, group, stochastic_round=rounds)
+        states.adamw_(weights, grads, ages, exp_avg, exp_avg_sq, group, stochastic_round=rounds)
 
     def _new_buffer(self, p: Any, signed: bool) -> Tensor:
         """A moment of a dense parameter, sharded as that is; by the name that torchao's optimizers give it."""

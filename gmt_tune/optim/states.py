@@ -37,6 +37,11 @@ def zeros(shape: Sequence[int], state_bits: int | str, *, signed: bool, device: 
     return kind.zeros(shape, signed, block, device, dtype=torch.float32)
 
 
+def to_floats(state: Tensor) -> Tensor:
+    """A moment in float32, or an age; the same memory where it is not quantized."""
+    return state if type(state) is Tensor else state.dequantize()
+
+
 def read(state: Tensor, part: slice) -> Tensor:
     """Entries of a moment in float32, whole blocks: the same memory where it is, else as torchao dequantizes them."""
     if type(state) is Tensor:
@@ -97,6 +102,14 @@ def adamw_(
         group: the optimizer's parameter group.
         stochastic_round: round bfloat16 weights up or down by chance, so that small updates count on average.
     """
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(weights):
+        by_dtype.setdefault(tensor.dtype, []).append(i)
+    if len(by_dtype) > 1:  # what is rounded by chance, and what is not
+        for members in by_dtype.values():
+            given = ([tensors[i] for i in members] for tensors in (weights, grads, ages, exp_avgs, exp_avg_sqs))
+            adamw_(*given, group, stochastic_round=stochastic_round)  # type: ignore[arg-type,misc]
+        return
     for pieces in _pieces([tensor.numel() for tensor in weights], _piece(weights[0]) if weights else 1):
         w, g = (_join([tensors[i][part] for i, part in pieces]).float() for tensors in (weights, grads))
         m, v = (_join([read(moments[i], part) for i, part in pieces]) for moments in (exp_avgs, exp_avg_sqs))

@@ -173,6 +173,20 @@ def test_stochastic_rounding_moves_weights_by_small_updates_on_average():
     assert moved[False] == 0 and moved[True] == pytest.approx(50e-4, rel=0.1)
 
 
+def test_float32_parameters_beside_bfloat16_ones_are_not_rounded():
+    """In any order: such as norms in float32."""
+    for first in (torch.float32, torch.bfloat16):
+        second = torch.bfloat16 if first == torch.float32 else torch.float32
+        p, q = (nn.Parameter(torch.ones(8, 8, dtype=dtype)) for dtype in (first, second))
+        mask = GradientMask([("p", p), ("q", q), ("r", nn.Parameter(torch.ones(1)))], 1.0, dense=["p", "q"])
+        optimizer = CompactAdamW([p, q], lr=1e-4, weight_decay=0.0, bf16_stochastic_round=True)
+        mask.register(optimizer)
+        (p.float() + q.float()).sum().backward()
+        optimizer.step()
+        exact = p if first == torch.float32 else q
+        assert (1 - exact).detach().numpy() == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_groups_lr_schedules_and_tensor_lr():
     torch.manual_seed(0)
     p, q = (nn.Parameter(torch.ones(10, 10)) for _ in range(2))

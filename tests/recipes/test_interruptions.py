@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -49,17 +50,30 @@ def wait_until(condition, run, timeout: float = 240) -> None:
         time.sleep(0.001)
 
 
-def kill_until_done(tmp_path, tiny_config, final_weights, moments: list[tuple[int, int]], *, processes: int) -> None:
+# Quantized states, in turns, with micro-batches; as many rows in a step as without them
+COMPACT = dict(
+    gradient_mask={**MASK, "density": 0.6, "dense": ["*norm*"]},
+    optimizer={"_component_": "gmt_tune.CompactAdamW", "lr": 1e-3, "state_bits": 8},
+    batch_size=1,
+    gradient_accumulation_steps=2,
+    clip_grad_norm=1.0,
+)
+
+
+def kill_until_done(
+    tmp_path, tiny_config, final_weights, moments: list[tuple[int, int]], *, processes: int, **more
+) -> None:
     """Kill one run again and again, and compare its end with that of a run that nobody killed.
 
     Args:
         moments: of each life, the rank that is killed, and before which of its changes to the run's folder.
+        more: of the config.
     """
     last = 1 + 4 * len(moments) // (32 // processes)  # epoch: a life gets no further than four steps
     changes = dict(
         gradient_mask=MASK, epochs=last + 1, max_steps_per_epoch=None, save_every_n_steps=1, keep_last_n_checkpoints=3,
         resume_from_checkpoint=True, batch_size=2, optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
-    )  # fmt: skip
+    ) | more  # fmt: skip
     straight = write_config(tmp_path / "straight", tiny_config(tmp_path / "straight" / "out", **changes))
     undisturbed = ForkedRun(straight, processes=processes)
     killed = write_config(tmp_path / "killed", tiny_config(tmp_path / "killed" / "out", **changes))
@@ -106,6 +120,15 @@ def test_killed_at_many_moments_a_run_ends_with_the_same_weights(processes, tmp_
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_before_every_change_of_a_file(processes, tmp_path, tiny_config, final_weights):
     kill_until_done(tmp_path, tiny_config, final_weights, ALL[processes], processes=processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_compact_run_that_is_killed_20_times_ends_with_the_same_weights(
+    processes, tmp_path, tiny_config, final_weights
+):
+    moments = random.Random(processes).sample(ALL[processes], 20)
+    kill_until_done(tmp_path, tiny_config, final_weights, moments, processes=processes, **COMPACT)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

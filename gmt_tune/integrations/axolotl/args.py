@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
+from gmt_tune.integrations.transformers.compact import state_bits_of
 
 
 class GradientMaskSection(BaseModel):
@@ -21,6 +22,9 @@ class GradientMaskSection(BaseModel):
     error_if_nonfinite: bool = Field(True, description="Raise if a gradient holds NaN or infinity.")
     track_selection_every: int | None = Field(None, description="Optimizer steps between looks at the overlap.")
     log_by_group: bool = Field(True, description="Log the mask by module and layer as well.")
+    compact: bool = Field(False, description="CompactAdamW: gradients and states of selected entries alone.")
+    state_bits: int | str | None = Field(None, description="Of it: 32, 8, 4 or fp8; null: as optimizer says.")
+    bf16_stochastic_round: bool = Field(False, description="Of it: bfloat16 weights are rounded by chance.")
 
     @model_validator(mode="after")
     def _accepted_by_the_callback(self):
@@ -56,4 +60,11 @@ class GradientMaskArgs(BaseModel):
                 "FSDP version 1 flattens parameters together, where gradient_mask finds no tensor's threshold: set "
                 "fsdp_version: 2"
             )
+        if isinstance(data["gradient_mask"], dict) and data["gradient_mask"].get("compact") is True:
+            state_bits_of(str(data.get("optimizer") or "adamw_torch_fused"))
+            if data.get("fp16") or data.get("float16"):
+                raise ValueError(
+                    "fp16 scales gradients, and gradient_mask with compact: true would take them still scaled: set "
+                    "bf16: true"
+                )
         return data

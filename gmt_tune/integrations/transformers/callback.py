@@ -6,7 +6,8 @@ announces steps that the fp16 gradient scaler then skips; it runs after every ot
 it is the code path of a plain PyTorch loop. Its price is the assumption that the optimizer steps through
 ``torch.optim.Optimizer``: ``on_optimizer_step`` stops a run in which that does not hold.
 
-What can be masked is decided in ``trainer_setup``; files of a checkpoint are read and written in ``checkpoint``.
+What can be masked is decided in ``trainer_setup``; files of a checkpoint are read and written in ``checkpoint``; what a
+compact optimizer needs besides is in ``compact``.
 """
 
 from typing import Any
@@ -18,10 +19,18 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.utils import logging
 
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
+from gmt_tune.integrations.transformers.compact import (
+    ClippingInOptimizer,
+    check_compact_options,
+    check_made_compact,
+    make_compact,
+    refuse_uncompactable,
+    trainer_in_construction,
+)
 from gmt_tune.integrations.transformers.run_files import TrainerRunLog
 from gmt_tune.integrations.transformers.trainer_setup import refuse_unmaskable_arguments, refuse_unmaskable_model
 from gmt_tune.masking import GradientMask
-from gmt_tune.masking.optimizers import unwrap_optimizer
+from gmt_tune.masking.optimizers import CompactOptimizer, unwrap_optimizer
 from gmt_tune.masking.tracker import SelectionTracker, check_every
 from gmt_tune.reporting.mask_metrics import MaskMetrics
 
@@ -44,6 +53,11 @@ class GradientMaskCallback(TrainerCallback):
             ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Begins again on resuming.
         log_by_group: put the numbers by module and layer into the Trainer's logs; ``gmt-tune report`` has them
             in any case.
+        compact: have the Trainer make a :class:`gmt_tune.CompactAdamW` where it would make an AdamW: gradients and
+            states of selected entries alone. Learning rate, betas, decay, schedule and clipping are the Trainer's; the
+            logged ``grad_norm`` is then that of selected entries and dense parameters.
+        state_bits: of its moments, 32, 8, 4 or "fp8"; None takes what ``optim`` says (``adamw_torch_8bit``: 8).
+        bf16_stochastic_round: of CompactAdamW: bfloat16 weights are rounded up or down by chance.
         options: all else that ``mask_class`` takes: ``score``, ``scope``, ``refresh_every``, ``dense``, ``frozen``,
             ``seed``, ``error_if_nonfinite`` (on CUDA: at the end of the step, before anything is logged or saved).
 
@@ -63,6 +77,9 @@ class GradientMaskCallback(TrainerCallback):
         mask_class: type[GradientMask] = GradientMask,
         track_selection_every: int | None = None,
         log_by_group: bool = True,
+        compact: bool = False,
+        state_bits: int | str | None = None,
+        bf16_stochastic_round: bool = False,
         **options: Any,
     ) -> None:
         if not (isinstance(mask_class, type) and issubclass(mask_class, GradientMask)):
@@ -75,11 +92,20 @@ class GradientMaskCallback(TrainerCallback):
             check_every(track_selection_every, "track_selection_every")
         self._track_selection_every = track_selection_every
         self._log_by_group = log_by_group
+        if not isinstance(compact, bool):
+            raise TypeError(f"compact must be True or False, got {compact!r}")
+        self._compact: dict[str, Any] | None = None
+        if compact:
+            self._compact = {"state_bits": state_bits, "bf16_stochastic_round": bf16_stochastic_round}
+            check_compact_options(mask_class, self._options, **self._compact)
+        elif state_bits is not None or bf16_stochastic_round:
+            raise ValueError("state_bits and bf16_stochastic_round are those of CompactAdamW: add compact=True")
+        self._clipping: ClippingInOptimizer | None = None
         self._metrics: MaskMetrics | None = None
         self._run_log: TrainerRunLog | None = None
         self._mask: GradientMask | None = None
         self._handles: list[RemovableHandle] = []
-        self._optimizer_stepped = self._is_first = False
+        self._optimizer_stepped = self._is_first = self._is_made_by_trainer = False
 
     @property
     def mask(self) -> GradientMask | None:
@@ -105,6 +131,10 @@ class GradientMaskCallback(TrainerCallback):
         refuse_unmaskable_arguments(args)
         if model is not None:
             self._build_mask(model)
+        if self._compact is not None:
+            trainer = trainer_in_construction()
+            self._is_made_by_trainer = make_compact(trainer, **self._compact)
+            self.log_first(trainer)  # all of its reporters get the norm that CompactAdamW clips by
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, **kwargs
@@ -119,9 +149,17 @@ class GradientMaskCallback(TrainerCallback):
                 "log_first(trainer) of the GradientMaskCallback"
             )
         mask = self._build_mask(model)
+        wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
+        if self._compact is not None:
+            check_made_compact(optimizer, args, by_trainer=self._is_made_by_trainer)
+        is_compact = isinstance(optimizer, CompactOptimizer)
+        if is_compact:
+            refuse_uncompactable(model, args, wrapper)
         if state.global_step > 0:
-            restore_mask(mask, model, args, state)
-        optimizer = unwrap_optimizer(optimizer)
+            restore_mask(mask, model, args, state, optimizer if is_compact else None)
+        if is_compact:
+            optimizer.zero_grad()  # what a training took in that ended within a step
+            self._clipping = ClippingInOptimizer(optimizer, args)
         self._handles = [mask.register(optimizer), optimizer.register_step_pre_hook(self._note_step)]
         self._mask = mask
         tracker = None
@@ -129,8 +167,16 @@ class GradientMaskCallback(TrainerCallback):
             tracker = SelectionTracker(mask, self._track_selection_every)
             self._handles.append(tracker.register(optimizer))
         self._metrics = MaskMetrics(mask, tracker)
-        self._run_log = TrainerRunLog(mask, self._metrics, model, args, state)
+        self._run_log = TrainerRunLog(mask, self._metrics, model, optimizer, args, state)
         self._optimizer_stepped = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        if self._clipping is not None:
+            self._clipping.begin_step()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        if self._clipping is not None:
+            self._clipping.end_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control, optimizer=None, **kwargs
@@ -152,7 +198,7 @@ class GradientMaskCallback(TrainerCallback):
             self._run_log.log(state.global_step, logs)
             return
         # Asked on every rank: the metrics of a sharded gradient may need them all.
-        metrics = self._metrics.totals()
+        metrics = self._metrics.totals() | (self._clipping.logs() if self._clipping is not None else {})
         self._run_log.log(state.global_step, {**logs, **metrics})
         by_group = self._run_log.log_mask(state.global_step)
         if self._log_by_group:
@@ -163,7 +209,7 @@ class GradientMaskCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         if self._mask is not None:
-            save_mask(self._mask, model, args, state)
+            save_mask(self._mask, model, args, state, is_compact=self._clipping is not None)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Take the hooks off: the optimizer may go on to be used without the mask."""
@@ -179,3 +225,6 @@ class GradientMaskCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._clipping is not None:
+            self._clipping.end()
+            self._clipping = None

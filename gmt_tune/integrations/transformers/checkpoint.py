@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -26,7 +27,9 @@ FILE_NAME = "gradient_mask.pt"
 logger = logging.get_logger(__name__)
 
 
-def save_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+def save_mask(
+    mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState, *, is_compact: bool
+) -> None:
     """Write the mask into the checkpoint that the Trainer has just written. Called on every rank."""
     if args.save_only_model or state.is_hyper_param_search:  # nobody resumes from these
         return
@@ -36,15 +39,22 @@ def save_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, sta
         return
     path = _own_checkpoint(args, state) / name
     partial = path.with_suffix(".partial")
-    torch.save({"mask": mask_state, "shards": shards, "trainer_state": _fingerprint(state)}, partial)
+    content = {"mask": mask_state, "shards": shards, "compact": is_compact, "trainer_state": _fingerprint(state)}
+    torch.save(content, partial)
     os.replace(partial, path)  # a file with the final name is always whole
 
 
-def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+def restore_mask(
+    mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState, compact: Optimizer | None
+) -> None:
     """Continue from the mask in the checkpoint that the Trainer resumes from. Called on every rank.
 
-    Raises ValueError if policy, parameters or sharding differ from what was saved, and FileNotFoundError if there is no
-    file, and the selection depends on what it holds.
+    Args:
+        mask, model, args, state: of the run that resumes.
+        compact: the optimizer, if its states lie by the mask's selection; the Trainer has loaded it.
+
+    Raises ValueError if policy, parameters, sharding or the kind of optimizer differ from what was saved, and
+    FileNotFoundError if there is no file, and the selection depends on what it holds.
     """
     folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
     folders.append(_own_checkpoint(args, state))
@@ -53,9 +63,10 @@ def restore_mask(mask: GradientMask, model: nn.Module, args: TrainingArguments, 
             content = _read(path)
             if content["trainer_state"] == _fingerprint(state):
                 _check_shards(content, _shards(model, args))
+                _check_optimizer(path.parent, content.get("compact", False), compact)
                 mask.load_state_dict(content["mask"])
                 return
-    if mask.refresh_every == 1 and mask.score != "random":
+    if mask.refresh_every == 1 and mask.score != "random" and compact is None:
         # Each step makes a selection of its own gradient: nothing is lost but the count of steps.
         steps = dict.fromkeys(mask.state_dict()["steps"], state.global_step)
         mask.load_state_dict({"policy": mask.policy(), "steps": steps, "selections": {}})
@@ -112,6 +123,20 @@ def _check_shards(content: dict, shards: int) -> None:
         raise ValueError(
             f"the gradient mask's selection was saved in {content['shards']} part(s), and there are {shards} now: "
             "resume with the number of processes and the sharding that it was saved with"
+        )
+
+
+def _check_optimizer(folder: Path, was_compact: bool, compact: Optimizer | None) -> None:
+    """Compact states and selections come from the same checkpoint, or cannot be used."""
+    if was_compact != (compact is not None):
+        raise ValueError(
+            f"the optimizer's states in {folder} were saved with compact={was_compact}: resume with the same, or begin "
+            "a new run with that folder as the model"
+        )
+    if compact is not None and not compact.state:
+        raise FileNotFoundError(
+            f"{folder} holds no optimizer.pt, whose states the saved selection needs: resume from a whole checkpoint, "
+            "or begin a new run with that folder as the model"
         )
 
 

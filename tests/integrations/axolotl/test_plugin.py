@@ -67,6 +67,9 @@ def test_a_section_reaches_the_mask_as_it_was_written(validate, axolotl_config, 
         ({"density": 0.2, "refresh_every": 0}, "refresh_every must be a whole number"),
         ({"density": 0.2, "dense": "*norm*"}, "gradient_mask.dense"),
         ({"density": 0.2, "track_selection_every": 0}, "track_selection_every must be a whole number"),
+        ({"density": 0.2, "state_bits": 8}, "state_bits and bf16_stochastic_round are those of CompactAdamW"),
+        ({"density": 0.2, "compact": True, "scope": "global"}, "scope 'global' does not work with CompactAdamW"),
+        ({"density": 0.2, "compact": "yes"}, "gradient_mask.compact"),
         (..., "needs a section gradient_mask"),
     ],
 )
@@ -75,6 +78,20 @@ def test_a_wrong_section_is_refused_by_axolotls_validation(validate, axolotl_con
 
     with pytest.raises(ValidationError, match=sentence):
         validate(axolotl_config(gradient_mask=section))
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"optimizer": "lion_8bit"}, "compact=True has no counterpart of optim='lion_8bit'"),
+        ({"fp16": True}, "fp16 scales gradients.*set bf16: true"),
+    ],
+)
+def test_what_a_compact_optimizer_cannot_do_is_refused(validate, axolotl_config, settings, sentence):
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match=sentence):
+        validate(axolotl_config(gradient_mask={"density": 0.2, "compact": True}, **settings))
 
 
 def test_deepspeed_is_refused_and_fsdp2_named(validate, axolotl_config):
@@ -96,9 +113,10 @@ def test_fsdp_version_1_is_refused_and_2_named(validate, axolotl_config, version
 
 def test_the_yaml_of_the_documentation_passes_axolotls_validation(validate, axolotl_config):
     page = (EXAMPLES.parent / "docs" / "integrations.md").read_text()
-    [block] = re.findall(r"```yaml tested-by=tests/integrations/axolotl/test_plugin.py\n(.*?)```", page, re.DOTALL)
-    cfg = validate(axolotl_config(**yaml.safe_load(block)))
-    assert cfg.gradient_mask.density == 0.2 and cfg.plugins == [PLUGIN]
+    blocks = re.findall(r"```yaml tested-by=tests/integrations/axolotl/test_plugin.py\n(.*?)```", page, re.DOTALL)
+    cfgs = [validate(axolotl_config(**yaml.safe_load(block))) for block in blocks]
+    assert [(cfg.gradient_mask.density, cfg.gradient_mask.compact) for cfg in cfgs] == [(0.2, False), (0.05, True)]
+    assert all(cfg.plugins == [PLUGIN] for cfg in cfgs)
 
 
 @pytest.mark.parametrize("name", ["axolotl_llama3_1_8b", "axolotl_mistral_7b"])
@@ -109,6 +127,15 @@ def test_the_examples_pass_axolotls_validation(validate, name):
         env_capabilities={"torch_version": "2.13.0"},
     )
     assert cfg.gradient_mask.density == 0.2 and cfg.fsdp_version == 2
+
+
+def test_the_compact_example_passes_axolotls_validation(validate):
+    cfg = validate(
+        yaml.safe_load((EXAMPLES / "axolotl_llama3_1_8b_compact.yaml").read_text()),
+        capabilities={"bf16": True, "tf32": True, "fp8": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_90"},
+        env_capabilities={"torch_version": "2.13.0"},
+    )
+    assert cfg.gradient_mask.compact and cfg.gradient_mask.density == 0.05 and cfg.max_grad_norm == 1.0
 
 
 @pytest.fixture
@@ -149,15 +176,29 @@ def test_a_step_of_axolotls_dpo_trainer_moves_the_entries_that_a_full_sort_selec
     moves_only_selected(lambda watch: make_axolotl_trainer(config, watch), density=0.2)
 
 
+def test_axolotls_trainer_trains_compactly(axolotl_config, make_axolotl_trainer):
+    from transformers import TrainerCallback
+
+    from gmt_tune import CompactAdamW
+
+    section = {"density": 0.2, "refresh_every": 3, "compact": True, "state_bits": 4}
+    trainer = make_axolotl_trainer(axolotl_config(gradient_mask=section, max_grad_norm=0.5), TrainerCallback())
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert isinstance(optimizer, CompactAdamW) and optimizer.state_bits == 4
+    assert len(logs) == 4 and logs[-1]["grad_norm"] == optimizer.grad_norm.item()
+
+
 @pytest.mark.slow
-def test_axolotl_train_runs_logs_saves_and_resumes(axolotl_config, tmp_path, same_bits):
+@pytest.mark.parametrize("compact", [False, True])
+def test_axolotl_train_runs_logs_saves_and_resumes(axolotl_config, tmp_path, same_bits, compact):
     """The whole command on the CPU, undisturbed, and resumed inside a refresh interval."""
     from safetensors.torch import load_file
 
     def train(folder: Path, **changes):
-        config = axolotl_config(
-            gradient_mask={"density": 0.2, "refresh_every": 3}, output_dir=str(folder / "out"), max_steps=6, **changes
-        )
+        section = {"density": 0.2, "refresh_every": 3, "compact": compact}
+        config = axolotl_config(gradient_mask=section, output_dir=str(folder / "out"), max_steps=6, **changes)
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         process = subprocess.run(

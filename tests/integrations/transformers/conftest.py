@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from gmt_tune import GradientMask
+from gmt_tune import CompactAdamW, GradientMask
 
 os.environ.setdefault("WANDB_DISABLED", "true")
 
@@ -108,13 +108,14 @@ def make_trainer(make_trainer_in, tmp_path):
 def train_plain_loop(rows):
     """Function that does what such a Trainer does, written out: the independent answer.
 
-    It takes the model, the mask's policy, and the optimizer as a function of parameter groups.
+    It takes the model, the mask's policy, and the optimizer as a function of parameter groups; one that clips by itself
+    is left to it. The loss and the optimizer's norm of each step are added to ``record``.
     """
 
     def adamw(groups):
         return torch.optim.AdamW(groups, lr=1e-2)
 
-    def train(model, policy, make_optimizer=adamw, steps=5, micro_batch=4, accumulate=2):
+    def train(model, policy, make_optimizer=adamw, steps=5, micro_batch=4, accumulate=2, record=None):
         decayed = [p for name, p in model.named_parameters() if "norm" not in name]
         others = [p for name, p in model.named_parameters() if "norm" in name]
         mask = GradientMask(model.named_parameters(), **policy)
@@ -128,10 +129,15 @@ def train_plain_loop(rows):
                 for batch in batches[step * accumulate : (step + 1) * accumulate]
             ]
             targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+            losses = []
             for batch in micro_batches:
-                model(**batch, num_items_in_batch=targets).loss.backward()
-            clip_grad_norm_(model.parameters(), 0.5)
+                losses.append(model(**batch, num_items_in_batch=targets).loss)
+                losses[-1].backward()
+            if not isinstance(optimizer, CompactAdamW):
+                clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
+            if record is not None:
+                record.append((sum(losses).item(), optimizer.grad_norm.item()))
             optimizer.zero_grad()
         return optimizer
 

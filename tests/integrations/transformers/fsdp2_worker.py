@@ -2,7 +2,8 @@
 
     python fsdp2_worker.py OUTPUT_FOLDER RUNS_AS_JSON
 
-where a run is ``{"name": ..., "policy": {...}, "stop_after": step or null, "resume": true or false}``.
+where a run is ``{"name": ..., "policy": {...}, "stop_after": step or null, "resume": true or false}``, and may have
+``"changes"`` of its training arguments. What refuses a run is written in place of its weights.
 
 Every process gets the same batches, so that the gradients' mean over any number of processes is, bit for bit,
 that of one: what differs then between one process and two, the mask did.
@@ -61,7 +62,14 @@ def make_model() -> LlamaForCausalLM:
     )
 
 
-def train(folder: Path, name: str, policy: dict, stop_after: int | None, resume: bool) -> None:
+def train(
+    folder: Path,
+    name: str,
+    policy: dict,
+    stop_after: int | None = None,
+    resume: bool = False,
+    changes: dict | None = None,
+) -> None:
     rows = []
     for tokens in torch.randint(3, 97, (STEPS, BATCH, 12), generator=torch.Generator().manual_seed(3)):
         rows += [{"input_ids": row, "labels": row} for row in tokens] * WORLD_SIZE
@@ -73,24 +81,32 @@ def train(folder: Path, name: str, policy: dict, stop_after: int | None, resume:
     trainer = TrainerWithFSDP2OnCPU(
         model=make_model(),
         args=TrainingArguments(
-            output_dir=str(folder / name),
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            train_sampling_strategy="sequential",
-            max_grad_norm=0.0,
-            learning_rate=1e-2,
-            optim="adamw_torch",
-            logging_steps=1,
-            save_steps=SAVE_STEPS,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            **several,
+            **{
+                "output_dir": str(folder / name),
+                "max_steps": STEPS,
+                "per_device_train_batch_size": BATCH,
+                "train_sampling_strategy": "sequential",
+                "max_grad_norm": 0.0,
+                "learning_rate": 1e-2,
+                "optim": "adamw_torch",
+                "logging_steps": 1,
+                "save_steps": SAVE_STEPS,
+                "report_to": [],
+                "disable_tqdm": True,
+                "use_cpu": True,
+                **several,
+                **(changes or {}),
+            }
         ),
         train_dataset=rows,
         callbacks=[callback, StopsAfter(stop_after)],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except ValueError as error:
+        if trainer.args.process_index == 0:
+            torch.save({"refused": str(error)}, folder / f"{name}.pt")
+        return
     sharded = isinstance(trainer.model, FSDPModule)
     if sharded:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -102,6 +118,7 @@ def train(folder: Path, name: str, policy: dict, stop_after: int | None, resume:
             "weights": weights,
             "selected": {name: int(count) for name, count in callback.mask.statistics.selected.items()},
             "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+            "norms": [log["grad_norm"] for log in trainer.state.log_history if "loss" in log],
             "sharded": sharded,
         }
         torch.save(result, folder / f"{name}.pt")
@@ -109,7 +126,7 @@ def train(folder: Path, name: str, policy: dict, stop_after: int | None, resume:
 
 def train_all(folder: Path, runs: list[dict]) -> None:
     for run in runs:
-        train(folder, run["name"], run["policy"], run.get("stop_after"), run.get("resume", False))
+        train(folder, **run)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ RUNS = [
 # Two trainings with the output folder of one: what stops after step 3 goes on from its checkpoint
 INTERRUPTED = {"name": "interrupted", "policy": {"density": 0.2, "refresh_every": 4}}
 RUNS += [{**INTERRUPTED, "stop_after": 3}, {**INTERRUPTED, "resume": True}]
+COMPACT = {"density": 0.2, "refresh_every": 3, "dense": ["*norm*"], "compact": True}
+UNSAVED = {"save_strategy": "no", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "weight_decay": 0.1}
+RUNS += [
+    {"name": "compact", "policy": COMPACT, "changes": UNSAVED},
+    {"name": "compact_saved", "policy": COMPACT},
+    {"name": "compact_ddp", "policy": COMPACT, "changes": {**UNSAVED, "fsdp": False, "fsdp_config": None}},
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +63,19 @@ def test_resumed_equals_undisturbed_inside_a_refresh_interval(results, same_bits
     resumed, undisturbed = results["interrupted", processes], results["refresh", processes]
     assert resumed["losses"] == undisturbed["losses"]
     assert same_bits(resumed["weights"], undisturbed["weights"]) == []
+
+
+def test_two_processes_train_compactly_as_one(results, same_bits):
+    one, two = results["compact", 1], results["compact", 2]
+    assert two["sharded"] and one["selected"] == two["selected"]
+    # Norms are sums over the ranks, in another order
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-6) and max(one["norms"]) > 0.5
+    for name, weights in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weights, rtol=1e-4, atol=1e-6)
+    assert same_bits(one["weights"], results["tensor", 1]["weights"]) != []
+
+
+def test_what_two_processes_cannot_do_compactly_is_refused(results):
+    assert "the Trainer's checkpoints of sharded optimizer states cannot hold" in results["compact_saved", 2]["refused"]
+    assert "takes gradients before DDP reduces them over the 2 processes" in results["compact_ddp", 2]["refused"]

@@ -6,6 +6,7 @@ import pytest
 import trl
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from gmt_tune import CompactAdamW
 from gmt_tune.integrations.transformers import GradientMaskCallback
 
 SGD = {"optim": "sgd", "weight_decay": 0.0, "learning_rate": 10.0, "max_steps": 1}
@@ -81,6 +82,16 @@ def test_loss_falls_and_metrics_join_trls_own(make_sft_or_dpo, kind):
     assert len(logs) == 6 and logs[-1]["loss"] < logs[0]["loss"]
     trls_own = "mean_token_accuracy" if kind == "sft" else "rewards/margins"
     assert all(0.15 < log["mask/density"] < 0.25 and trls_own in log for log in logs)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_loss_falls_with_a_compact_optimizer(make_sft_or_dpo, kind):
+    trainer = make_sft_or_dpo(kind, [GradientMaskCallback(density=0.2, refresh_every=3, compact=True)])
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert isinstance(optimizer, CompactAdamW) and logs[-1]["grad_norm"] == optimizer.grad_norm.item()
+    assert len(logs) == 6 and logs[-1]["loss"] < logs[0]["loss"]
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

@@ -8,8 +8,9 @@ metadata when all have written. The files are DCP's, and its readers cut them fo
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +37,24 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from gmt_tune.masking.packing import pack_selection, unpack_selection
+from gmt_tune.optim.states import to_floats
 
 
 class PackedBits(NamedTuple):
     """One bit for each entry that this rank holds of a parameter, as ``pack_selection`` gives them."""
 
-    packed: Tensor
+    stored: Tensor
     parameter: Tensor
+
+
+class CompactValues(NamedTuple):
+    """A state, 1-d, of the entries that are selected of those that this rank holds of a parameter."""
+
+    stored: Tensor
+    parameter: Tensor
+
+
+Value = Tensor | PackedBits | CompactValues
 
 
 class ShardWriter:
@@ -56,7 +68,7 @@ class ShardWriter:
         copy: of what this rank will write, on the CPU, so that training may change it meanwhile.
     """
 
-    def __init__(self, folder: Path, values: Mapping[str, Tensor | PackedBits], *, copy: bool) -> None:
+    def __init__(self, folder: Path, values: Mapping[str, Value], *, copy: bool) -> None:
         # The folder is flushed as a whole; and copying ahead takes the current device's stream, which in the thread
         # that writes is not that of the tensors
         self._storage = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
@@ -93,29 +105,32 @@ class ShardWriter:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Takes packed bits for the entries of their parameter, so that DCP knows where they lie."""
+    """Takes bits and compact values for the entries of their parameter, so that DCP knows where they lie."""
 
-    def __init__(self, values: Mapping[str, Tensor | PackedBits]) -> None:
+    def __init__(self, values: Mapping[str, Value]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        self._bits = {name: value for name, value in values.items() if isinstance(value, PackedBits)}
+        self._packed = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         self._copies: dict[MetadataIndex, Any] = {}
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        items = [_item(name, bits.parameter) for name, bits in self._bits.items()]
-        as_bytes = TensorProperties(dtype=torch.uint8)
-        items = [replace(item, tensor_data=replace(item.tensor_data, properties=as_bytes)) for item in items]
+        items = []
+        for name, value in self._packed.items():
+            item, properties = _item(name, value.parameter), TensorProperties(dtype=value.stored.dtype)
+            items.append(replace(item, tensor_data=replace(item.tensor_data, properties=properties)))
         return replace(plan, items=[*plan.items, *items])
 
     def copy_data(self, plan: SavePlan) -> None:
         self._copies = {item.index: _copy(self.resolve_data(item)) for item in plan.items}
+        self.tensors.clear()  # which an accelerator need not hold any longer: bits are made for saving alone
+        self._packed.clear()
 
     def resolve_data(self, write_item: WriteItem):
         if write_item.index in self._copies:
             return self._copies[write_item.index]
-        if write_item.index.fqn in self._bits:
-            return self._bits[write_item.index.fqn].packed
+        if write_item.index.fqn in self._packed:
+            return self._packed[write_item.index.fqn].stored
         return super().resolve_data(write_item)
 
 
@@ -145,37 +160,69 @@ class ShardReader:
         return self.read_(name, torch.empty(saved.size, dtype=saved.properties.dtype))
 
     def read_bits(self, name: str, parameter: Tensor) -> Tensor:
-        """:attr:`PackedBits.packed` of the entries that this rank holds of a parameter now."""
-
-        def entries(chunk: ChunkStorageMetadata) -> Tensor:
-            numel = chunk.sizes.numel()
-            packed = self._read_stored(name, chunk, torch.empty((numel + 7) // 8, dtype=torch.uint8))
-            return unpack_selection(packed, numel).view(chunk.sizes)
-
-        return pack_selection(self._cut(name, parameter, torch.bool, entries))
+        """:class:`PackedBits` of the entries that this rank holds of a parameter now."""
+        return pack_selection(self._cut(name, parameter, torch.bool, lambda chunk: self._read_selected(name, chunk)))
 
     def read_floats(self, name: str, parameter: Tensor) -> Tensor:
         """What this rank holds now of a state that is as large as its parameter; a quantized one in float32."""
-        return self._cut(
-            name, parameter, torch.float32, lambda chunk: self._read_stored(name, chunk, torch.empty(chunk.sizes))
-        )
+        return self._cut(name, parameter, torch.float32, lambda chunk: to_floats(self._read_stored(name, chunk)))
+
+    def read_compact(self, name: str, bits: str, parameter: Tensor) -> Tensor:
+        """:class:`CompactValues` of the entries that this rank holds of a parameter now, on the CPU.
+
+        Args:
+            name: of the values.
+            bits: name of the :class:`PackedBits` that say whose values these are.
+            parameter: of both.
+
+        Returns:
+            1-d: where a rank held the same entries then, what it saved, bit for bit; else the values of the selected
+            entries, in float32 where they were quantized.
+        """
+        saved, own = self.tensors[name], _item(name, parameter).tensor_data.chunk
+        if own in saved.chunks:
+            return self._read_stored(name, own)
+        is_selected = self._cut(bits, parameter, torch.bool, lambda chunk: self._read_selected(bits, chunk))
+        values = torch.empty(int(is_selected.sum()), dtype=saved.properties.dtype)
+        for chunk, theirs, ours in self._overlaps(name, own):
+            is_shared = _within(theirs, self._read_selected(bits, chunk))
+            stored = to_floats(self._read_stored(name, chunk))[: is_shared.numel()]  # padding is behind them
+            values[_within(ours, is_selected)] = stored[is_shared]
+        return values
 
     def _cut(self, name: str, parameter: Tensor, dtype: torch.dtype, read: Callable) -> Tensor:
         """A rank's part out of the parts that were saved, read one after the other, where DCP cannot cut these."""
         own = _item(name, parameter).tensor_data.chunk
         target = torch.empty(own.sizes, dtype=dtype)
-        for item in create_read_items_for_chunk_list(name, self.tensors[name], [own]):
-            saved = read(self.tensors[name].chunks[item.storage_index.index or 0])
-            target[_slices(item.dest_offsets, item.lengths)] = saved[_slices(item.storage_offsets, item.lengths)]
+        for chunk, theirs, ours in self._overlaps(name, own):
+            target[ours] = read(chunk)[theirs]
         return target
 
-    def _read_stored(self, name: str, chunk: ChunkStorageMetadata, target: Tensor) -> Tensor:
-        """Fill a plain tensor with one part as it was saved."""
-        start = torch.Size([0] * target.dim())
-        stored = MetadataIndex(name, chunk.offsets)
-        item = ReadItem(LoadItemType.TENSOR, MetadataIndex(name), start, stored, start, target.size())
-        self._storage.read_data(LoadPlan([item]), _load_planner(name, target, self._metadata))
-        return target
+    def _overlaps(self, name: str, own: ChunkStorageMetadata) -> Iterator[tuple[ChunkStorageMetadata, tuple, tuple]]:
+        """Each part that was saved and overlaps with a rank's own, and the slices of both that they share."""
+        for item in create_read_items_for_chunk_list(name, self.tensors[name], [own]):
+            chunk = self.tensors[name].chunks[item.storage_index.index or 0]
+            yield chunk, _slices(item.storage_offsets, item.lengths), _slices(item.dest_offsets, item.lengths)
+
+    def _read_selected(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """The bool tensor of one part's bits."""
+        return unpack_selection(self._read_stored(name, chunk), chunk.sizes.numel()).view(chunk.sizes)
+
+    def _read_stored(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """What one rank stored of its entries, as it was: DCP knows which entries these are, not what they became."""
+        planner, index, nowhere = _BytesPlanner(), MetadataIndex(name, chunk.offsets), torch.Size([0])
+        item = ReadItem(LoadItemType.BYTE_IO, index, nowhere, index, nowhere, nowhere)
+        self._storage.read_data(LoadPlan([item]), planner)
+        return torch.load(planner.loaded, map_location="cpu", weights_only=True)
+
+
+class _BytesPlanner(DefaultLoadPlanner):
+    """Takes in one value by the bytes that it was stored as."""
+
+    loaded: io.BytesIO
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.loaded = value
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -210,6 +257,13 @@ def _item(name: str, tensor: Tensor) -> Any:
 
 def _slices(offsets, lengths) -> tuple[slice, ...]:
     return tuple(slice(first, first + length) for first, length in zip(offsets, lengths, strict=True))
+
+
+def _within(box: tuple[slice, ...], is_selected: Tensor) -> Tensor:
+    """Of the selected entries of a bool tensor, in row-major order, which of them lie in a box: bool, 1-d."""
+    inside = torch.zeros_like(is_selected)
+    inside[box] = True
+    return inside[is_selected]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
+from gmt_tune.masking.optimizers import CompactOptimizer
 
 
 def check_space(output_dir: Path, parts: TrainingParts, saves: int, keep_last_n: int | None) -> None:
@@ -23,8 +25,7 @@ def check_space(output_dir: Path, parts: TrainingParts, saves: int, keep_last_n:
         keep_last_n: as ``keep_last_n_checkpoints``.
     """
     weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
-    trained = [p for p in parts.model.parameters() if p.requires_grad]
-    state = int(sum(_state_bytes_per_entry(parts.optimizers[0], p) * p.numel() for p in trained))
+    state = int(_state_bytes(parts))
     existing = sum(size for c in folders.list_checkpoints(output_dir) for size, _ in c.files.values())
     needed = space_needed(weights, state, saves, keep_last_n, existing)
     free = shutil.disk_usage(output_dir).free
@@ -51,6 +52,18 @@ def space_needed(weights: int, state: int, saves: int, keep_last_n: int | None, 
     in_between = min(saves, keep_last_n + 1) * whole
     at_the_end = min(saves, keep_last_n) * whole + weights
     return max(in_between, at_the_end) - existing
+
+
+def _state_bytes(parts: TrainingParts) -> float:
+    """Bytes that the optimizers will keep, and, of compact ones, of the selection that says whose states these are."""
+    optimizer: Any = parts.optimizers[0]
+    trained = [p for p in parts.model.parameters() if p.requires_grad]
+    if parts.mask is None or not isinstance(optimizer, CompactOptimizer):
+        return sum(_state_bytes_per_entry(optimizer, p) * p.numel() for p in trained)
+    masked = sum(p.numel() for p in parts.mask.masked_parameters.values())
+    dense = sum(p.numel() for p in trained) - masked
+    moments = {8: 2.0, "fp8": 2.0, 4: 1.0}.get(getattr(optimizer, "state_bits", 32), 8.0)
+    return moments * dense + (parts.mask.density * (moments + 2) + 1 / 8) * masked  # 2 bytes of age, 1 bit of selection
 
 
 def _state_bytes_per_entry(optimizer: torch.optim.Optimizer, p: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 Tensors are saved as each rank holds them, and nothing is gathered; ``shards`` cuts them where the ranks hold other
 parts now. torchao's quantized states keep their bits where their blocks can be cut so, and are quantized again where
-they cannot.
+they cannot. States of selected entries alone are saved beside the selection's bits, which say whose they are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ from torch.utils._pytree import tree_map_only
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
-from gmt_tune.integrations.torchtune.checkpoint.shards import PackedBits, ShardReader, ShardWriter
+from gmt_tune.integrations.torchtune.checkpoint.shards import (
+    CompactValues,
+    PackedBits,
+    ShardReader,
+    ShardWriter,
+    Value,
+)
 from gmt_tune.masking.names import bare_name
+from gmt_tune.masking.optimizers import CompactOptimizer
 
 FOLDER = "training_state"  # in a checkpoint's
 
@@ -38,13 +45,16 @@ def plan_save(folder: Path, parts: TrainingParts, *, copy: bool) -> ShardWriter:
         folder: for the files.
         copy: of the state as it is now, so that training may go on before it is written.
     """
-    values: dict[str, Tensor | PackedBits] = {}
+    values: dict[str, Value] = {}
     rank, common = dist.get_rank(), _common(parts)
     names: dict = {p: name for name, p in _named_parameters(parts.model)}
     for optimizer in parts.optimizers:
         for p, state in optimizer.state.items():
+            is_compact = _is_compact(optimizer, p, parts)
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim() > 0:
+                if is_compact:
+                    values[f"compact.{names[p]}.{key}"] = CompactValues(value.detach(), p.detach())
+                elif isinstance(value, Tensor) and value.dim() > 0:
                     is_own = isinstance(p, DTensor) and not isinstance(value, DTensor)
                     values[f"{_of_rank(rank) if is_own else ''}optimizer.{names[p]}.{key}"] = value.detach()
                 else:
@@ -80,23 +90,18 @@ def restore(folder: Path, parts: TrainingParts, *, is_same_world: bool) -> dict 
     """
     reader = ShardReader(folder)
     common = _from_tensor(reader.read_whole("common"))
+    kind = _kind(parts)
+    if common.get("optimizer", kind) != kind:  # earlier versions did not say
+        raise UserError(
+            f"the checkpoint {folder.parent} was saved with optimizer {common['optimizer']}, and this run has {kind}, "
+            "whose states are others: set optimizer._component_ as it was, or start a new run from its weights"
+        )
     parameters = dict(_named_parameters(parts.model))
     groups = [group for optimizer in parts.optimizers for group in optimizer.param_groups]
     if len(groups) != len(common["hyperparameters"]):
         raise UserError(
             f"the checkpoint {folder.parent} was saved with another setting of optimizer_in_bwd: set it as it was"
         )
-    own = _of_rank(dist.get_rank() if is_same_world else 0)
-    _restore_states(reader, own, common["scalars"], parameters, parts.optimizers)
-    for group, saved in zip(groups, common["hyperparameters"], strict=True):
-        for key, value in saved.items():
-            # torchao's optimizers hold the learning rate as a tensor that compiled code refers to
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = value
-    if parts.lr_scheduler is not None and common["lr_scheduler"] is not None:
-        parts.lr_scheduler.load_state_dict(common["lr_scheduler"])
     for owner, keys in _BITS.items():
         held = getattr(parts, owner)
         if held is None or common[owner] is None:
@@ -109,13 +114,27 @@ def restore(folder: Path, parts: TrainingParts, *, is_same_world: bool) -> dict 
             held.load_state_dict(common[owner] | bits)
         except ValueError as error:
             raise UserError(f"cannot go on from {folder.parent}: {error}") from None
+    own = _of_rank(dist.get_rank() if is_same_world else 0)
+    _restore_states(reader, own, common["scalars"], parameters, parts)
+    for group, saved in zip(groups, common["hyperparameters"], strict=True):
+        for key, value in saved.items():
+            # torchao's optimizers hold the learning rate as a tensor that compiled code refers to
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+    if parts.lr_scheduler is not None and common["lr_scheduler"] is not None:
+        parts.lr_scheduler.load_state_dict(common["lr_scheduler"])
     return _from_tensor(reader.read_whole(f"{own}rng")) if is_same_world else None
 
 
 def _restore_states(
-    reader: ShardReader, own: str, scalars: dict, parameters: dict[str, Tensor], optimizers: list[Optimizer]
+    reader: ShardReader, own: str, scalars: dict, parameters: dict[str, Tensor], parts: TrainingParts
 ) -> None:
-    owners = {p: (o, group) for o in optimizers for group in o.param_groups for p in group["params"]}
+    owners: dict[Any, tuple[Any, dict]] = {
+        p: (o, group) for o in parts.optimizers for group in o.param_groups for p in group["params"]
+    }
+    mask: Any = parts.mask
     for name, values in scalars.items():
         p = parameters[name]
         optimizer, group = owners[p]
@@ -131,6 +150,11 @@ def _restore_states(
         elif saved.startswith(f"{own}optimizer."):
             p = parameters[part.removeprefix(f"{own}optimizer.")]
             owners[p][0].state[p][key] = _beside(reader.read_whole(saved), p)
+        elif saved.startswith("compact."):
+            name = part.removeprefix("compact.")
+            p = parameters[name]
+            values = reader.read_compact(saved, f"mask.selections.{name}", p)
+            owners[p][0].load_compact_state(p, key, values, mask.selection(p).places.count)
     for saved, p, target in targets:
         try:
             reader.read_(saved, target)
@@ -144,6 +168,7 @@ def _common(parts: TrainingParts) -> dict[str, Any]:
     return {
         "mask": parts.mask.state_dict() if parts.mask is not None else None,
         "tracker": parts.tracker.state_dict() if parts.tracker is not None else None,
+        "optimizer": _kind(parts),
         "scalars": {},
         "hyperparameters": [
             {key: _plain(value) for key, value in group.items() if key != "params"}
@@ -154,6 +179,15 @@ def _common(parts: TrainingParts) -> dict[str, Any]:
         "lr_scheduler": scheduler
         and {key: value for key, value in scheduler.state_dict().items() if not callable(value)},
     }
+
+
+def _kind(parts: TrainingParts) -> str:
+    return type(parts.optimizers[0]).__name__
+
+
+def _is_compact(optimizer: Optimizer, p: Tensor, parts: TrainingParts) -> bool:
+    """Whether an optimizer's states of a parameter are those of its selected entries alone."""
+    return isinstance(optimizer, CompactOptimizer) and parts.mask is not None and parts.mask.selection(p) is not None
 
 
 def _count(value, was_on_accelerator: bool, group: dict, p: Tensor):

@@ -12,16 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gmt_tune.integrations.torchtune.checkpoint import shards, state
+from gmt_tune import CompactAdamW, GradientMask
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.checkpoint import shards, space, state
 from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
 
 WORKER = Path(__file__).with_name("state_worker.py")
 
 
 def test_on_any_mesh_each_rank_gets_its_own_values_and_bits_back(tmp_path):
-    """Plain, 8-bit and 4-bit states, selections and what the tracker has seen, from every mesh to every other."""
+    """Plain, 8-bit, 4-bit and compact states, selections and what the tracker has seen, from every mesh to every other.
+
+    Compact states that go back to the mesh they came from are bit for bit what they were.
+    """
     launch.torchrun(WORKER, tmp_path, processes=4, log_dir=tmp_path / "logs")
-    assert len(list(tmp_path.glob("*/.metadata"))) == 15  # of five meshes and three optimizers
+    assert len(list(tmp_path.glob("*/.metadata"))) == 25  # of five meshes and five optimizers
 
 
 @pytest.mark.parametrize(
@@ -45,8 +50,20 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-def parts_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingParts:
-    return TrainingParts(model, [optimizer], None, None, None, torch.device("cpu"), None)
+def parts_of(model: nn.Module, optimizer: torch.optim.Optimizer, mask: GradientMask | None = None) -> TrainingParts:
+    return TrainingParts(model, [optimizer], None, mask, None, torch.device("cpu"), None)
+
+
+def compact_parts(state_bits=32, refresh_every: int | None = None) -> TrainingParts:
+    """A model that has taken one step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.LayerNorm(1024), nn.Linear(1024, 512))
+    mask = GradientMask(model.named_parameters(), 0.1, refresh_every=refresh_every, dense=["1.*", "0.bias"])
+    optimizer = CompactAdamW(model.parameters(), state_bits=state_bits)
+    mask.register(optimizer)
+    model(torch.randn(4, 512)).square().sum().backward()
+    optimizer.step()
+    return parts_of(model, optimizer, mask)
 
 
 def test_a_state_of_another_size_than_its_parameter_is_kept(tmp_path, one_rank):
@@ -107,3 +124,24 @@ def test_what_was_copied_is_written_though_training_goes_on(tmp_path, one_rank):
     state.restore(tmp_path / "state", parts_of(model, optimizer), is_same_world=True)
     found = optimizer.state_dict()["state"]
     assert all(torch.equal(found[key]["momentum_buffer"], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8, 4, "fp8"])
+def test_the_estimate_of_a_compact_state_is_what_its_files_take(state_bits, tmp_path, one_rank):
+    parts = compact_parts(state_bits)
+    writer = state.plan_save(tmp_path / "state", parts, copy=False)
+    writer.finish([writer.write()])
+    written = sum(file.stat().st_size for file in (tmp_path / "state").iterdir())
+    assert space._state_bytes(parts) == pytest.approx(written, rel=0.2)  # headers, scales of blocks
+
+
+def test_states_before_a_turn_are_none_and_those_of_another_optimizer_are_refused(tmp_path, one_rank):
+    parts = compact_parts(refresh_every=2)
+    writer = state.plan_save(tmp_path / "state", parts, copy=True)
+    writer.finish([writer.write()])
+    saved = shards.ShardReader(tmp_path / "state").tensors
+    compact = {name.rpartition(".")[0] for name in saved if name.startswith("compact.")}
+    assert compact == {"compact.2.weight", "compact.2.bias"}  # the other layer stands still until the second step
+    adamw = parts_of(parts.model, torch.optim.AdamW(parts.model.parameters()), parts.mask)
+    with pytest.raises(UserError, match="saved with optimizer CompactAdamW, and this run has AdamW.*as it was"):
+        state.restore(tmp_path / "state", adamw, is_same_world=True)
