@@ -7,6 +7,7 @@ is saved; other ranks restore the state. A rank's peak is that of its own reside
 """
 
 import argparse
+import importlib
 import json
 import re
 import tempfile
@@ -18,7 +19,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-OPTIMIZERS = ("AdamW", "AdamW8bit", "AdamW4bit")
+OPTIMIZERS = {
+    "AdamW": "torch.optim",
+    "AdamW8bit": "torchao.optim",
+    "AdamW4bit": "torchao.optim",
+    "CompactAdamW": "gmt_tune",
+}
 
 
 def measure(saved_by: int, resumed_by: int, optimizer: str, *, layers: int = 16, width: int = 1024) -> dict:
@@ -37,8 +43,6 @@ def measure(saved_by: int, resumed_by: int, optimizer: str, *, layers: int = 16,
 
 
 def _run(rank: int, size: int, saves: bool, folder: str, optimizer: str, layers: int, width: int) -> None:
-    import torchao.optim
-
     from gmt_tune import GradientMask
     from gmt_tune.integrations.torchtune.checkpoint import state
     from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
@@ -49,8 +53,7 @@ def _run(rank: int, size: int, saves: bool, folder: str, optimizer: str, layers:
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     for layer in model:
         fully_shard(layer)
-    kind = getattr(torch.optim if optimizer == "AdamW" else torchao.optim, optimizer)
-    made = kind(model.parameters())
+    made = getattr(importlib.import_module(OPTIMIZERS[optimizer]), optimizer)(model.parameters())
     mask = GradientMask(model.named_parameters(), 0.2, refresh_every=None)
     parts = TrainingParts(model, [made], None, mask, None, torch.device("cpu"), None)
     if saves:

@@ -62,7 +62,10 @@ def test_low_bit_config_trains_with_its_update_compiled(name, on_tiny_model, rec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3_1/8B_gmt", "llama2/7B_gmt_tulu", "llama3_2/3B_gmt", "mistral/7B_gmt_dpo"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama3_1/8B_gmt", "llama3_1/70B_gmt_compact", "llama2/7B_gmt_tulu", "llama3_2/3B_gmt", "mistral/7B_gmt_dpo"],
+)
 def test_config_for_several_devices_trains_on_two(name, on_tiny_model, run_tune, logged_metrics, tmp_path):
     config = tmp_path / "config.yaml"
     OmegaConf.save(on_tiny_model(name, tmp_path / "out"), config)

@@ -418,6 +418,7 @@ def a_run_of_four_steps(tmp_path_factory, tiny_config, run_recipe):
             {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-3}},
             r"optimizer\._component_ is 'torch\.optim\.SGD'",
         ),
+        ({"optimizer": COMPACT}, r"optimizer\._component_ is 'gmt_tune\.CompactAdamW', was 'torch\.optim\.AdamW'"),
         ({"batch_size": 2}, r"batch_size is 2, was 4"),
         ({"batch_size": 2, "gradient_accumulation_steps": 2}, r"batch_size is 2, was 4"),
         ({"dataset.column_map": {"input": "answer", "output": "question"}}, r"column_map\.input is 'answer'"),
