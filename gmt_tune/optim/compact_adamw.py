@@ -269,7 +269,7 @@ class CompactAdamW(CompactOptimizer):
         held = [self.state[p] for p in parameters]
         for p, state in zip(parameters, held, strict=True):
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), device=own_entries(p).device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = self._new_buffer(p, key == "exp_avg")
             state["step"] += 1

@@ -34,3 +34,11 @@ def test_pieces_are_read_and_written_as_whole_moments_are(bits):
     assert torch.equal(states.read(pieces, slice(0, 1 << 17)), wanted) and wanted.abs().sum() > 0
     assert torch.equal(states.read(pieces, part), wanted[part])
     assert torch.equal(states.pick(pieces, at, slice(600, 1025)), wanted[at])
+
+
+def test_steps_of_dense_parameters_are_where_the_parameters_are():
+    # On the CPU all is in one place; the meta device shows what a GPU would refuse
+    bf16, floats = (torch.zeros(8, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    step = torch.ones(())  # as a checkpoint may give it
+    states.adamw_([bf16], [bf16.clone()], [step], [floats], [floats.clone()], group, stochastic_round=False)
