@@ -281,11 +281,9 @@ class CompactAdamW(CompactOptimizer):
                 entries.copy_(values.view(entries.shape))
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
-        exp_avg, exp_avg_sq = (
-            [own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq")
-        )
+        first, second = ([own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))
         ages, rounds = [state[age] for state in held], self.bf16_stochastic_round
-        states.adamw_(weights, grads, ages, exp_avg, exp_avg_sq, group, stochastic_round=rounds)
+        states.adamw_(weights, grads, ages, first, second, group, stochastic_round=rounds)
 
     def _new_buffer(self, p: Any, signed: bool) -> Tensor:
         """A moment of a dense parameter, sharded as that is; by the name that torchao's optimizers give it."""
