@@ -113,9 +113,8 @@ def adamw_(
     for pieces in _pieces([tensor.numel() for tensor in weights], _piece(weights[0]) if weights else 1):
         w, g = (_join([tensors[i][part] for i, part in pieces]).float() for tensors in (weights, grads))
         m, v = (_join([read(moments[i], part) for i, part in pieces]) for moments in (exp_avgs, exp_avg_sqs))
-        steps = {
-            i: ages[i].to(w.device) for i, _ in pieces if not ages[i].dim()
-        }  # checkpoints may give them on the CPU
+        # Checkpoints may give them on the CPU
+        steps = {i: ages[i].to(w.device) for i, _ in pieces if not ages[i].dim()}
         age = _join([steps[i].expand_as(weights[i][part]) if i in steps else ages[i][part] for i, part in pieces])
         _adamw_float32_(w, g, age.float(), m, v, group)
         if stochastic_round and weights[0].dtype == torch.bfloat16:
