@@ -93,7 +93,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, states)
-            del log_probabilities, grad  # before the next chunk's are made
         ctx.grads = grad_hidden, grad_weight  # not save_for_backward: offloading would move them to the host and back
         return loss / counted
 
