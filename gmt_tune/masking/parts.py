@@ -130,15 +130,15 @@ def own_ranges(tensor: Any) -> list[list[int]]:
 
 
 def sum_over_ranks(rows: Sequence[Tensor], parts: Sequence[Part], *, is_small: bool = False) -> list[Tensor]:
-    """Add up counts over the shards that they were made of: one collective for all rows of the same processes.
+    """Add up numbers over the shards that they were made of: one collective for all rows of the same processes.
 
     Args:
-        rows: 1-d int64 tensors; those of a replica that is not counted are left out of the sum.
+        rows: 1-d tensors, all int64 or all float32; those of a replica that is not counted are left out of the sum.
         parts: the part that each row belongs to.
-        is_small: whether every sum is below 2**31; then half as many bytes travel.
+        is_small: whether every sum is a count below 2**31; then half as many bytes travel.
 
     Returns:
-        The sums: int64, in the order of the rows.
+        The sums, of the rows' dtype and in their order.
     """
     summed = list(rows)
     buckets: dict[tuple, list[int]] = {}
@@ -147,10 +147,12 @@ def sum_over_ranks(rows: Sequence[Tensor], parts: Sequence[Part], *, is_small: b
             buckets.setdefault((row.device, part.groups), []).append(i)
     for (_, groups), bucket in buckets.items():
         counted = [rows[i] if parts[i].is_counted else torch.zeros_like(rows[i]) for i in bucket]
-        together = torch.cat(counted).to(torch.int32 if is_small else torch.int64)
+        together = torch.cat(counted)
+        dtype = together.dtype if together.is_floating_point() else torch.int64
+        together = together.to(torch.int32 if is_small else dtype)
         for group in groups:
             torch.distributed.all_reduce(together, group=group)
-        for i, row in zip(bucket, together.long().split([row.numel() for row in counted]), strict=True):
+        for i, row in zip(bucket, together.to(dtype).split([row.numel() for row in counted]), strict=True):
             summed[i] = row
     return summed
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
-_SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
+SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
 # Entries that are looked at together, whole segments: bounds the passing memory, and on the CPU stays in the cache
 _BLOCK = {"cpu": 1 << 20, "other": 1 << 22}
 
@@ -35,7 +35,7 @@ class Places:
         for start in range(0, numel, self._block):
             stop = min(start + self._block, numel)
             index = _unpack(bits, start, stop).nonzero().view(-1)
-            segments = torch.arange(0, stop - start + _SEGMENT, _SEGMENT, device=bits.device)
+            segments = torch.arange(0, stop - start + SEGMENT, SEGMENT, device=bits.device)
             counts.append(torch.searchsorted(index, segments).diff())
             found.append(index.to(torch.int16))  # its lower 16 bits stay
         self._counts = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=bits.device)
@@ -65,8 +65,8 @@ class Places:
             self._stored = self._stored[stays]
         else:  # each bit is set, so subtracting clears it; bytes wrap
             self._stored.index_add_(0, index >> 3, (256 - (1 << (index & 7))).to(torch.uint8))
-        self._counts -= torch.bincount(index // _SEGMENT, minlength=self._counts.numel())
-        per_block = self._block // _SEGMENT
+        self._counts -= torch.bincount(index // SEGMENT, minlength=self._counts.numel())
+        per_block = self._block // SEGMENT
         self._ends = torch.stack([part.sum() for part in self._counts.split(per_block)]).cumsum(0).tolist()
         self.count = self._ends[-1]
 
@@ -94,15 +94,15 @@ class Places:
             at = torch.where(block, block.cumsum(0) - 1, last - first)
             index = torch.empty(last - first + 1, dtype=torch.int64, device=block.device)
             return index.scatter_(0, at, torch.arange(start, stop, device=block.device))[:-1]
-        within = self._stored[first:last].long().bitwise_and_(_SEGMENT - 1)
-        if self.numel <= _SEGMENT:
+        within = self._stored[first:last].long().bitwise_and_(SEGMENT - 1)
+        if self.numel <= SEGMENT:
             return within
-        counts = self._counts[start // _SEGMENT : (start + self._block) // _SEGMENT]
+        counts = self._counts[start // SEGMENT : (start + self._block) // SEGMENT]
         if within.is_cpu:  # a few additions in place are faster than an index of starts
             for i, segment in enumerate(within.split(counts.tolist())):
-                segment.add_(start + i * _SEGMENT)
+                segment.add_(start + i * SEGMENT)
             return within
-        starts = torch.arange(start, start + counts.numel() * _SEGMENT, _SEGMENT, device=counts.device)
+        starts = torch.arange(start, start + counts.numel() * SEGMENT, SEGMENT, device=counts.device)
         return within.add_(starts.repeat_interleave(counts, output_size=last - first))
 
     def gather(self, values: Tensor, out: Tensor | None = None, chunks: Iterable[Chunk] | None = None) -> Tensor:

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from gmt_tune.errors import UserError, one_line
+from gmt_tune.masking.places import SEGMENT
 from gmt_tune.masking.schedule import spread_turns
 from gmt_tune.masking.scores import entries_to_keep
 from gmt_tune.optim import CompactAdamW, states
 
-_UPDATE_PIECE = 1 << 22  # entries that are updated at a time, and the bytes of float32 copies of each
-_UPDATE_BYTES = 40
-_SEGMENT = 1 << 16  # entries that share one int64 count of how many of them are selected: see masking/places.py
+_UPDATE_BYTES = 40  # of float32 copies of each entry that is updated at a time
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def compact_bytes(
     held = {name: shapes[name].numel() for name in sorted(masked)}
     kept = {name: entries_to_keep(n, density) if n else 0 for name, n in held.items()}
     sizes = {name: states.padded_size(k, bits) for name, k in kept.items()}
-    places = {name: min(2 * kept[name], (n + 7) // 8) + 8 * -(-n // _SEGMENT) for name, n in held.items()}
+    places = {name: min(2 * kept[name], (n + 7) // 8) + 8 * -(-n // SEGMENT) for name, n in held.items()}
     turns = refresh_every or 1
     phases = spread_turns({name: numels[name] for name in numels if name in masked}, turns)
     by_turn: dict[int, list[str]] = {}
@@ -107,7 +106,7 @@ def compact_bytes(
         turns=turns,
         selected=sum(kept.values()),
         selecting=selecting,
-        updating=e * largest_of_all + _UPDATE_BYTES * min(largest_of_all, _UPDATE_PIECE),
+        updating=e * largest_of_all + _UPDATE_BYTES * min(largest_of_all, states.PIECE["other"]),
     )
 
 

@@ -12,7 +12,7 @@ from gmt_tune.masking.checks import names_unknown_keys
 from gmt_tune.masking.gradient_mask import registered_masks
 from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.optimizers import CompactOptimizer
-from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries
+from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries, sum_over_ranks
 from gmt_tune.masking.places import Chunk, Places
 from gmt_tune.masking.selection import PlacedSelection
 from gmt_tune.optim import states
@@ -239,8 +239,10 @@ class CompactAdamW(CompactOptimizer):
 
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
         norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
-        squares = sum_floats_over_ranks([norm.square() for norm in norms], parts)
-        self.grad_norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+        squares = sum_over_ranks([norm.square().view(1) for norm in norms], parts)
+        self.grad_norm = torch.cat([square.to(squares[0].device) for square in squares]).sum().sqrt()
+        if max_norm == math.inf:  # which measures alone
+            return
         factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for part in parts:
             part.local.mul_(factor.to(part.local.device))
@@ -301,22 +303,6 @@ def _gather(places: Places, entries: Tensor, size: int, chunks: list[Chunk] | No
     values = entries.new_empty(size)
     values[places.count :].zero_()
     return places.gather(entries, out=values, chunks=chunks)
-
-
-def sum_floats_over_ranks(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
-    """0-d sums over the shards of each part; one collective for all parts of the same processes."""
-    summed = list(values)
-    buckets: dict[tuple, list[int]] = {}
-    for i, part in enumerate(parts):
-        if part.groups:
-            buckets.setdefault((values[i].device, part.groups), []).append(i)
-    for (_, groups), members in buckets.items():
-        together = torch.stack([values[i] if parts[i].is_counted else torch.zeros_like(values[i]) for i in members])
-        for each in groups:
-            torch.distributed.all_reduce(together, group=each)
-        for i, value in zip(members, together.unbind(), strict=True):
-            summed[i] = value
-    return summed
 
 
 def _check(name: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:

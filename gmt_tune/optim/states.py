@@ -13,7 +13,7 @@ _SMALLEST_QUANTIZED = 4096
 _BLOCKS = {8: 256, 4: 128, "fp8": 256}  # entries that share a scale
 _LARGEST_BLOCK = 256
 STATE_BITS = (32, *_BLOCKS)
-_PIECE = {"cpu": 1 << 16, "other": 1 << 22}  # entries updated at a time, whole blocks: bounds the passing memory
+PIECE = {"cpu": 1 << 16, "other": 1 << 22}  # entries updated at a time, whole blocks: bounds the passing memory
 
 
 def padded_size(n: int, state_bits: int | str) -> int:
@@ -151,7 +151,7 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 
 def batches(sizes: Sequence[int], device: torch.device) -> Iterator[list[int]]:
     """Which of several tensors to update together: small ones, or one that is larger than a piece."""
-    limit = _PIECE["cpu" if device.type == "cpu" else "other"]
+    limit = PIECE["cpu" if device.type == "cpu" else "other"]
     batch: list[int] = []
     for i, size in enumerate(sizes):
         if batch and sum(sizes[j] for j in batch) + size > limit:
@@ -179,7 +179,7 @@ def _pieces(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]
 
 
 def _piece(tensor: Tensor) -> int:
-    return _PIECE["cpu" if tensor.is_cpu else "other"]
+    return PIECE["cpu" if tensor.is_cpu else "other"]
 
 
 # ---------------------------------------------------------------------- 8 bits by table
