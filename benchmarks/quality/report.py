@@ -12,14 +12,14 @@ from benchmarks.quality.experiment import Method, Suite, load_method, load_suite
 from benchmarks.quality.statistics import Estimate, estimate, paired_difference
 from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
-from gmt_tune.reporting.theme import series_color
+from gmt_tune.reporting.theme import LIGHT, series_color
 
 # What methods are compared with, seed by seed, and how a column calls it.
 BASELINES = {"sft": "SFT", "gmt_0.2": "GMT 0.2"}
 PAGE = results.RESULTS / "tables.md"
 FIGURES = results.RESULTS / "figures"
 # The methods whose learning curves are drawn: more of them hide each other.
-_CURVES = ("sft", "gmt_0.2", "rmt_0.2", "oneoff_0.2", "half", "lora")
+_CURVES = ("sft", "gmt_0.2", "rmt_0.2", "oneoff_0.2", "half", "lora", "compact_0.2_refresh10", "compact_0.2_refresh1")
 
 
 @dataclass(frozen=True)
@@ -271,14 +271,19 @@ def forgetting(base: dict, name: str) -> Callable[[dict], float]:
 
 
 def build_figures(suite: Suite, rows: list[Row]) -> list[Figure]:
-    """Learning curves; accuracy against density; forgetting against accuracy."""
-    figures = [_learning_curves(suite, rows), _by_density(suite, rows), _forgetting_figure(suite, rows)]
+    """Learning curves; accuracy against density; forgetting against accuracy; both of compact states."""
+    figures = [
+        _learning_curves(suite, rows),
+        _by_density(suite, rows),
+        _forgetting_figure(suite, rows),
+        _compact_figure(suite, rows),
+    ]
     return [figure for figure in figures if figure is not None]
 
 
 def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
     curves, sentences = [], []
-    for index, row in enumerate(rows):
+    for row in rows:
         series = [run["validation_loss"] for run in row.runs.values() if not run["failed"] and run["validation_loss"]]
         if row.method.name not in _CURVES or not series:
             continue
@@ -286,7 +291,7 @@ def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
         columns = [[dict(map(tuple, one)).get(step, math.nan) for one in series] for step in steps]
         means = [sum(column) / len(column) for column in columns]
         band = ([min(column) for column in columns], [max(column) for column in columns])
-        curves.append(Curve(row.method.title, steps, means, index, band=band))
+        curves.append(Curve(row.method.title, steps, means, len(curves), band=band))
         sentences.append(f"{row.method.title} ends at {means[-1]:.4g}")
     if not curves:
         return None
@@ -375,6 +380,56 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
 
 
 _MARKERS = ("o", "s", "^")
+
+
+def _compact_figure(suite: Suite, rows: list[Row]) -> Figure | None:
+    """Accuracy and forgetting at each density: compact states with each refresh, the mask with AdamW, and SFT."""
+    base = results.read(f"{suite.name}/base/measure_lr0_seed0")
+    named = {row.method.name: row for row in rows if row.values(_accuracy)}
+    lines = {
+        f"{kind}, refreshed every {'step' if every == 1 else f'{every} steps'}": of_line
+        for kind, every, names in (
+            ("AdamW with a mask", 1, ("gmt_0.05", "gmt_0.1", "gmt_0.2")),
+            *(
+                ("CompactAdamW", n, tuple(f"compact_{d}_refresh{n}" for d in ("0.05", "0.1", "0.2")))
+                for n in (1, 10, 30)
+            ),
+        )
+        if len(of_line := [named[name] for name in names if name in named]) == len(names)
+    }
+    if base is None or len(lines) < 2 or "sft" not in named:
+        return None
+    name = next(iter(base["texts"]))
+    panels = (
+        ("accuracy on the test split, %", _accuracy),
+        (f"rise of the loss on {name}", forgetting(base, name)),
+    )
+
+    def draw(canvas) -> None:
+        for axes, (label, get) in zip(canvas.subplots(1, 2), panels, strict=True):
+            for index, (title, of_line) in enumerate(lines.items()):
+                found = [estimate(list(row.values(get).values())) for row in of_line]
+                places = [place + 0.06 * index - 0.09 for place in range(len(of_line))]  # bars beside one another
+                _error_bars(axes, places, found, index, title, "-")
+            axes.axhline(estimate(list(named["sft"].values(get).values())).mean, color=LIGHT["muted"], linestyle="--")
+            axes.set_xticks(range(3), [f"{row.method.config['gradient_mask']['density']:g}" for row in of_line])
+            axes.set_xlabel("density; dashed: SFT")
+            axes.set_ylabel(label)
+        canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower left", handlelength=2.2)
+
+    sentences = [
+        f"{title}: {', '.join(_mean(row.values(_accuracy), 1) + '%' for row in of_line)}"
+        for title, of_line in lines.items()
+    ]
+    return Figure(
+        key=f"{suite.name}_compact",
+        title="Compact states: accuracy and forgetting",
+        note=f"Bars: 95% interval of the mean over seeds. Forgetting: of {name}. Higher on the left, and lower on the "
+        "right, is better.",
+        alt=f"Accuracy at density 0.05, 0.1 and 0.2. {'; '.join(sentences)}.",
+        draw=draw,
+        height=240 + legend_height(len(lines)),
+    )
 
 
 def _error_bars(axes, x: list[float], found: list[Estimate], index: int, label: str, line: str) -> None:

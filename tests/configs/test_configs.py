@@ -117,6 +117,13 @@ def test_configs_and_their_tables_are_what_the_script_writes(make_configs):
         assert path.read_text() == text, "run `python scripts/make_configs.py`"
 
 
+def test_the_figure_of_a_steps_memory_shows_the_totals_of_its_table(make_configs):
+    table = make_configs.COMPACT_DOCS.read_text().partition(make_configs.BESIDE_TABLE[0])[2]
+    totals = re.search(r"\| total \| (.+) \| (.+) \|", table).groups()
+    drawn = re.findall(r">([\d.]+) GiB<", (make_configs.ROOT / "docs" / "images" / "compact_memory.svg").read_text())
+    assert drawn == list(totals), "run `python scripts/make_memory_figure.py`"
+
+
 def _train(recipe_class, cfg) -> None:
     from gmt_tune.integrations.torchtune.config.check import check_config
     from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config
