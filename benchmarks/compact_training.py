@@ -9,7 +9,8 @@ another one's memory was at most (``VmHWM`` of ``/proc``: it needs Linux): weigh
 Python and its libraries, the compiler of torchao's optimizers among them. All processes are there at once, about 2 GB
 each: ``--method`` takes fewer.
 
-Before anything is timed, compact methods take as many steps as give each tensor its turn, and the others two.
+Before anything is timed, compact methods take as many steps as give each tensor its turn, and the others two. On two
+idle cores all of it takes some five minutes; on busy ones far more, since a step's threads wait for one another.
 """
 
 import argparse
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--method", choices=list(METHODS), action="append", help="one or several; default: all")
     parser.add_argument("--model", default="gmt_tune.models.smollm2.smollm2_135m", help="dotted path of a builder")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--refresh-every", type=int, default=10, help="of compact methods; masks refresh at every step")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each method that are timed")
