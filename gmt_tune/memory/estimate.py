@@ -372,6 +372,8 @@ def _compact(
             "optimizer._component_ gmt_tune.CompactAdamW updates what a gradient_mask selects, and there is none: add "
             "the section"
         )
+    if section.get("density", None) is None:  # a mask of another package may do without
+        raise UserError("gradient_mask.density is missing: without it the memory of CompactAdamW cannot be estimated")
     dense = _matching(stepped, section.get("dense", None) or ())
     numels = {name: model.get_parameter(name).numel() for name in stepped}
     masked = stepped.keys() - dense
