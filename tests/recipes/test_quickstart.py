@@ -19,16 +19,15 @@ def test_quickstart_turns_wrong_answers_into_right_ones(run_tune, tmp_path, logg
         cwd=tmp_path,
         timeout=900,
         HF_HUB_OFFLINE="1",
-        # What a first user has: nothing compiled yet
-        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+        CXX="/no/compiler",  # nothing is compiled
     )
     accuracy = {when: float(value) for when, value in re.findall(r"accuracy (before|after): (\S+)", process.stdout)}
     assert accuracy["before"] < 0.2
-    assert accuracy["after"] > 0.8
+    assert accuracy["after"] > 0.95
 
     steps = [step for step in logged_metrics(output) if "loss" in step]
     assert len(steps) == 108 and steps[-1]["loss"] < 0.1 * steps[0]["loss"]
-    assert all(0.19 < step["mask/density"] < 0.25 for step in steps)
+    assert all(0.19 < step["mask/density"] < 0.21 for step in steps)
 
     assert share_answered_by_transformers(output / "epoch_3") > 0.8
 

@@ -46,7 +46,7 @@ def _run_quickstart(run_tune, folder: Path) -> None:
         "--config",
         "quickstart",
         f"output_dir={folder}",
-        "optimizer._component_=torch.optim.AdamW",  # the 8-bit one compiles for half a minute
+        "optimizer._component_=torch.optim.AdamW",
         "epochs=1",
         "dataset_val._component_=gmt_tune.data.quickstart_dataset",
         "dataset_val.split=held_out",
