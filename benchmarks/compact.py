@@ -3,10 +3,11 @@
     python benchmarks/compact.py                       SmolLM2-135M, bf16 and fp32
     python benchmarks/compact.py --model llama3_1_8b_layer --dtype bf16
 
-What is timed is everything between a backward pass that has made the gradients and the next forward pass: for
-``CompactAdamW`` the hook that reduces each gradient to its selected entries, the selection of what is due, and the
-update; for the others the update. It is the mean over ``--refresh-every`` steps, so that every tensor has its turn.
-Gradients are those of ``selection.py``, and change from step to step. All methods take their steps in one process, one
+What is timed is everything that an optimizer and a mask add to a forward and a backward pass: for ``CompactAdamW`` the
+hook that reduces each gradient to its selected entries, the selection of what is due, and the update; for the others
+the update. A gradient is written right before its hook runs, as autograd writes it, which is not timed. Times are means
+over ``--refresh-every`` steps, so that every tensor has its turn. Gradients are those of ``selection.py``, and change
+from step to step. All methods take their steps in one process, one
 after the other and over and over, so that a busy machine slows all of them. torchao's optimizer compiles itself before
 anything is timed.
 
@@ -42,14 +43,19 @@ class Steps:
     def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self.parameters, self.optimizer = parameters, optimizer
 
-    def step(self, gradients: dict[str, Tensor]) -> None:
-        """What comes between a backward pass and the next forward pass. Gradients are not changed."""
+    def step(self, gradients: dict[str, Tensor]) -> float:
+        """A step without its forward and backward pass: seconds that it took. Gradients are not changed."""
+        seconds = 0.0
         for name, p in self.parameters.items():
-            p.grad = gradients[name]
+            p.grad = gradients[name].clone()
+            start = time.perf_counter()
             for hook in list((p._post_accumulate_grad_hooks or {}).values()):  # as autograd calls them
                 hook(p)
+            seconds += time.perf_counter() - start
+        start = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return seconds + time.perf_counter() - start
 
 
 def compact(parameters, density: float, refresh_every: int, state_bits: int) -> Steps:
@@ -117,12 +123,7 @@ def measure(model: str, dtype: str, methods: list[str], density: float, refresh_
         )
     for _ in range(rounds):
         for method in methods:
-            taken = []
-            for step in range(refresh_every):
-                given = gradients(step)
-                start = time.perf_counter()
-                all_steps[method].step(given)
-                taken.append(time.perf_counter() - start)
+            taken = [all_steps[method].step(gradients(step)) for step in range(refresh_every)]
             times[method].append(statistics.mean(taken) * 1e3)
     for method in methods:
         rows[method] |= dict(median_ms=statistics.median(times[method]), fastest_ms=min(times[method]), rounds=rounds)
