@@ -168,10 +168,10 @@ class Places:
             Which of the selected entries they are, and their flat indices: 1-d int64, in order.
         """
         if (library := native.load_for(values)) is not None and native.serves(self._stored):
-            at, index = torch.empty(2, self.count, dtype=torch.int64)
-            given = native.pointer(values), values.element_size(), int(bits), native.pointer(at), native.pointer(index)
-            n = library.find_ties(ctypes.byref(self.native()), *given)
-            return at[:n].clone(), index[:n].clone()
+            given = ctypes.byref(self.native()), native.pointer(values), values.element_size(), int(bits)
+            at, index = torch.empty(2, library.find_ties(*given, None, None) + 1, dtype=torch.int64)
+            library.find_ties(*given, native.pointer(at), native.pointer(index))
+            return at[:-1], index[:-1]
         at = (magnitude_bits(values) == bits).nonzero().view(-1)
         index = torch.empty_like(at)
         for _, part, indices in self.chunks():

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kBlock = 256;  // entries of 8-bit states that share a scale
 
 struct Group {
-  float lr, weight_decay, beta1, beta2, eps;
+  float lr, decay, rest1, rest2, eps;  // decay is 1 - lr * weight_decay, rest 1 - beta
   const float* minus_correction1;  // -(1 - beta^age) for each age, or for the one age of all entries
   const float* minus_correction2;
   int64_t seed;  // of stochastic rounding; below 0: round to the nearest
@@ -77,8 +77,7 @@ template <typename W, typename G>
 void update(const Places& places, W* weights, const G* grads, int16_t* __restrict ages, const Moment& first_moment,
             const Moment& second_moment, int64_t size, const Group& group, int threads) {
   const int64_t count = places.count();
-  const float rest1 = 1 - group.beta1, rest2 = 1 - group.beta2, decay = 1 - group.lr * group.weight_decay;
-  const float lr = group.lr, eps = group.eps;
+  const float lr = group.lr, decay = group.decay, rest1 = group.rest1, rest2 = group.rest2, eps = group.eps;
   const float *correction1 = group.minus_correction1, *correction2 = group.minus_correction2;
 #pragma omp parallel for num_threads(threads) if (size > kChunk)
   for (int64_t first = 0; first < size; first += kChunk) {

@@ -18,7 +18,7 @@ _AGES = 1 << 15  # that 16 bits tell apart
 
 class _Group(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")),
+        *((name, ctypes.c_float) for name in ("lr", "decay", "rest1", "rest2", "eps")),
         *((name, ctypes.c_void_p) for name in ("minus_correction1", "minus_correction2")),
         ("seed", ctypes.c_int64),
     )
@@ -67,8 +67,9 @@ def update_(
         addresses = [ctypes.addressof(correction) for correction in corrections]
     else:
         addresses = [states.minus_corrections(beta, _AGES).data_ptr() for beta in group["betas"]]
+    lr, rests = float(group["lr"]), (1 - beta for beta in group["betas"])
     seed = -1 if seed is None else seed
-    numbers = _Group(float(group["lr"]), group["weight_decay"], *group["betas"], group["eps"], *addresses, seed)
+    numbers = _Group(lr, 1 - lr * group["weight_decay"], *rests, group["eps"], *addresses, seed)
     found = all_places(entries.numel()) if places is None else places.native()
     library.adamw(
         *(ctypes.byref(found), native.pointer(entries), entries.element_size()),

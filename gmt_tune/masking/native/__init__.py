@@ -19,6 +19,7 @@ from torch import Tensor
 
 ENTRIES = Path(__file__).with_name("entries.cpp")
 FLOATS = (torch.bfloat16, torch.float32)  # of which it can read entries
+_PLAIN = (Tensor, torch.nn.Parameter)
 _HEADER = Path(__file__).with_name("places.h")
 # Multiplications and additions are not fused behind our back: results are those of PyTorch's operations
 _FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
@@ -28,10 +29,10 @@ _folders: list[tempfile.TemporaryDirectory] = []  # of this process
 
 def serves(*tensors: Tensor) -> bool:
     """Whether these are what C++ can work on: plain, contiguous tensors in the CPU's own memory."""
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.layout == torch.strided and t.is_contiguous()
-        for t in tensors
-    )
+    for t in tensors:  # a loop, for it is asked hundreds of times in a step
+        if type(t) not in _PLAIN or not t.is_cpu or t.layout != torch.strided or not t.is_contiguous():
+            return False
+    return True
 
 
 def load_for(*values: Tensor) -> ctypes.CDLL | None:

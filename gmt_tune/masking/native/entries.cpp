@@ -169,15 +169,15 @@ int64_t pick_between(const uint32_t* values, int64_t n, uint32_t low, uint32_t h
 }
 
 // Of the values of selected entries, those whose magnitude has these bits: their numbers and flat indices; returns how
-// many these are.
+// many these are. Without memory for them they are counted alone.
 int64_t find_ties(const Places* places, const void* values, int bytes, uint32_t magnitude, int64_t* at, int64_t* index) {
   const int64_t count = places->count();
   int64_t found = 0, located[kChunk];
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t n = count - first < kChunk ? count - first : kChunk;
-    places->locate(first, n, located);
+    if (at != nullptr) places->locate(first, n, located);
     for (int64_t j = 0; j < n; ++j) {
-      at[found] = first + j, index[found] = located[j];
+      if (at != nullptr) at[found] = first + j, index[found] = located[j];
       found += bytes == 2 ? (static_cast<const uint16_t*>(values)[first + j] & 0x7fff) == magnitude
                           : (static_cast<const uint32_t*>(values)[first + j] & 0x7fffffff) == magnitude;
     }

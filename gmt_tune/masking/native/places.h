@@ -5,7 +5,7 @@
 #include <cstring>
 
 constexpr int64_t kSegmentBits = 16;  // of an offset: entries lie in segments of 65,536
-constexpr int64_t kChunk = 512;       // selected entries that a thread handles at a time: whole blocks of 8-bit states
+constexpr int64_t kChunk = 256;       // selected entries that a thread handles at a time: a block of 8-bit states
 
 struct Places {
   const uint16_t* offsets;  // of selected entries in their segments; null where `bits` say what is selected
