@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +14,25 @@ from torch import Tensor
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
+RUN = 1 << 8  # entries whose bits are counted together
 # Entries that are looked at together, whole segments: bounds the passing memory, and on the CPU stays in the cache
 _BLOCK = {"cpu": 1 << 20, "other": 1 << 22}
 
 Chunk = tuple[int, slice, Tensor]  # a block's number, which of the selected entries lie in it, and their flat indices
+
+
+class Lookup(NamedTuple):
+    """What finds selected entries from their numbers, on the device alone.
+
+    Attributes:
+        stored: int16 [count], the lower 16 bits of each one's flat index; or uint8, 1 bit per entry in whole runs.
+        starts: int64 [segments], how many entries are selected before each segment.
+        ranks: of bits, int16 [segments * SEGMENT / RUN], how many are selected before each run in its segment.
+    """
+
+    stored: Tensor
+    starts: Tensor
+    ranks: Tensor | None
 
 
 class Places:
@@ -69,6 +86,22 @@ class Places:
         per_block = self._block // SEGMENT
         self._ends = torch.stack([part.sum() for part in self._counts.split(per_block)]).cumsum(0).tolist()
         self.count = self._ends[-1]
+        self.__dict__.pop("lookup", None)
+
+    @functools.cached_property
+    def lookup(self) -> Lookup:
+        """For kernels; made when it is first asked for, and kept."""
+        starts = self._counts.cumsum(0) - self._counts
+        if self._is_sparse:
+            return Lookup(self._stored, starts, None)
+        ranks = []
+        for start in range(0, self.numel, self._block):
+            block = _unpack(self._stored, start, min(start + self._block, self.numel))
+            runs = torch.nn.functional.pad(block, (0, -block.numel() % SEGMENT)).view(-1, SEGMENT // RUN, RUN).sum(-1)
+            ranks.append((runs.cumsum(-1) - runs).to(torch.int16).view(-1))
+        short = -self._stored.numel() % (RUN // 8)  # padding by nothing would be a copy, too
+        stored = torch.nn.functional.pad(self._stored, (0, short)) if short else self._stored
+        return Lookup(stored, starts, torch.cat(ranks))
 
     @property
     def is_one_block(self) -> bool:
