@@ -60,12 +60,12 @@ def locate(
         run_ranks = ranks + segment * RUNS
         run = left * 0
         rank = left * 0
-        step: tl.constexpr = RUNS // 2
-        for i in tl.static_range(RUNS.bit_length() - 1):
-            later = run + (step >> i)
-            later_rank = tl.load(run_ranks + later).to(tl.int32) & (SEGMENT - 1)
-            run = tl.where(later_rank <= left, later, run)
-            rank = tl.where(later_rank <= left, later_rank, rank)
+        for i in tl.static_range(1, 17):
+            if RUNS >> i > 0:
+                later = run + (RUNS >> i)
+                later_rank = tl.load(run_ranks + later).to(tl.int32) & (SEGMENT - 1)
+                run = tl.where(later_rank <= left, later, run)
+                rank = tl.where(later_rank <= left, later_rank, rank)
         left -= rank
         # The word in which the entry is: all before it have fewer set bits than are left
         words = stored.to(tl.pointer_type(tl.int32)) + (segment * (SEGMENT // 32) + run * (RUN // 32))
