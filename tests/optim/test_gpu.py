@@ -4,7 +4,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 
 oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_gpu)]
@@ -23,13 +22,17 @@ def launches(monkeypatch):
     pytest.importorskip("triton")
     from gmt_tune.optim.kernels import gather, update
 
-    for module, name in ((gather, "gather_"), (update, "update_")):
+    def counted(module, name):
+        launch = getattr(module, name)
 
-        def counted(*arguments, launch=getattr(module, name), name=name, **keywords):
+        def count(*arguments, **keywords):
             found[name] += 1
             return launch(*arguments, **keywords)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(module, name, count)
+
+    counted(gather, "gather_")
+    counted(update, "update_")
     return found
 
 

@@ -221,7 +221,7 @@ def update_(members: Sequence[Selected], group: dict[str, Any], *, stochastic_ro
     seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=device) if by_chance else table
     qmaps = (members[0].exp_avg.qmap, members[0].exp_avg_sq.qmap) if block else (table, table)
     _update_kernel[(chunks[-1],)](
-        table, len(members), *qmaps, seed, lr, decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2),
+        table, len(members), *qmaps, seed, lr, decay, 1.0 - beta1, 1.0 - beta2, _log(beta1), _log(beta2),
         float(group["eps"]), WEIGHT=_DTYPES[weight_dtype], GRAD=_DTYPES[grad_dtype],
         STATE=tl.uint8 if block else tl.float32, AGE=_AGES[age_dtype], OLDEST=torch.iinfo(age_dtype).max,
         IS_SPARSE=is_sparse, BLOCK=block, BY_CHANCE=by_chance, LR_ON_DEVICE=lr_on_device, SEGMENT=SEGMENT, RUN=RUN,
