@@ -22,7 +22,7 @@ Chunk = tuple[int, slice, Tensor]  # a block's number, which of the selected ent
 
 
 class Lookup(NamedTuple):
-    """What finds selected entries from their numbers, on the device alone.
+    """What finds selected entries from their numbers, on the device alone: 8 bytes a segment, and of bits 2 a run more.
 
     Attributes:
         stored: int16 [count], the lower 16 bits of each one's flat index; or uint8, 1 bit per entry in whole runs.

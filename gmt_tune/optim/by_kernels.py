@@ -61,7 +61,7 @@ def _gather(
 ) -> Taken | None:
     from gmt_tune.optim.kernels.gather import can_gather, gather_
 
-    if places.count == 0 or not can_gather(grad, None if held is None else held[0]):
+    if places.count == 0 or not can_gather(grad, places.lookup, None if held is None else held[0]):
         return None
     with kernels.on_device(grad.device):
         values, flag = held or (grad.new_empty(size), torch.zeros((), dtype=torch.bool, device=grad.device))

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gmt_tune.masking.places import RUN, SEGMENT, Lookup
+from gmt_tune.masking.search.kernels.tables import ALIGNMENT
 from gmt_tune.optim.kernels.locate import locate
 from gmt_tune.optim.kernels.tiles import load, rounded, store
 
@@ -54,10 +55,10 @@ def _gather_kernel(
         first += tl.num_programs(0).to(tl.int64) * TILE
 
 
-def can_gather(grad: Tensor, held: Tensor | None) -> bool:
-    """Whether the kernel knows a gradient's dtype and strides, and can add it to what is held."""
+def can_gather(grad: Tensor, lookup: Lookup, held: Tensor | None) -> bool:
+    """Whether the kernel knows a gradient's dtype and strides, can read where entries are, and add to what is held."""
     is_known = grad.is_contiguous() and grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return is_known and (held is None or held.dtype == grad.dtype)
+    return is_known and lookup.stored.data_ptr() % ALIGNMENT == 0 and (held is None or held.dtype == grad.dtype)
 
 
 def gather_(grad: Tensor, lookup: Lookup, count: int, out: Tensor, flag: Tensor | None, *, adds: bool) -> None:

@@ -7,7 +7,8 @@ The arithmetic is that of ``states._adamw_float32_``, in its order; moments in 8
 does it, scale and code the same bit for bit. bfloat16 weights are rounded by chance as torchao's ``_fp32_to_bf16_sr``
 does: random 16 bits are compared with those that are dropped.
 
-What a launch covers is a table, int64 [columns, tensors]: ``COLUMNS`` says what of each tensor.
+What a launch covers is a table, int64 [columns, tensors], of sizes and addresses: ``_row`` makes that of a tensor. All
+but weights begin at multiples of 16 bytes.
 """
 
 import itertools
@@ -22,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gmt_tune.masking.places import RUN, SEGMENT, Lookup
-from gmt_tune.masking.search.kernels.tables import to_device
+from gmt_tune.masking.search.kernels.tables import ALIGNMENT, to_device
 from gmt_tune.optim.kernels.locate import last_at_most, locate
 from gmt_tune.optim.kernels.tiles import load, rounded, store
 
 TILE = 1 << 10  # entries that a program holds at a time, whole blocks of states: 4 a thread of 8 warps
 TILES = 4
-ALIGNMENT = 16  # bytes: what all but weights begin at a multiple of
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _AGES = {torch.int16: tl.int16, torch.int32: tl.int32}
