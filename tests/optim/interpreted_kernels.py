@@ -101,7 +101,7 @@ def test_more_than_four_billion_entries_are_addressed():
     gradient = torch.from_numpy(numpy.zeros(n, dtype=numpy.int16)).view(torch.bfloat16)  # most of it is never touched
     gradient[-1000:] = torch.arange(1000).to(torch.bfloat16)
     gradient[5] = 3
-    starts = torch.full((-(-n // SEGMENT),), 1)
+    starts = torch.full((-(-n // SEGMENT) + 1,), 1)
     starts[0] = 0
     lookup = Lookup(torch.tensor([5, 0, 7, 999], dtype=torch.int16), starts, None)
     out = torch.empty(4, dtype=torch.bfloat16)

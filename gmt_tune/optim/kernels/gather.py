@@ -78,6 +78,6 @@ def gather_(grad: Tensor, lookup: Lookup, count: int, out: Tensor, flag: Tensor 
     programs = tiles if flag is None else -(-grad.numel() // (TILE * TILES))
     _gather_kernel[(programs,)](
         grad, out, flags, stored, starts, starts if ranks is None else ranks, grad.numel(), count, out.numel(),
-        starts.numel(), ADDS=adds, CHECKS=flag is not None, IS_SPARSE=ranks is None, SEGMENT=SEGMENT, RUN=RUN,
+        starts.numel() - 1, ADDS=adds, CHECKS=flag is not None, IS_SPARSE=ranks is None, SEGMENT=SEGMENT, RUN=RUN,
         TILE=TILE, TILES=TILES, num_warps=4,
     )  # fmt: skip

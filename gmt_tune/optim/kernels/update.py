@@ -236,7 +236,7 @@ def _row(member: Selected) -> list[int]:
     moments = [member.exp_avg, member.exp_avg_sq]
     tensors += [moment.codes for moment in moments] if member.is_quantized else moments
     tensors += [moment.scale for moment in moments] if member.is_quantized else moments
-    return [member.count, member.grad.numel(), starts.numel(), *(tensor.data_ptr() for tensor in tensors)]
+    return [member.count, member.grad.numel(), starts.numel() - 1, *(tensor.data_ptr() for tensor in tensors)]
 
 
 def _log(beta: float) -> float:
