@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,23 @@ from gmt_tune.masking.bits import magnitude_bits
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
+RUN = 1 << 8  # entries whose bits are counted together
 # Entries that are looked at together, whole segments: bounds the passing memory, and on the CPU stays in the cache
 _BLOCK = {"cpu": 1 << 20, "other": 1 << 22}
+
+
+class Lookup(NamedTuple):
+    """What finds selected entries from their numbers, on the device alone. Where bits are kept, it costs 2 bytes a run.
+
+    Attributes:
+        stored: int16 [count], the lower 16 bits of each one's flat index; or uint8, 1 bit per entry in whole runs.
+        starts: int64 [segments + 1], how many entries are selected before each segment, and in all.
+        ranks: of bits, int16 [segments * SEGMENT / RUN], how many are selected before each run in its segment.
+    """
+
+    stored: Tensor
+    starts: Tensor
+    ranks: Tensor | None
 
 
 class Places:
@@ -62,6 +79,21 @@ class Places:
         per_block = self._block // SEGMENT
         self._ends = [*self._starts[per_block:-1:per_block].tolist(), int(self._starts[-1])] if self.numel else []
         self.count: int = self._ends[-1] if self._ends else 0
+        self.__dict__.pop("lookup", None)
+
+    @functools.cached_property
+    def lookup(self) -> Lookup:
+        """For kernels; made when it is first asked for, and kept."""
+        if self._is_sparse:
+            return Lookup(self._stored, self._starts, None)
+        ranks = []
+        for start in range(0, self.numel, self._block):
+            block = _unpack(self._stored, start, min(start + self._block, self.numel))
+            runs = torch.nn.functional.pad(block, (0, -block.numel() % SEGMENT)).view(-1, SEGMENT // RUN, RUN).sum(-1)
+            ranks.append((runs.cumsum(-1) - runs).to(torch.int16).view(-1))
+        short = -self._stored.numel() % (RUN // 8)  # padding by nothing would be a copy, too
+        stored = torch.nn.functional.pad(self._stored, (0, short)) if short else self._stored
+        return Lookup(stored, self._starts, torch.cat(ranks))
 
     def native(self) -> ctypes.Structure:
         """What C++ sees of places on the CPU; as long as they are neither changed nor gone."""

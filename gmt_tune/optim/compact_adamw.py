@@ -15,7 +15,7 @@ from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries, sum_over_ranks
 from gmt_tune.masking.places import Places, take_ranked
 from gmt_tune.masking.selection import PlacedSelection
-from gmt_tune.optim import native, states
+from gmt_tune.optim import by_kernels, native, states
 
 _STATES = ("exp_avg", "exp_avg_sq", "age")  # of selected entries
 
@@ -86,6 +86,14 @@ class CompactAdamW(CompactOptimizer):
 
     @torch.no_grad()
     def add_gradient(self, part: Part, selection: PlacedSelection | None) -> None:
+        if selection is not None:
+            before = self._taken.get(part.parameter)
+            size = states.padded_size(selection.places.count, self.state_bits)
+            held = None if before is None else (before[0].local, before[1])
+            gathered = by_kernels.gather(selection.places, part.local, size, held)
+            if gathered is not None:
+                self._take(part, *gathered)
+                return
         (flag,) = nonfinite_flags([part.local])
         taken = self._taken.get(part.parameter)
         if taken is None:
@@ -143,7 +151,9 @@ class CompactAdamW(CompactOptimizer):
         if selection is None:
             return part.local.new_empty(0)
         places = selection.places
-        return _gather(places, part.local, states.padded_size(places.count, self.state_bits))
+        size = states.padded_size(places.count, self.state_bits)
+        gathered = by_kernels.gather(places, part.local, size, checks=False)
+        return _gather(places, part.local, size) if gathered is None else gathered[0]
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
@@ -257,6 +267,10 @@ class CompactAdamW(CompactOptimizer):
     ) -> None:
         held = [self.state[p] for p in parameters]
         own = [own_entries(p) for p in parameters]
+        members = list(zip(own, grads, held, all_places, strict=True))
+        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        own, grads = [own[i] for i in left], [grads[i] for i in left]
+        held, all_places = [held[i] for i in left], [all_places[i] for i in left]
         left = self._update_natively(own, grads, list(all_places), "age", held, group)
         for batch in states.batches({i: grads[i].numel() for i in left}, own[0].device if own else None):
             for i in batch:
