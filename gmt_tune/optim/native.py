@@ -1,7 +1,7 @@
 """CompactAdamW's update on the CPU, in one pass over each tensor, by C++."""
 
 import ctypes
-import math
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,13 @@ def update_(
     library = native.load(_SOURCE) if {entries.dtype, grads.dtype} <= set(native.FLOATS) else None
     if library is None:
         return False
-    if ages is None:
-        corrections = [(ctypes.c_float * 1)(math.expm1(float(age) * states.log(beta))) for beta in group["betas"]]
-        addresses = [ctypes.addressof(correction) for correction in corrections]
-    else:
-        addresses = [states.minus_corrections(beta, _AGES).data_ptr() for beta in group["betas"]]
-    lr, rests = float(group["lr"]), (1 - beta for beta in group["betas"])
+    betas = group["betas"]
+    corrections = [states.minus_correction(age.float(), b) if ages is None else _corrections(b) for b in betas]
+    lr, rests = float(group["lr"]), (1 - beta for beta in betas)
     seed = -1 if seed is None else seed
-    numbers = _Group(lr, 1 - lr * group["weight_decay"], *rests, group["eps"], *addresses, seed)
+    numbers = _Group(
+        lr, 1 - lr * group["weight_decay"], *rests, group["eps"], *(each.data_ptr() for each in corrections), seed
+    )
     found = all_places(entries.numel()) if places is None else places.native()
     library.adamw(
         *(ctypes.byref(found), native.pointer(entries), entries.element_size()),
@@ -78,6 +77,12 @@ def update_(
     )
     torch.autograd.graph.increment_version(entries)
     return True
+
+
+@functools.lru_cache(maxsize=8)
+def _corrections(beta: float) -> Tensor:
+    """Of each age from 0 on."""
+    return states.minus_correction(torch.arange(_AGES, dtype=torch.float32), beta)
 
 
 def _moment(state: Tensor, signed: bool) -> ctypes.Structure | None:

@@ -135,20 +135,15 @@ def _adamw_float32_(w: Tensor, g: Tensor, age: Tensor, m: Tensor, v: Tensor, gro
     lr, (beta1, beta2) = group["lr"], group["betas"]
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
-    minus_correction1, minus_correction2 = (torch.expm1(age * log(beta)) for beta in (beta1, beta2))
+    minus_correction1, minus_correction2 = (minus_correction(age, beta) for beta in (beta1, beta2))
     step = torch.div(v, minus_correction2).neg_().sqrt_().add_(group["eps"]).mul_(minus_correction1)
     step = torch.div(m, step, out=step).mul_(lr)  # below zero where the weight falls
     w.mul_(1 - lr * group["weight_decay"]).add_(step)
 
 
-@functools.lru_cache(maxsize=8)
-def minus_corrections(beta: float, ages: int) -> Tensor:
-    """-(1 - beta^age) for each age from 0 on, float32, as the update computes it."""
-    return torch.expm1(torch.arange(ages, dtype=torch.float32) * log(beta))
-
-
-def log(beta: float) -> float:
-    return math.log(beta) if beta else -math.inf
+def minus_correction(age: Tensor, beta: float) -> Tensor:
+    """-(1 - beta^age), of float32 ages."""
+    return torch.expm1(age * (math.log(beta) if beta else -math.inf))
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
