@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gmt_tune.masking import native
 from gmt_tune.masking.bits import magnitude_bits
+from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
@@ -173,21 +174,37 @@ class Places:
         starts = torch.arange(start, start + counts.numel() * SEGMENT, SEGMENT, device=counts.device)
         return within.add_(starts.repeat_interleave(counts, output_size=last - first))
 
-    def gather(self, values: Tensor, out: Tensor | None = None, *, adds: bool = False) -> Tensor:
-        """The selected entries of a tensor, 1-d; into the first entries of ``out`` if it is given, or added to them."""
-        if out is None:
-            out = values.new_empty(self.count)
-        if (library := native.load_for(values, out)) is not None and native.serves(self._stored):
-            place, size, threads = ctypes.byref(self.native()), values.element_size(), torch.get_num_threads()
-            library.gather_entries(place, native.pointer(values), native.pointer(out), size, adds, threads)
-            return out
-        flat = values.reshape(-1)
-        for _, part, index in self.chunks():
-            if adds:
-                out[part] += flat.index_select(0, index)
-            else:
+    def gather(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """The selected entries of a tensor, 1-d; into the first entries of ``out`` if it is given."""
+        out = values.new_empty(self.count) if out is None else out
+        if self._gather_natively(values, out) is None:
+            flat = values.reshape(-1)
+            for _, part, index in self.chunks():
                 torch.index_select(flat, 0, index, out=out[part])
         return out
+
+    def gather_checked(self, values: Tensor, out: Tensor, *, adds: bool) -> Tensor:
+        """The selected entries of a tensor into the first entries of ``out``, or added to them.
+
+        Returns:
+            Whether an entry of the tensor, selected or not, is NaN or infinity: 0-d bool. Does not wait for the device.
+        """
+        if (found := self._gather_natively(values, out, adds=adds, checks=True)) is not None:
+            return torch.tensor(found)
+        (flag,) = nonfinite_flags([values])
+        if adds:
+            out[: self.count] += self.gather(values)
+        else:
+            self.gather(values, out)
+        return flag
+
+    def _gather_natively(self, values: Tensor, out: Tensor, *, adds: bool = False, checks: bool = False) -> bool | None:
+        """What C++ found; None where it does not serve."""
+        library = native.load_for(values, out) if native.serves(self._stored) else None
+        if library is None:
+            return None
+        given = ctypes.byref(self.native()), native.pointer(values), native.pointer(out), values.element_size()
+        return bool(library.gather_entries(*given, adds, checks, torch.get_num_threads()))
 
     def find(self, values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Selected entries with a value of this magnitude.

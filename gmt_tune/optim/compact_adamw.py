@@ -86,22 +86,19 @@ class CompactAdamW(CompactOptimizer):
 
     @torch.no_grad()
     def add_gradient(self, part: Part, selection: PlacedSelection | None) -> None:
-        if selection is not None:
-            before = self._taken.get(part.parameter)
-            size = states.padded_size(selection.places.count, self.state_bits)
-            held = None if before is None else (before[0].local, before[1])
-            gathered = by_kernels.gather(selection.places, part.local, size, held)
-            if gathered is not None:
-                self._take(part, *gathered)
-                return
-        (flag,) = nonfinite_flags([part.local])
         taken = self._taken.get(part.parameter)
-        if taken is None:
-            self._take(part, self._gather(part, selection), flag)
-        else:
-            if selection is not None:
-                selection.places.gather(part.local, out=taken[0].local, adds=True)
-            self._taken[part.parameter] = taken[0], flag | taken[1]
+        held = None if taken is None else (taken[0].local, taken[1])
+        if selection is None:
+            (flag,) = nonfinite_flags([part.local])
+            self._take(part, part.local.new_empty(0), flag if held is None else flag | held[1])
+            return
+        places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
+        gathered = by_kernels.gather(places, part.local, size, held)
+        if gathered is None:
+            values = _padded(places, part.local, size) if held is None else held[0]
+            flag = places.gather_checked(part.local, values, adds=held is not None)
+            gathered = values, flag if held is None else flag | held[1]
+        self._take(part, *gathered)
 
     @torch.no_grad()
     def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
@@ -147,11 +144,8 @@ class CompactAdamW(CompactOptimizer):
         states.fill_(state, values)
         self.state[p][key] = state
 
-    def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
-        if selection is None:
-            return part.local.new_empty(0)
-        places = selection.places
-        size = states.padded_size(places.count, self.state_bits)
+    def _gather(self, part: Part, selection: PlacedSelection) -> Tensor:
+        places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
         gathered = by_kernels.gather(places, part.local, size, checks=False)
         return _gather(places, part.local, size) if gathered is None else gathered[0]
 
@@ -329,9 +323,15 @@ class CompactAdamW(CompactOptimizer):
 
 def _gather(places: Places, entries: Tensor, size: int) -> Tensor:
     """The selected entries, with zeros behind them up to a size."""
+    return places.gather(entries, out=_padded(places, entries, size))
+
+
+def _padded(places: Places, entries: Tensor, size: int) -> Tensor:
+    """Memory for selected entries, with zeros behind them up to a size."""
     values = entries.new_empty(size)
-    values[places.count :].zero_()
-    return places.gather(entries, out=values)
+    if size > places.count:
+        values[places.count :] = 0
+    return values
 
 
 def _check(name: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:

@@ -48,9 +48,13 @@ def test_places(without, n, density, dtype):
     gathered = places.gather(values)
     assert torch.equal(gathered, values[mask])
     twice, wanted_twice = gathered.clone(), gathered.clone()
-    places.gather(values, out=twice, adds=True)
-    without(wanted.gather, values, out=wanted_twice, adds=True)
+    if n > 2:
+        values[n // 2] = float("inf")
+    assert places.gather_checked(values, twice, adds=True) == (n > 2)
+    assert without(wanted.gather_checked, values, wanted_twice, adds=True) == (n > 2)
     assert torch.equal(twice, wanted_twice)
+    values = torch.randn(n).to(dtype)
+    assert not places.gather_checked(values, gathered, adds=False) and torch.equal(gathered, values[mask])
     before = Places(pack_selection(other), n)
     ranks, wanted_ranks = list(places.ranks_in(before)), without(lambda: list(wanted.ranks_in(before)))
     assert [each[:2] for each in ranks] == [each[:2] for each in wanted_ranks]
@@ -104,7 +108,7 @@ def test_without_a_compiler_that_works_a_warning_says_so_once(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native.load.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="CompactAdamW uses PyTorch's own operations"):
+        with pytest.warns(UserWarning, match="use PyTorch's own operations"):
             assert native.load(native.ENTRIES) is None
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -98,6 +98,7 @@ def _cache() -> Path:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}: CompactAdamW uses PyTorch's own operations on the CPU, which take several times as long",
+        f"{reason}: on the CPU, gradient masks and CompactAdamW use PyTorch's own operations, which do the same and "
+        "take longer. What they lack is a C++ compiler, as the package g++ has it",
         stacklevel=4,
     )

@@ -3,19 +3,11 @@
 
 namespace {
 
-template <typename T>
-void gather(const Places& places, const T* from, T* to, bool adds, int threads) {
-  const int64_t count = places.count();
-#pragma omp parallel for num_threads(threads) if (count > kChunk)
-  for (int64_t first = 0; first < count; first += kChunk) {
-    const int64_t n = count - first < kChunk ? count - first : kChunk;
-    int64_t index[kChunk];
-    places.locate(first, n, index);
-    if (adds)
-      for (int64_t j = 0; j < n; ++j) to[first + j] = float(to[first + j]) + float(from[index[j]]);
-    else
-      for (int64_t j = 0; j < n; ++j) to[first + j] = from[index[j]];
-  }
+template <typename Word, Word kInfinity>
+Word any_nonfinite(const Word* values, int64_t first, int64_t stop) {
+  Word any = 0;
+  for (int64_t i = first; i < stop; ++i) any |= Word((values[i] & kInfinity) == kInfinity);
+  return any;
 }
 
 template <typename Word, Word kInfinity>
@@ -25,9 +17,32 @@ bool is_nonfinite(const Word* values, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) reduction(| : found) if (n > kBlock)
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t stop = n - first < kBlock ? n : first + kBlock;
-    Word any = 0;
-    for (int64_t i = first; i < stop; ++i) any |= Word((values[i] & kInfinity) == kInfinity);
-    found |= any;
+    found |= any_nonfinite<Word, kInfinity>(values, first, stop);
+  }
+  return found != 0;
+}
+
+// Selected entries, written or added; and whether NaN or infinity is among all entries, if that is asked. A segment is
+// looked at right before its entries are read: they are in the cache then.
+template <typename T, typename Word, Word kInfinity>
+bool gather(const Places& places, const T* from, T* to, bool adds, bool checks, int threads) {
+  Word found = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : found) if (places.segments > 1)
+  for (int64_t segment = 0; segment < places.segments; ++segment) {
+    const int64_t base = segment << kSegmentBits, end = base + (int64_t(1) << kSegmentBits);
+    if (checks)
+      found |= any_nonfinite<Word, kInfinity>(reinterpret_cast<const Word*>(from), base,
+                                              end < places.numel ? end : places.numel);
+    const int64_t stop = places.starts[segment + 1];
+    for (int64_t first = places.starts[segment]; first < stop; first += kChunk) {
+      const int64_t n = stop - first < kChunk ? stop - first : kChunk;
+      int64_t index[kChunk];
+      places.locate(first, n, index);
+      if (adds)
+        for (int64_t j = 0; j < n; ++j) to[first + j] = float(to[first + j]) + float(from[index[j]]);
+      else
+        for (int64_t j = 0; j < n; ++j) to[first + j] = from[index[j]];
+    }
   }
   return found != 0;
 }
@@ -96,12 +111,13 @@ void indices(const Places* places, int64_t first, int64_t n, int64_t* index, int
     places->locate(first + done, n - done < kChunk ? n - done : kChunk, index + done);
 }
 
-// Selected entries of 2 bytes (bfloat16, where they are added) or 4 (float32).
-void gather_entries(const Places* places, const void* from, void* to, int bytes, int adds, int threads) {
+// Selected entries of bfloat16 (2 bytes) or float32 (4); returns whether an entry, selected or not, is NaN or infinity.
+int gather_entries(const Places* places, const void* from, void* to, int bytes, int adds, int checks, int threads) {
   if (bytes == 2)
-    gather(*places, static_cast<const BFloat16*>(from), static_cast<BFloat16*>(to), adds, threads);
-  else
-    gather(*places, static_cast<const float*>(from), static_cast<float*>(to), adds, threads);
+    return gather<BFloat16, uint16_t, 0x7f80>(*places, static_cast<const BFloat16*>(from), static_cast<BFloat16*>(to),
+                                              adds, checks, threads);
+  return gather<float, uint32_t, 0x7f800000>(*places, static_cast<const float*>(from), static_cast<float*>(to), adds,
+                                             checks, threads);
 }
 
 // Whether NaN or infinity is among bfloat16 (2 bytes) or float32 (4) values.
