@@ -91,4 +91,6 @@ def _update(kernels: ModuleType, members: list[Any], group: dict[str, Any], stoc
 
     with kernels.on_device(members[0].weight.device):
         update_(members, group, stochastic_round=stochastic_round)
+    for member in members:  # autograd notices, as with PyTorch's own operations
+        torch.autograd.graph.increment_version(member.weight)
     return True

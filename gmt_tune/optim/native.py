@@ -75,7 +75,7 @@ def update_(
         *(native.pointer(grads), grads.element_size(), None if ages is None else native.pointer(ages)),
         *(*map(ctypes.byref, moments), ctypes.c_int64(grads.numel()), ctypes.byref(numbers), torch.get_num_threads()),
     )
-    torch.autograd.graph.increment_version(entries)
+    torch.autograd.graph.increment_version(entries)  # autograd notices, as with PyTorch's own operations
     return True
 
 
