@@ -130,11 +130,17 @@ def test_what_was_built_is_kept_for_its_user_alone(tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_where_nothing_can_be_kept_it_is_built_for_one_process(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+@pytest.mark.parametrize("kind", ["a file", "open to others"])
+def test_where_nothing_can_be_kept_it_is_built_for_one_process(tmp_path, monkeypatch, kind):
+    if kind == "a file":
+        (tmp_path / "gmt_tune").write_text("")
+    else:
+        (tmp_path / "gmt_tune").mkdir()
+        (tmp_path / "gmt_tune").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.load.cache_clear()
     try:
-        assert native.load(native.ENTRIES) is not None
+        assert str(tmp_path) not in native.load(native.ENTRIES)._name
+        assert kind == "a file" or not list((tmp_path / "gmt_tune").iterdir())
     finally:
         native.load.cache_clear()

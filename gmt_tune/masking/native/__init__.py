@@ -85,12 +85,14 @@ def _build(compiler: str, flags: list[str], source: Path, target: Path) -> None:
 
 
 def _cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gmt_tune"
+    """A folder that nobody else can write to: what lies there is run."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gmt_tune"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
+        found = folder.stat()
+        if found.st_uid == os.geteuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home
         pass
     _folders.append(tempfile.TemporaryDirectory(prefix="gmt_tune_"))
     return Path(_folders[-1].name)
