@@ -178,8 +178,14 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
         file = scratch / f"{name}.json"
         return [python, HERE / "selection.py", *on_device, *options, "--json", file], file
 
+    def compact(name: str, *options: str) -> tuple[list, Path]:
+        if rehearse:
+            options = (*options, "--rounds=1", "--refresh-every=2", "--method=compact, 32 bits")
+        file = scratch / f"{name}.json"
+        return [python, HERE / "compact.py", *on_device, *options, "--json", file], file
+
     def tests(file: str, workers: int) -> tuple[list, Path]:
-        marked = ["-k", "test_mask_equals_full_sort"] if rehearse else ["-m", "needs_gpu"]
+        marked = ["-k", "test_mask_equals_full_sort or test_equals_dense"] if rehearse else ["-m", "needs_gpu"]
         options = ["-q", "-n", min(workers, os.cpu_count() or 1), "--dist", "worksteal", "--durations", "8"]
         return [python, "-m", "pytest", *options, *marked, file], scratch / "none"
 
@@ -190,6 +196,8 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
         "device": (60, *inside("device")),
         "tests of the mask": (120, *tests("tests/masking/test_gpu.py", 6)),
         "tests of the recipes": (150, *tests("tests/recipes/test_gpu.py", 10)),
+        "tests of compact steps": (60, *tests("tests/optim/test_gpu.py", 4)),
+        "compact steps of smollm2": (90, *compact("compact_smollm2", "--model=smollm2_135m", "--dtype=bf16")),
         "selection of smollm2": (
             40,
             *selection("smollm2", "--model=smollm2_135m", "--rounds=5", *fast, "--method=torch.topk"),
@@ -252,6 +260,7 @@ def run_part(command: list, seconds: float, file: Path) -> dict:
 
 def markdown(lines: list[dict]) -> str:
     """What ``gpu.jsonl`` holds, as tables."""
+    import compact
     import gpu_training
     import selection
 
@@ -269,7 +278,10 @@ def markdown(lines: list[dict]) -> str:
                 text.append("| " + " | ".join(cells) + " |")
         else:
             text.append(f"`{(found.get('environment') or found['setting'])['command']}`\n")
-            text.append(selection.table(found["rows"]) if "rows" in found else gpu_training.table(found["lines"]))
+            if "rows" in found:
+                text.append((compact if "refresh_every" in found else selection).table(found["rows"]))
+            else:
+                text.append(gpu_training.table(found["lines"]))
     return "\n".join(text)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmt_tune.masking import native
+
 
 def nonfinite_flags(tensors: Sequence[Tensor]) -> list[Tensor]:
     """For each tensor a 0-d bool tensor on its device: whether it holds NaN or infinity. Does not wait."""
@@ -29,7 +31,9 @@ def nonfinite_flags(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _is_nonfinite(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
-    # On the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.
+    if (library := native.load_for(tensor)) is not None:
+        return torch.tensor(bool(library.nonfinite_entries(*native.entries(tensor), torch.get_num_threads())))
+    # Elsewhere on the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.
     if tensor.device.type == "cpu" and tensor.dtype != torch.float16 and tensor.sum().isfinite():
         return torch.tensor(False)
     return ~torch.stack(tensor.aminmax()).isfinite().all()  # both are NaN if an entry is

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gmt_tune.masking import native
+from gmt_tune.masking.bits import magnitude_bits
+from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
+RUN = 1 << 8  # entries whose bits are counted together
 # Entries that are looked at together, whole segments: bounds the passing memory, and on the CPU stays in the cache
 _BLOCK = {"cpu": 1 << 20, "other": 1 << 22}
 
-Chunk = tuple[int, slice, Tensor]  # a block's number, which of the selected entries lie in it, and their flat indices
+
+class Lookup(NamedTuple):
+    """What finds selected entries from their numbers, on the device alone. Where bits are kept, it costs 2 bytes a run.
+
+    Attributes:
+        stored: int16 [count], the lower 16 bits of each one's flat index; or uint8, 1 bit per entry in whole runs.
+        starts: int64 [segments + 1], how many entries are selected before each segment, and in all.
+        ranks: of bits, int16 [segments * SEGMENT / RUN], how many are selected before each run in its segment.
+    """
+
+    stored: Tensor
+    starts: Tensor
+    ranks: Tensor | None
 
 
 class Places:
@@ -31,18 +49,58 @@ class Places:
 
     def __init__(self, bits: Tensor, numel: int) -> None:
         self.numel, self._block = numel, _BLOCK["cpu" if bits.is_cpu else "other"]
-        found, counts = [], []
-        for start in range(0, numel, self._block):
-            stop = min(start + self._block, numel)
-            index = _unpack(bits, start, stop).nonzero().view(-1)
-            segments = torch.arange(0, stop - start + SEGMENT, SEGMENT, device=bits.device)
-            counts.append(torch.searchsorted(index, segments).diff())
-            found.append(index.to(torch.int16))  # its lower 16 bits stay
-        self._counts = torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=bits.device)
-        self._ends = list(itertools.accumulate(block.numel() for block in found))  # of the blocks' entries
-        self.count: int = self._ends[-1] if found else 0
-        self._is_sparse = 2 * self.count < bits.numel()
-        self._stored = torch.cat(found) if self._is_sparse and found else bits
+        segments = -(-numel // SEGMENT)
+        library = native.load(native.ENTRIES) if native.serves(bits) else None
+        self._stored, self._is_sparse = bits, False
+        if library is not None:
+            counts = torch.zeros(segments, dtype=torch.int64)
+            self._set_counts(counts)
+            library.count_bits(ctypes.byref(self.native()), native.pointer(counts), torch.get_num_threads())
+            self._set_counts(counts)
+        else:
+            found, all_counts = [], [torch.zeros(0, dtype=torch.int64, device=bits.device)]
+            for start in range(0, numel, self._block):
+                stop = min(start + self._block, numel)
+                index = _unpack(bits, start, stop).nonzero().view(-1)
+                bounds = torch.arange(0, stop - start + SEGMENT, SEGMENT, device=bits.device)
+                all_counts.append(torch.searchsorted(index, bounds).diff())
+                found.append(index.to(torch.int16))  # its lower 16 bits stay
+            self._set_counts(torch.cat(all_counts))
+        if 2 * self.count < bits.numel():
+            if library is None:
+                offsets = torch.cat(found)
+            else:
+                offsets = torch.empty(self.count, dtype=torch.int16)
+                library.offsets_of_bits(ctypes.byref(self.native()), native.pointer(offsets), torch.get_num_threads())
+            self._stored, self._is_sparse = offsets, True
+
+    def _set_counts(self, counts: Tensor) -> None:
+        """Take in how many entries of each segment are selected."""
+        self._starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        per_block = self._block // SEGMENT
+        self._ends = [*self._starts[per_block:-1:per_block].tolist(), int(self._starts[-1])] if self.numel else []
+        self.count: int = self._ends[-1] if self._ends else 0
+        self.__dict__.pop("lookup", None)
+
+    @functools.cached_property
+    def lookup(self) -> Lookup:
+        """For kernels; made when it is first asked for, and kept."""
+        if self._is_sparse:
+            return Lookup(self._stored, self._starts, None)
+        ranks = []
+        for start in range(0, self.numel, self._block):
+            block = _unpack(self._stored, start, min(start + self._block, self.numel))
+            runs = torch.nn.functional.pad(block, (0, -block.numel() % SEGMENT)).view(-1, SEGMENT // RUN, RUN).sum(-1)
+            ranks.append((runs.cumsum(-1) - runs).to(torch.int16).view(-1))
+        short = -self._stored.numel() % (RUN // 8)  # padding by nothing would be a copy, too
+        stored = torch.nn.functional.pad(self._stored, (0, short)) if short else self._stored
+        return Lookup(stored, self._starts, torch.cat(ranks))
+
+    def native(self) -> ctypes.Structure:
+        """What C++ sees of places on the CPU; as long as they are neither changed nor gone."""
+        stored = native.pointer(self._stored)
+        offsets, bits = (stored, None) if self._is_sparse else (None, stored)
+        return _Native(offsets, bits, native.pointer(self._starts), self._starts.numel() - 1, self.numel)
 
     def bits(self) -> Tensor:
         """At 1 bit per entry, as they were given."""
@@ -60,31 +118,42 @@ class Places:
             at: which of the selected entries, in order.
             index: their flat indices.
         """
-        if self._is_sparse:
+        library = self._library() if native.serves(at) else None
+        if self._is_sparse and library is not None:
+            left = torch.empty(self.count - at.numel(), dtype=torch.int16)
+            old, n = ctypes.c_int64(self.count), ctypes.c_int64(at.numel())
+            library.drop_offsets(native.pointer(self._stored), old, native.pointer(at), n, native.pointer(left))
+            self._stored = left
+        elif self._is_sparse:
             stays = torch.ones(self.count, dtype=torch.bool, device=at.device).index_fill_(0, at, False)
             self._stored = self._stored[stays]
         else:  # each bit is set, so subtracting clears it; bytes wrap
             self._stored.index_add_(0, index >> 3, (256 - (1 << (index & 7))).to(torch.uint8))
-        self._counts -= torch.bincount(index // SEGMENT, minlength=self._counts.numel())
-        per_block = self._block // SEGMENT
-        self._ends = torch.stack([part.sum() for part in self._counts.split(per_block)]).cumsum(0).tolist()
-        self.count = self._ends[-1]
+        counts = self._starts.diff()
+        self._set_counts(counts.sub_(torch.bincount(index // SEGMENT, minlength=counts.numel())))
 
-    @property
-    def is_one_block(self) -> bool:
-        """Whether ``chunks`` gives one at most."""
-        return len(self._ends) <= 1
-
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """Block by block: its number, which of the selected entries lie in it, and their flat indices (int64)."""
-        first = 0
-        for number, last in enumerate(self._ends):
-            if last > first:
-                yield number, slice(first, last), self._index(number, first, last)
-            first = last
+        for number, part in enumerate(self._blocks()):
+            if part.stop > part.start:
+                yield number, part, self._index(number, part.start, part.stop)
+
+    def _blocks(self) -> list[slice]:
+        """Which of the selected entries lie in each block."""
+        return [slice(*ends) for ends in itertools.pairwise([0, *self._ends])]
 
     def _index(self, number: int, first: int, last: int) -> Tensor:
         start = number * self._block
+        if (library := self._library()) is not None:
+            index = torch.empty(last - first, dtype=torch.int64)
+            library.indices(
+                ctypes.byref(self.native()),
+                ctypes.c_int64(first),
+                ctypes.c_int64(last - first),
+                native.pointer(index),
+                torch.get_num_threads(),
+            )
+            return index
         if not self._is_sparse:
             stop = min(start + self._block, self.numel)
             block = _unpack(self._stored, start, stop)
@@ -97,7 +166,7 @@ class Places:
         within = self._stored[first:last].long().bitwise_and_(SEGMENT - 1)
         if self.numel <= SEGMENT:
             return within
-        counts = self._counts[start // SEGMENT : (start + self._block) // SEGMENT]
+        counts = self._starts[start // SEGMENT : (start + self._block) // SEGMENT + 1].diff()
         if within.is_cpu:  # a few additions in place are faster than an index of starts
             for i, segment in enumerate(within.split(counts.tolist())):
                 segment.add_(start + i * SEGMENT)
@@ -105,51 +174,125 @@ class Places:
         starts = torch.arange(start, start + counts.numel() * SEGMENT, SEGMENT, device=counts.device)
         return within.add_(starts.repeat_interleave(counts, output_size=last - first))
 
-    def gather(self, values: Tensor, out: Tensor | None = None, chunks: Iterable[Chunk] | None = None) -> Tensor:
-        """The selected entries of a tensor, 1-d; into the first entries of ``out`` if it is given.
-
-        ``chunks`` are what :meth:`chunks` gave, where they are at hand.
-        """
-        flat = values.reshape(-1)
-        out = flat.new_empty(self.count) if out is None else out
-        for _, part, index in self.chunks() if chunks is None else chunks:
-            torch.index_select(flat, 0, index, out=out[part])
+    def gather(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """The selected entries of a tensor, 1-d; into the first entries of ``out`` if it is given."""
+        out = values.new_empty(self.count) if out is None else out
+        if self._gather_natively(values, out) is None:
+            flat = values.reshape(-1)
+            for _, part, index in self.chunks():
+                torch.index_select(flat, 0, index, out=out[part])
         return out
 
-    def scatter_(self, values: Tensor, into: Tensor, chunks: Iterable[Chunk] | None = None) -> None:
+    def gather_checked(self, values: Tensor, out: Tensor, *, adds: bool) -> Tensor:
+        """The selected entries of a tensor into the first entries of ``out``, or added to them.
+
+        Returns:
+            Whether an entry of the tensor, selected or not, is NaN or infinity: 0-d bool. Does not wait for the device.
+        """
+        if (found := self._gather_natively(values, out, adds=adds, checks=True)) is not None:
+            return torch.tensor(found)
+        (flag,) = nonfinite_flags([values])
+        if adds:
+            out[: self.count] += self.gather(values)
+        else:
+            self.gather(values, out)
+        return flag
+
+    def _gather_natively(self, values: Tensor, out: Tensor, *, adds: bool = False, checks: bool = False) -> bool | None:
+        """What C++ found; None where it does not serve."""
+        library = native.load_for(values, out) if native.serves(self._stored) else None
+        if library is None:
+            return None
+        given = ctypes.byref(self.native()), native.pointer(values), native.pointer(out), values.element_size()
+        return bool(library.gather_entries(*given, adds, checks, torch.get_num_threads()))
+
+    def find(self, values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Selected entries with a value of this magnitude.
+
+        Args:
+            values: of the selected entries, as :meth:`gather` gives them.
+            bits: of the magnitude, 0-d.
+
+        Returns:
+            Which of the selected entries they are, and their flat indices: 1-d int64, in order.
+        """
+        if (library := native.load_for(values)) is not None and native.serves(self._stored):
+            given = ctypes.byref(self.native()), native.pointer(values), values.element_size(), int(bits)
+            at, index = torch.empty(2, library.find_ties(*given, None, None) + 1, dtype=torch.int64)
+            library.find_ties(*given, native.pointer(at), native.pointer(index))
+            return at[:-1], index[:-1]
+        at = (magnitude_bits(values) == bits).nonzero().view(-1)
+        index = torch.empty_like(at)
+        for _, part, indices in self.chunks():
+            inside = slice(*torch.searchsorted(at, torch.tensor([part.start, part.stop], device=at.device)).tolist())
+            index[inside] = indices.index_select(0, at[inside] - part.start)
+        return at, index
+
+    def scatter_(self, values: Tensor, into: Tensor) -> None:
         """Overwrite the selected entries of a tensor with the first of ``values``."""
         flat = into.view(-1) if into.is_contiguous() else into.reshape(-1)
-        for _, part, index in self.chunks() if chunks is None else chunks:
+        for _, part, index in self.chunks():
             flat.index_copy_(0, index, values[part])
         if not into.is_contiguous():
             into.copy_(flat.view(into.shape))
 
-    def kept_from(self, before: Places) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Entries that were selected in the same tensor before and are now, block by block.
+    def ranks_in(self, before: Places) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The numbers of selected entries in another selection of the same tensor, block by block.
 
         Yields:
-            The range of the entries selected before that lie in the block; which of these there were, of all, and
-            which of the entries selected now they are: 1-d int64.
+            Which of the selected entries lie in the block, which of those selected before; and for each of the former
+            its number among the latter, of all, or -1: 1-d int32. Blocks in which either has none are left out.
         """
+        blocks = zip(self._blocks(), before._blocks(), strict=True)
+        filled = [(i, *both) for i, both in enumerate(blocks) if all(part.stop > part.start for part in both)]
+        if (library := self._library()) is not None:
+            ranks = torch.empty(self.count, dtype=torch.int32)
+            places = (ctypes.byref(each.native()) for each in (self, before))
+            library.ranks_in(*places, native.pointer(ranks), torch.get_num_threads())
+            yield from ((part, old, ranks[part]) for _, part, old in filled)
+            return
         ranks = torch.empty(min(self._block, self.numel), dtype=torch.int32, device=self._stored.device)
-        old = before.chunks()
-        old_number, old_part, old_index = next(old, _NO_MORE)
-        for number, part, index in self.chunks():
-            while old_number < number:
-                old_number, old_part, old_index = next(old, _NO_MORE)
-            if old_number == number:
-                start = number * self._block
-                ranks.zero_()  # 0: not selected before
-                ranks[old_index - start] = torch.arange(
-                    1, old_index.numel() + 1, dtype=torch.int32, device=index.device
-                )
-                rank = ranks.index_select(0, index - start)
-                kept = rank.nonzero().view(-1)
-                old_at = rank.index_select(0, kept).long().add_(old_part.start - 1)
-                yield old_part, old_at, kept.add_(part.start)
+        for number, part, old in filled:
+            start = number * self._block
+            ranks.fill_(-1)
+            numbers = torch.arange(old.start, old.stop, dtype=torch.int32, device=ranks.device)
+            ranks[before._index(number, old.start, old.stop) - start] = numbers
+            yield part, old, ranks.index_select(0, self._index(number, part.start, part.stop) - start)
+
+    def _library(self) -> ctypes.CDLL | None:
+        """What serves these places, where they are on the CPU."""
+        return native.load(native.ENTRIES) if native.serves(self._stored) else None
 
 
-_NO_MORE = (sys.maxsize, slice(0), torch.empty(0, dtype=torch.int64))
+def take_ranked(values: Tensor, ranks: Tensor, first: int, out: Tensor) -> None:
+    """Values by their numbers, as :meth:`Places.ranks_in` gives them, into ``out``; zero where there is none.
+
+    Args:
+        values: 1-d, of 2 or 4 bytes each; those from number ``first`` on.
+        ranks: int32.
+        out: of the dtype of the values and the size of the ranks.
+    """
+    library = native.load(native.ENTRIES) if native.serves(values, ranks, out) else None
+    if library is not None:
+        n, size, threads = ctypes.c_int64(ranks.numel()), values.element_size(), torch.get_num_threads()
+        pointers = native.pointer(values), native.pointer(ranks)
+        library.take_ranked_entries(*pointers, n, first, native.pointer(out), size, threads)
+    else:
+        torch.index_select(values, 0, (ranks - first).clamp_(min=0), out=out).masked_fill_(ranks < 0, 0)
+
+
+def all_places(numel: int) -> ctypes.Structure:
+    """What C++ sees where all entries of a tensor are selected."""
+    return _Native(None, None, None, 0, numel)
+
+
+class _Native(ctypes.Structure):
+    """``Places`` of ``native/places.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("offsets", "bits", "starts")),
+        *((name, ctypes.c_int64) for name in ("segments", "numel")),
+    )
 
 
 def _unpack(bits: Tensor, start: int, stop: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmt_tune.masking import native
 from gmt_tune.masking.bits import (
     INFINITY_BITS,
     INT_DTYPE,
@@ -113,10 +114,16 @@ class ThresholdSelection(Selection):
         return magnitude_bits(score) >= self.smallest()
 
     def pack(self, threshold: Tensor | None = None) -> PackedSelection:
-        # Block by block: neither the bool tensor nor the product is ever there as a whole
         smallest = self.smallest()
-        packed = pack_selection(self.score, lambda block: magnitude_bits(block) >= smallest)
-        return PackedSelection(packed, self.score.shape, threshold)
+        score = self.score
+        if isinstance(score, Tensor) and (library := native.load_for(score)) is not None:
+            packed = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8)
+            given = *native.entries(score), int(smallest), native.pointer(packed)
+            library.pack_entries(*given, torch.get_num_threads())
+            return PackedSelection(packed, score.shape, threshold)
+        # Block by block: neither the bool tensor nor the product is ever there as a whole
+        packed = pack_selection(score, lambda block: magnitude_bits(block) >= smallest)
+        return PackedSelection(packed, score.shape, threshold)
 
     def apply_(self, grad: Tensor) -> Tensor:
         if self.score is grad and grad.device.type == "cpu":

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.bits import magnitude_bits
 from gmt_tune.masking.parts import Part, sum_counts, sum_over_ranks
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.scores import entries_to_keep
@@ -91,19 +90,9 @@ def _last_kept(
 def _ties(selection: Selection, places: Places) -> tuple[Tensor, Tensor]:
     """Which of the selected entries of this process are at the threshold, and their flat indices."""
     assert isinstance(selection, ThresholdSelection)
-    smallest = selection.smallest()
     score = selection.score
-    at, indices = [], []
-    for _, part, index in places.chunks():
-        if isinstance(score, Product):
-            values = score.read(lambda t: t.reshape(-1).index_select(0, index))  # noqa: B023
-        else:
-            values = score.reshape(-1).index_select(0, index)
-        found = (magnitude_bits(values) == smallest).nonzero().view(-1)
-        at.append(found + part.start)
-        indices.append(index.index_select(0, found))
-    nothing = torch.empty(0, dtype=torch.int64, device=score.device)
-    return (torch.cat(at), torch.cat(indices)) if at else (nothing, nothing)
+    values = score.read(places.gather) if isinstance(score, Product) else places.gather(score)
+    return places.find(values, selection.smallest())
 
 
 def _index_in_whole(index: Tensor, part: Part) -> Tensor:

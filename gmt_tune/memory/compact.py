@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.masking.places import SEGMENT
+from gmt_tune.masking.places import RUN, SEGMENT
 from gmt_tune.masking.schedule import spread_turns
 from gmt_tune.masking.scores import entries_to_keep
 from gmt_tune.optim import CompactAdamW, states
@@ -85,7 +85,7 @@ def compact_bytes(
     held = {name: shapes[name].numel() for name in sorted(masked)}
     kept = {name: entries_to_keep(n, density) if n else 0 for name, n in held.items()}
     sizes = {name: states.padded_size(k, bits) for name, k in kept.items()}
-    places = {name: min(2 * kept[name], (n + 7) // 8) + 8 * -(-n // SEGMENT) for name, n in held.items()}
+    places = {name: _places(n, kept[name]) for name, n in held.items()}
     turns = refresh_every or 1
     phases = spread_turns({name: numels[name] for name in numels if name in masked}, turns)
     by_turn: dict[int, list[str]] = {}
@@ -108,6 +108,12 @@ def compact_bytes(
         selecting=selecting,
         updating=e * largest_of_all + _UPDATE_BYTES * min(largest_of_all, states.PIECE["other"]),
     )
+
+
+def _places(n: int, kept: int) -> int:
+    """Memory of what finds the selected ones of n entries: see :class:`gmt_tune.masking.places.Lookup`."""
+    segments, bits = -(-n // SEGMENT), (n + 7) // 8
+    return 8 * (segments + 1) + (2 * kept if 2 * kept < bits else bits + 2 * segments * SEGMENT // RUN)
 
 
 def _bytes(state: Any) -> int:

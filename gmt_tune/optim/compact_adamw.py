@@ -13,9 +13,9 @@ from gmt_tune.masking.gradient_mask import registered_masks
 from gmt_tune.masking.nonfinite import nonfinite_flags
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.parts import Part, is_sharded, make_parts, own_entries, sum_over_ranks
-from gmt_tune.masking.places import Chunk, Places
+from gmt_tune.masking.places import Places, take_ranked
 from gmt_tune.masking.selection import PlacedSelection
-from gmt_tune.optim import states
+from gmt_tune.optim import by_kernels, native, states
 
 _STATES = ("exp_avg", "exp_avg_sq", "age")  # of selected entries
 
@@ -86,13 +86,19 @@ class CompactAdamW(CompactOptimizer):
 
     @torch.no_grad()
     def add_gradient(self, part: Part, selection: PlacedSelection | None) -> None:
-        (flag,) = nonfinite_flags([part.local])
         taken = self._taken.get(part.parameter)
-        values = self._gather(part, selection)
-        if taken is not None:
-            values.add_(taken[0].local)
-            flag = flag | taken[1]
-        self._take(part, values, flag)
+        held = None if taken is None else (taken[0].local, taken[1])
+        if selection is None:
+            (flag,) = nonfinite_flags([part.local])
+            self._take(part, part.local.new_empty(0), flag if held is None else flag | held[1])
+            return
+        places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
+        gathered = by_kernels.gather(places, part.local, size, held)
+        if gathered is None:
+            values = _padded(places, part.local, size) if held is None else held[0]
+            flag = places.gather_checked(part.local, values, adds=held is not None)
+            gathered = values, flag if held is None else flag | held[1]
+        self._take(part, *gathered)
 
     @torch.no_grad()
     def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
@@ -103,19 +109,13 @@ class CompactAdamW(CompactOptimizer):
         self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=device))
         p.grad = None
         state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
-        new = {key: torch.zeros(size, device=device) for key in ("exp_avg", "exp_avg_sq")}
-        new["age"] = torch.zeros(size, dtype=self._age_dtype(p), device=device)
-        if state and before is not None:
-            for near, old_at, at in selection.places.kept_from(before.places):
-                for key, values in new.items():
-                    values.index_copy_(0, at, states.pick(state[key], old_at, near))
-        state["age"] = new.pop("age")
-        for key, values in new.items():
-            moment = state.get(key)
-            if moment is None or moment.shape != values.shape:
-                moment = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
-            states.fill_(moment, values)
-            state[key] = moment
+        kept = list(selection.places.ranks_in(before.places)) if state and before is not None else []
+        for key in _STATES:
+            values = torch.zeros(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
+            for part_of_new, near, rank in kept:
+                held, first = states.read_near(state[key], near)
+                take_ranked(held, rank, first, out=values[part_of_new])
+            self._set_state(p, key, values)
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
         return list(self._taken.values())
@@ -134,11 +134,20 @@ class CompactAdamW(CompactOptimizer):
             states.fill_(state, torch.nn.functional.pad(floats, (0, size - count)))
         self.state[p][key] = state
 
-    def _gather(self, part: Part, selection: PlacedSelection | None) -> Tensor:
-        if selection is None:
-            return part.local.new_empty(0)
-        places = selection.places
-        return _gather(places, part.local, states.padded_size(places.count, self.state_bits))
+    def _set_state(self, p: Any, key: str, values: Tensor) -> None:
+        """Overwrite a state of selected entries, in its own memory where the size is the same."""
+        state = self.state[p].get(key)
+        if state is None or state.shape != values.shape:
+            state = torch.zeros_like(values)
+            if key != "age":
+                state = states.zeros(values.shape, self.state_bits, signed=key == "exp_avg", device=values.device)
+        states.fill_(state, values)
+        self.state[p][key] = state
+
+    def _gather(self, part: Part, selection: PlacedSelection) -> Tensor:
+        places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
+        gathered = by_kernels.gather(places, part.local, size, checks=False)
+        return _gather(places, part.local, size) if gathered is None else gathered[0]
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
@@ -250,22 +259,21 @@ class CompactAdamW(CompactOptimizer):
     def _update_selected(
         self, parameters: list[Any], grads: list[Tensor], all_places: list[Places], group: dict
     ) -> None:
-        if not parameters:
-            return
-        for batch in states.batches([grad.numel() for grad in grads], grads[0].device):
-            held = [self.state[parameters[i]] for i in batch]
-            for state in held:
-                state["age"].clamp_(max=torch.iinfo(state["age"].dtype).max - 1).add_(1)
-            own = [own_entries(parameters[i]) for i in batch]
-            places = [all_places[i] for i in batch]
-            # Of small ones, the indices are kept from one use to the other
-            chunks = [list(each.chunks()) if each.is_one_block else None for each in places]
-            weights = []
-            for each, entries, i, indices in zip(places, own, batch, chunks, strict=True):
-                weights.append(_gather(each, entries, grads[i].numel(), indices))
-            self._adamw_(weights, [grads[i] for i in batch], "age", held, group)
-            for each, entries, values, indices in zip(places, own, weights, chunks, strict=True):
-                each.scatter_(values, entries, chunks=indices)
+        held = [self.state[p] for p in parameters]
+        own = [own_entries(p) for p in parameters]
+        members = list(zip(own, grads, held, all_places, strict=True))
+        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        own, grads = [own[i] for i in left], [grads[i] for i in left]
+        held, all_places = [held[i] for i in left], [all_places[i] for i in left]
+        left = self._update_natively(own, grads, list(all_places), "age", held, group)
+        for batch in states.batches({i: grads[i].numel() for i in left}, own[0].device if own else None):
+            for i in batch:
+                age = held[i]["age"]
+                age.clamp_(max=torch.iinfo(age.dtype).max - 1).add_(1)
+            weights = [_gather(all_places[i], own[i], grads[i].numel()) for i in batch]
+            self._adamw_(weights, [grads[i] for i in batch], "age", [held[i] for i in batch], group)
+            for i, values in zip(batch, weights, strict=True):
+                all_places[i].scatter_(values, own[i])
 
     def _update_dense(self, parameters: list[Any], grads: list[Tensor], group: dict) -> None:
         held = [self.state[p] for p in parameters]
@@ -276,11 +284,26 @@ class CompactAdamW(CompactOptimizer):
                     state[key] = self._new_buffer(p, key == "exp_avg")
             state["step"] += 1
         own = [own_entries(p) for p in parameters]
-        weights = [entries.reshape(-1) for entries in own]
-        self._adamw_(weights, [grad.reshape(-1) for grad in grads], "step", held, group)
-        for entries, values in zip(own, weights, strict=True):
-            if not entries.is_contiguous():
-                entries.copy_(values.view(entries.shape))
+        left = self._update_natively(own, grads, [None] * len(own), "step", held, group)
+        weights = [own[i].reshape(-1) for i in left]
+        self._adamw_(weights, [grads[i].reshape(-1) for i in left], "step", [held[i] for i in left], group)
+        for i, values in zip(left, weights, strict=True):
+            if not own[i].is_contiguous():
+                own[i].copy_(values.view(own[i].shape))
+
+    def _update_natively(
+        self, own: list[Tensor], grads: list[Tensor], places: list[Any], age: str, held: list[dict], group: dict
+    ) -> list[int]:
+        """Update what C++ serves; returns the numbers of the others."""
+        seeds: list[Any] = [None] * len(own)
+        if self.bf16_stochastic_round:
+            seeds = torch.randint(1 << 62, (len(own),)).tolist()
+        left = []
+        for i, state in enumerate(held):
+            first, second = (own_entries(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq"))
+            if not native.update_(own[i], grads[i], places[i], state[age], first, second, group, seeds[i]):
+                left.append(i)
+        return left
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
         first, second = ([own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))
@@ -298,11 +321,17 @@ class CompactAdamW(CompactOptimizer):
         return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def _gather(places: Places, entries: Tensor, size: int, chunks: list[Chunk] | None = None) -> Tensor:
+def _gather(places: Places, entries: Tensor, size: int) -> Tensor:
     """The selected entries, with zeros behind them up to a size."""
+    return places.gather(entries, out=_padded(places, entries, size))
+
+
+def _padded(places: Places, entries: Tensor, size: int) -> Tensor:
+    """Memory for selected entries, with zeros behind them up to a size."""
     values = entries.new_empty(size)
-    values[places.count :].zero_()
-    return places.gather(entries, out=values, chunks=chunks)
+    if size > places.count:
+        values[places.count :] = 0
+    return values
 
 
 def _check(name: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:

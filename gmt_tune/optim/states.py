@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,25 +46,25 @@ def read(state: Tensor, part: slice) -> Tensor:
     """Entries of a moment in float32, whole blocks: the same memory where it is, else as torchao dequantizes them."""
     if type(state) is Tensor:
         return state[part]
-    if not _is_8bit(state):
+    if not is_8bit(state):
         return state[part].dequantize()
     kind: Any = state
     codes, scale = kind.codes[part].int(), kind.scale[part.start // kind.block_size : part.stop // kind.block_size]
     return kind.qmap.index_select(0, codes).view(-1, kind.block_size).mul_(scale.view(-1, 1)).view(-1)
 
 
-def pick(state: Tensor, at: Tensor, near: slice) -> Tensor:
-    """Entries of a moment in float32 by their numbers, all of which lie in a range."""
+def read_near(state: Tensor, near: slice) -> tuple[Tensor, int]:
+    """Entries of a moment in float32, those of a range and maybe some around it; and the number of the first one."""
     if type(state) is Tensor:
-        return state.index_select(0, at)
+        return state[near], near.start
     start = near.start // _LARGEST_BLOCK * _LARGEST_BLOCK
     stop = min(-(-near.stop // _LARGEST_BLOCK) * _LARGEST_BLOCK, state.numel())
-    return read(state, slice(start, stop)).index_select(0, at - start)
+    return read(state, slice(start, stop)), start
 
 
 def write(state: Tensor, part: slice, values: Tensor) -> None:
     """Overwrite entries of a moment, whole blocks, as torchao quantizes them; ``values`` may be what ``read`` gave."""
-    if not _is_8bit(state):
+    if not is_8bit(state):
         held = state[part]
         if type(state) is not Tensor or held.data_ptr() != values.data_ptr():
             held.copy_(values)
@@ -135,25 +135,26 @@ def _adamw_float32_(w: Tensor, g: Tensor, age: Tensor, m: Tensor, v: Tensor, gro
     lr, (beta1, beta2) = group["lr"], group["betas"]
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
-    minus_correction1, minus_correction2 = (torch.expm1(age * _log(beta)) for beta in (beta1, beta2))
+    minus_correction1, minus_correction2 = (minus_correction(age, beta) for beta in (beta1, beta2))
     step = torch.div(v, minus_correction2).neg_().sqrt_().add_(group["eps"]).mul_(minus_correction1)
     step = torch.div(m, step, out=step).mul_(lr)  # below zero where the weight falls
     w.mul_(1 - lr * group["weight_decay"]).add_(step)
 
 
-def _log(beta: float) -> float:
-    return math.log(beta) if beta else -math.inf
+def minus_correction(age: Tensor, beta: float) -> Tensor:
+    """-(1 - beta^age), of float32 ages."""
+    return torch.expm1(age * (math.log(beta) if beta else -math.inf))
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def batches(sizes: Sequence[int], device: torch.device) -> Iterator[list[int]]:
-    """Which of several tensors to update together: small ones, or one that is larger than a piece."""
-    limit = PIECE["cpu" if device.type == "cpu" else "other"]
+def batches(sizes: Mapping[int, int], device: torch.device | None) -> Iterator[list[int]]:
+    """Which of several tensors, by number, to update together: small ones, or one that is larger than a piece."""
+    limit = PIECE["cpu" if device is None or device.type == "cpu" else "other"]
     batch: list[int] = []
-    for i, size in enumerate(sizes):
+    for i, size in sizes.items():
         if batch and sum(sizes[j] for j in batch) + size > limit:
             yield batch
             batch = []
@@ -185,19 +186,19 @@ def _piece(tensor: Tensor) -> int:
 # ---------------------------------------------------------------------- 8 bits by table
 
 
-def _is_8bit(state: Tensor) -> bool:
+def is_8bit(state: Tensor) -> bool:
     return type(state) is not Tensor and type(state).__name__ == "OptimState8bit"
 
 
 def _nearest_codes(values: Tensor, signed: bool) -> Tensor:
     """What ``torchao.optim.quant_utils.quantize_8bit_with_qmap`` gives, by looking up instead of searching."""
-    lowest, next_from = _code_table(signed, values.device)
+    lowest, next_from = code_table(signed, values.device)
     upper = (values.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
     return lowest.index_select(0, upper).add_(values >= next_from.index_select(0, upper))
 
 
 @functools.lru_cache(maxsize=8)
-def _code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """For float32 values with the same upper 16 bits: their lowest code (uint8), and from where on it is the next one.
 
     There is no third one, because the codes lie farther apart than such values.

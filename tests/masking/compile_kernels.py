@@ -1,31 +1,36 @@
 """Compile all kernels for a GPU, which need not be there: python compile_kernels.py cuda:80 [few]
 
-Fails where the compiler refuses one, or where the entries of one are not loaded 16 bytes at a time.
+Fails where the compiler refuses one, or where the entries of one are not loaded 16 bytes at a time. ``few`` compiles
+one kind of each.
 """
 
+import itertools
 import re
 import sys
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gmt_tune.masking.draws import ROUNDS
+from gmt_tune.masking.places import RUN, SEGMENT
 from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, narrow, pack, sample
 from gmt_tune.masking.search.kernels.tables import make_table
 from gmt_tune.masking.search.triton import BINS
+from gmt_tune.optim.kernels import gather, update
 
 backend, arch = sys.argv[1].split(":")
 TARGET = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
 NOT_INT64_POINTERS = {"chunk_tensors": "*i32", "largest": "*i32", "smallest": "*i32", "search_steps": "i32"}
 
 
-def compile_kernel(kernel, num_warps, **constants):
+def compile_kernel(kernel, num_warps, types=NOT_INT64_POINTERS, **constants):
     names = kernel.arg_names
     assert set(constants) <= set(names), set(constants) - set(names)
-    types = {name: NOT_INT64_POINTERS.get(name, "*i64") for name in names}
+    types = {name: types.get(name, "*i64") for name in names}
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
@@ -39,8 +44,8 @@ def compile_kernel(kernel, num_warps, **constants):
     return triton.compile(source, target=TARGET, options={"num_warps": num_warps})
 
 
-def wide_loads(compiled) -> int:
-    return len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"])) if backend == "cuda" else 1
+def wide_loads(compiled, width: str = "v4") -> int:
+    return len(re.findall(rf"ld\.global\.{width}\.b32", compiled.asm["ptx"])) if backend == "cuda" else 1
 
 
 CASES = [
@@ -69,4 +74,29 @@ for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
     unpacking = compile_kernel(apply_packed._apply_packed_kernel, 8, FIRST_INT=constants["FIRST_INT"], **own)
     drawing = compile_kernel(draw._draw_kernel, 8, FIRST_INT=constants["FIRST_INT"], ROUNDS=ROUNDS, **own)
     assert all(map(wide_loads, (packing, unpacking, drawing))), (constants, "narrow loads")
+
+FLOATS = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
+LOOKUP = {"SEGMENT": SEGMENT, "RUN": RUN}
+NUMBERS = dict.fromkeys(("numel", "count", "size", "segments", "tensors"), "i32") | {"flag": "*i8", "ranks": "*i16"}
+for dtype, is_sparse, (adds, checks) in itertools.product(
+    [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), [(False, False), (False, True), (True, True)]
+):
+    types = NUMBERS | {"grad": FLOATS[dtype], "out": FLOATS[dtype], "stored": "*i16" if is_sparse else "*u8"}
+    constants = dict(ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES, **LOOKUP)
+    gathering = compile_kernel(gather._gather_kernel, 4, types, **constants)
+    assert wide_loads(gathering) or not (checks or is_sparse), (constants, "narrow loads")
+for dtype, is_sparse, block, lr_on_device in itertools.product(
+    [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), (0, 256), (True, False)
+):
+    numbers = ("lr", "decay", "weight1", "weight2", "log_beta1", "log_beta2", "eps")
+    types = NUMBERS | dict.fromkeys(numbers, "fp32") | {"first_qmap": "*fp32", "second_qmap": "*fp32"}
+    types |= {"lr": "*fp32", "decay": "*fp32"} if lr_on_device else {}
+    constants = dict(WEIGHT=dtype, GRAD=dtype, BY_CHANCE=dtype == tl.bfloat16, IS_SPARSE=is_sparse, BLOCK=block)
+    constants["STATE"] = tl.uint8 if block else tl.float32
+    age = dict(AGE=tl.int32, OLDEST=2**31 - 1) if dtype == tl.float32 else dict(AGE=tl.int16, OLDEST=2**15 - 1)
+    tiles = {"TILE": update.TILE, "TILES": update.TILES}
+    updating = compile_kernel(
+        update._update_kernel, 8, types, **constants, **age, LR_ON_DEVICE=lr_on_device, **tiles, **LOOKUP
+    )
+    assert wide_loads(updating, r"v[24]"), (constants, "narrow loads")  # of bfloat16, 4 entries a thread
 print("compiled")

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,18 @@ def test_out_of_memory_is_no_reason_to_give_triton_up(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         devices.try_triton(run)
     assert devices._failures == []
+
+
+def test_a_failure_keeps_no_tensor_alive(monkeypatch):
+    """An error knows the frames that it passed, with all gradients in them."""
+    monkeypatch.setattr(devices, "_failures", [])
+
+    def run(gradient):
+        raise RuntimeError("no compiler")
+
+    gradient = torch.ones(3)
+    alive = weakref.ref(gradient)
+    with pytest.warns(UserWarning, match="does not work here .RuntimeError: no compiler"):
+        devices.try_triton(run, gradient)
+    del gradient
+    assert alive() is None and len(devices._failures) == 1

@@ -14,11 +14,13 @@ int16 are; writing bool, ``nonzero``, bincount and sorting are not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from ctypes import CDLL, byref, c_int64
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gmt_tune.masking import native
 from gmt_tune.masking.bits import INFINITY_BITS, INT_DTYPE, NAN_BITS, magnitude_bits
 from gmt_tune.masking.search.digits import kth_bits
 from gmt_tune.masking.search.entries import Entries, Product
@@ -165,6 +167,35 @@ class PassingKeys:
         return torch.cat(self._gathered[1])
 
 
+class NativeKeys:
+    """Counts entries by C++, which makes no keys: it knows the smallest magnitude that has a key."""
+
+    at_once = 2
+
+    def __init__(self, tensor: Tensor, library: CDLL) -> None:
+        self._given, self._library = native.entries(tensor), library
+        self._is_float32 = tensor.dtype == torch.float32
+        self.largest = 0
+
+    def count(self, keys: Sequence[int]) -> list[int]:
+        counts, largest = (c_int64 * 2)(), c_int64()
+        bounds = self._smallest(keys[0]), self._smallest(keys[-1])
+        self._library.count_entries(*self._given, *bounds, counts, byref(largest), torch.get_num_threads())
+        self.largest = largest.value >> 16 if self._is_float32 else largest.value
+        return counts[: len(keys)]
+
+    def candidates(self, key: int) -> Tensor:
+        at_key, above = self.count([key, key + 1])
+        picked = torch.empty(at_key - above, dtype=torch.int32)
+        bounds = self._smallest(key), self._smallest(key + 1)
+        self._library.pick_between(*self._given[:2], *bounds, native.pointer(picked), torch.get_num_threads())
+        return picked
+
+    def _smallest(self, key: int) -> int:
+        """Magnitude bits of the smallest entry with this key: a float32 halfway between two rounds to the even one."""
+        return max(0, (key << 16) - 0x8000 + (key & 1)) if self._is_float32 else key
+
+
 def kth_largest(sets: Sequence[Sequence[Tensor | Product]], ks: Sequence[int]) -> list[Rank]:
     """The k-th largest magnitude of each of several sets of entries.
 
@@ -251,11 +282,14 @@ def guess_keys(entries: Sequence[Entries], ks: Sequence[int]) -> list[Guess]:
 
 
 def _rank(entries: Entries, k: int, guess: Guess, block: KeyBlock) -> Rank:
-    if entries.numel <= BLOCK:
-        source = HeldKeys(entries, block)
-    else:
+    source: NativeKeys | HeldKeys | PassingKeys
+    if entries.numel > BLOCK:
         guess = _guess_from_sample(entries, k, guess, block)
-        source = PassingKeys(entries, block)
+    library = None if entries.only is None else native.load_for(entries.only)
+    if library is not None and entries.only is not None:
+        source = NativeKeys(entries.only, library)
+    else:
+        source = (HeldKeys if entries.numel <= BLOCK else PassingKeys)(entries, block)
     key, at_key, above = search(k, entries.numel, guess, source.count, source.at_once)
     if entries.dtype != torch.float32:
         return Rank(key, at_key if key else above, source.largest >= INFINITY_BITS[entries.dtype])

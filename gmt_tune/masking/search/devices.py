@@ -44,15 +44,16 @@ def try_triton(run: Callable, *arguments: Any) -> Any:
         return None
 
 
-# The first error of Triton in this process: it is not tried again.
-_failures: list[Exception] = []
+# What the first error of Triton in this process said: it is not tried again. The error itself would keep all tensors
+# alive that were on the way to it.
+_failures: list[str] = []
 
 
 def _give_up(error: Exception) -> None:
-    _failures.append(error)
     reason = " ".join(str(error).split())[:300] or type(error).__name__
+    _failures.append(f"{type(error).__name__}: {reason}")
     warnings.warn(
-        f"Triton is installed but does not work here ({type(error).__name__}: {reason}): gradient masks use PyTorch's "
+        f"Triton is installed but does not work here ({_failures[-1]}): gradient masks use PyTorch's "
         "own operations, which select the same entries more slowly. A C compiler, or the Triton release that came with "
         f"torch {torch.__version__}, is what is usually missing.",
         stacklevel=3,

@@ -51,6 +51,12 @@ class Entries:
         self.numel = sum(m.numel() for m in members)
         self._members = [_flat(m) for m in members]
 
+    @property
+    def only(self) -> Tensor | None:
+        """The tensor, where these are those of one."""
+        (member, *others) = self._members
+        return member if isinstance(member, Tensor) and not others else None
+
     def blocks(self, size: int) -> Iterator[Tensor]:
         """At most ``size`` entries at a time; 1-d where memory has no gaps."""
         for member in self._members:

@@ -74,7 +74,7 @@ def kth_largest(
     for members in _groups([one[0] for one in sets]):
         some = [sets[i] for i in members]
         dtype, device = some[0][0].dtype, some[0][0].device
-        with _on(device):
+        with on_device(device):
             table = make_table(some)
             bits, largest = _search(table, [ks[i] for i in members], dtype)
         search = Search(table, [member for one in some for member in one], bits)
@@ -132,7 +132,7 @@ def apply_packed_selections_(grads: Sequence[Tensor], packed: Sequence[Tensor]) 
     """Zero what packed selections do not hold of gradients that ``can_pack``, none empty; own counts, 0-d int64."""
     counts: list[Any] = [None] * len(grads)
     for members in _groups(grads):
-        with _on(grads[members[0]].device):
+        with on_device(grads[members[0]].device):
             table = make_table([[grads[i]] for i in members])
             _scatter(apply_packed_(table, [packed[i] for i in members]).unbind(), members, counts)
     return counts
@@ -144,7 +144,7 @@ def apply_random_draws_(
     """Zero what draws leave out of contiguous gradients, none empty; see ``kernels/draw.py``. Own counts, 0-d int64."""
     counts: list[Any] = [None] * len(grads)
     for members in _groups(grads):
-        with _on(grads[members[0]].device):
+        with on_device(grads[members[0]].device):
             table = make_table([[grads[i]] for i in members])
             _scatter(apply_draws_(table, [draws[i] for i in members], rounds).unbind(), members, counts)
     return counts
@@ -164,7 +164,7 @@ def _thresholds_by_kind(
         kinds.setdefault(kind, []).append(i)
     for (ranks_itself, *_), members in kinds.items():
         some = [scores[i] for i in members]
-        with _on(some[0].device):
+        with on_device(some[0].device):
             search = searches[members[0]]
             if ranks_itself and search is not None and search.is_of(some):
                 yield members, search.table, search.smallest
@@ -215,7 +215,7 @@ class Counter:
             int64 [members, 2**width + 1]; the last column is 1 for a member that does, 0 for the others.
         """
         device, bins = prefixes.device, 1 << width
-        with _on(device):
+        with on_device(device):
             if not self._tables:
                 groups = _groups(self._members)
                 self._tables = [(to_device(m, device), make_table([[self._members[i]] for i in m])) for m in groups]
@@ -243,6 +243,6 @@ def _groups(members: Sequence[Tensor | Product]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whichever the tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

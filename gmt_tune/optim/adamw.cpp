@@ -1,0 +1,139 @@
+// CompactAdamW's update of selected entries on the CPU, in one pass: what gmt_tune.optim.states does in many.
+#include <cmath>
+
+#include "../masking/native/places.h"
+
+namespace {
+
+constexpr int64_t kBlock = 256;  // entries of 8-bit states that share a scale
+
+struct Group {
+  float lr, decay, rest1, rest2, eps;  // decay is 1 - lr * weight_decay, rest 1 - beta
+  const float* minus_correction1;  // -(1 - beta^age) for each age, or for the one age of all entries
+  const float* minus_correction2;
+  int64_t seed;  // of stochastic rounding; below 0: round to the nearest
+};
+
+// A moment: float32 values, or codes with the scale of each block, the values that codes stand for, and for each upper
+// half of a float32 the lowest code of such values and the first value with the next one.
+struct Moment {
+  float* values;
+  uint8_t* codes;
+  float* scale;
+  const float* qmap;
+  const uint8_t* lowest;
+  const float* next_from;
+
+  void read(int64_t first, int64_t n, float* to) const {
+    if (values != nullptr)
+      std::memcpy(to, values + first, n * sizeof(float));
+    else
+      for (int64_t j = 0; j < n; ++j) to[j] = qmap[codes[first + j]] * scale[(first + j) / kBlock];
+  }
+
+  void write(int64_t first, int64_t n, const float* from) const {
+    if (values != nullptr) {
+      std::memcpy(values + first, from, n * sizeof(float));
+      return;
+    }
+    for (int64_t start = 0; start < n; start += kBlock) {
+      float largest = 0;
+      for (int64_t j = start; j < start + kBlock; ++j) {
+        const float magnitude = std::fabs(from[j]);
+        largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+      }
+      largest = largest < 1e-12f ? 1e-12f : largest;
+      scale[(first + start) / kBlock] = largest;
+      for (int64_t j = start; j < start + kBlock; ++j) {
+        const float value = from[j] / largest;
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        word >>= 16;
+        codes[first + j] = lowest[word] + (value >= next_from[word]);
+      }
+    }
+  }
+};
+
+uint32_t hash(uint64_t seed, uint64_t i) {  // splitmix64
+  uint64_t z = seed + i * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return uint32_t((z ^ (z >> 31)) >> 32);
+}
+
+void round_by_chance(BFloat16& to, float value, uint32_t random) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  const bool is_finite = (wide & 0x7f800000) != 0x7f800000;
+  if (is_finite)
+    to.bits = (wide + (random & 0xffff)) >> 16;
+  else
+    to = value;
+}
+void round_by_chance(float& to, float value, uint32_t) { to = value; }
+
+template <typename W, typename G>
+void update(const Places& places, W* weights, const G* grads, int16_t* __restrict ages, const Moment& first_moment,
+            const Moment& second_moment, int64_t size, const Group& group, int threads) {
+  const int64_t count = places.count();
+  const float lr = group.lr, decay = group.decay, rest1 = group.rest1, rest2 = group.rest2, eps = group.eps;
+  const float *correction1 = group.minus_correction1, *correction2 = group.minus_correction2;
+#pragma omp parallel for num_threads(threads) if (size > kChunk)
+  for (int64_t first = 0; first < size; first += kChunk) {
+    const int64_t n = size - first < kChunk ? size - first : kChunk;
+    const int64_t rest = count - first < 0 ? 0 : count - first;
+    const int64_t held = rest < n ? rest : n;  // behind these lies padding
+    int64_t index[kChunk];
+    float w[kChunk], g[kChunk], m[kChunk], v[kChunk], c1[kChunk], c2[kChunk];
+    places.locate(first, held, index);
+    W raw[kChunk] = {};
+    for (int64_t j = 0; j < held; ++j) raw[j] = weights[index[j]];
+    for (int64_t j = 0; j < n; ++j) w[j] = raw[j];
+    first_moment.read(first, n, m);
+    second_moment.read(first, n, v);
+    int32_t age[kChunk] = {};
+    if (ages != nullptr) {
+      for (int64_t j = 0; j < n; ++j) ages[first + j] += ages[first + j] < INT16_MAX;
+      for (int64_t j = 0; j < n; ++j) age[j] = ages[first + j];
+    }
+    for (int64_t j = 0; j < n; ++j) c1[j] = correction1[age[j]];
+    for (int64_t j = 0; j < n; ++j) c2[j] = correction2[age[j]];
+    for (int64_t j = 0; j < n; ++j) g[j] = grads[first + j];
+    for (int64_t j = 0; j < n; ++j) {
+      m[j] = std::fma(rest1, g[j] - m[j], m[j]);
+      v[j] = std::fma(rest2, g[j] * g[j] - v[j], v[j]);
+      const float root = (std::sqrt(-(v[j] / c2[j])) + eps) * c1[j];
+      w[j] = w[j] * decay + m[j] / root * lr;  // the corrections are negative
+    }
+    first_moment.write(first, n, m);
+    second_moment.write(first, n, v);
+    if (group.seed < 0)
+      for (int64_t j = 0; j < n; ++j) raw[j] = w[j];
+    else
+      for (int64_t j = 0; j < n; ++j) round_by_chance(raw[j], w[j], hash(group.seed, first + j));
+    for (int64_t j = 0; j < held; ++j) weights[index[j]] = raw[j];
+  }
+}
+
+}  // namespace
+
+// One update of the selected entries of a tensor; weights and gradients are bfloat16 (2 bytes) or float32 (4). Without
+// ages, all entries have the same.
+extern "C" void adamw(const Places* places, void* weights, int weight_bytes, const void* grads, int grad_bytes,
+                      int16_t* ages, const Moment* first_moment, const Moment* second_moment, int64_t size,
+                      const Group* group, int threads) {
+  const auto run = [&](auto* w, const auto* g) {
+    update(*places, w, g, ages, *first_moment, *second_moment, size, *group, threads);
+  };
+  const auto with = [&](auto* w) {
+    if (grad_bytes == 2)
+      run(w, static_cast<const BFloat16*>(grads));
+    else
+      run(w, static_cast<const float*>(grads));
+  };
+  if (weight_bytes == 2)
+    with(static_cast<BFloat16*>(weights));
+  else
+    with(static_cast<float*>(weights));
+}

@@ -1,0 +1,224 @@
+"""Triton's kernels in its interpreter, on CPU tensors: run by test_kernels.py in a process of its own.
+
+Two things the interpreter does otherwise than a GPU: it rounds a fused multiplication and addition twice, so that
+moments can be off by 1 unit in the last place of what they are made of; and it cuts float32 off to make bfloat16, which
+is why the kernels round by themselves.
+"""
+
+import runpy
+import types
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from gmt_tune.masking.packing import pack_selection
+from gmt_tune.masking.places import SEGMENT, Lookup, Places
+from gmt_tune.masking.search import devices
+from gmt_tune.masking.search import triton as search
+from gmt_tune.optim import by_kernels, states
+from gmt_tune.optim.kernels import gather, update
+
+oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
+DTYPES = [torch.float32, torch.bfloat16]
+# Entries and density: one entry, bits with a part of a word, offsets and bits over segments of which some are empty
+SIZES = {
+    "one entry": (1, 1.0),
+    "a few": (300, 0.5),
+    "offsets": (3 * SEGMENT + 777, 0.05),
+    "very few": (5 * SEGMENT + 1, 2e-5),
+    "bits": (SEGMENT + 8_001, 0.12),
+}
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Counts launches; thresholds are not at issue here, and the search's kernels are left out."""
+    counts = {"gather_": 0, "update_": 0}
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def launch(*arguments, **keywords):
+            counts[name] += 1
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(module, name, launch)
+
+    monkeypatch.setattr(gather, "TILE", 1 << 12)  # few large tiles are faster here
+    counted(gather, "gather_")
+    counted(update, "update_")
+    monkeypatch.setattr(devices, "_failures", [])
+    only_ours = types.SimpleNamespace(on_device=search.on_device)
+    monkeypatch.setattr(by_kernels, "kernels_for", lambda members: None if devices._failures else only_ours)
+    yield counts
+    assert devices._failures == []
+
+
+def selection_of(n: int, density: float) -> torch.Tensor:
+    mask = torch.rand(n) < density
+    mask[70_000 : 2 * SEGMENT + 5_000] = False
+    mask[n // 2] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_gathered_entries_are_those_of_the_mask_and_added_up(size, dtype, launches):
+    torch.manual_seed(0)
+    n, density = SIZES[size]
+    mask = selection_of(n, density)
+    places = Places(pack_selection(mask), n)
+    assert (places.lookup.ranks is None) == (size in ("offsets", "very few"))
+    first, second = (torch.randn(n).to(dtype) for _ in range(2))
+    values, flag = by_kernels.gather(places, first, places.count + 3)
+    assert torch.equal(values, nn.functional.pad(first[mask], (0, 3))) and not flag
+    values[-1] = 7  # padding stays as it is where entries are added
+    second[n // 3] = torch.inf
+    added, flag = by_kernels.gather(places, second, places.count + 3, (values, flag))
+    wanted = first[mask] + second[mask]
+    assert torch.equal(added[:-3], wanted) and added[-3:].tolist() == [0, 0, 7] and bool(flag)
+    again = by_kernels.gather(places, first, places.count + 3, (added, flag))
+    assert bool(again[1]), "a flag that is set stays"
+    assert launches["gather_"] == 3
+
+
+def test_nan_and_infinities_are_seen_wherever_they_are():
+    places = Places(pack_selection(torch.arange(40_000) % 50 == 7), 40_000)
+    for dtype in DTYPES:
+        for at, bad in ((0, torch.nan), (39_999, -torch.inf), (16_384, torch.inf), (20_001, torch.nan)):
+            gradient = torch.full((40_000,), torch.finfo(dtype).max, dtype=dtype)
+            assert not by_kernels.gather(places, gradient, 800)[1]
+            gradient[at] = bad
+            assert by_kernels.gather(places, gradient, 800)[1], (at, bad)
+            assert not by_kernels.gather(places, gradient, 800, checks=False)[1]
+
+
+def test_more_than_four_billion_entries_are_addressed():
+    n = 2**32 + 1000
+    gradient = torch.from_numpy(numpy.zeros(n, dtype=numpy.int16)).view(torch.bfloat16)  # most of it is never touched
+    gradient[-1000:] = torch.arange(1000).to(torch.bfloat16)
+    gradient[5] = 3
+    starts = torch.full((-(-n // SEGMENT) + 1,), 1)
+    starts[0] = 0
+    lookup = Lookup(torch.tensor([5, 0, 7, 999], dtype=torch.int16), starts, None)
+    out = torch.empty(4, dtype=torch.bfloat16)
+    gather.gather_(gradient, lookup, 4, out, None, adds=False)
+    assert out.tolist() == [3, 0, 7, gradient[-1].item()]
+
+
+def member_of(size: str, dtype: torch.dtype, state_bits: int) -> tuple:
+    torch.manual_seed(list(SIZES).index(size))
+    n, density = SIZES[size]
+    places = Places(pack_selection(selection_of(n, density)), n)
+    padded = states.padded_size(places.count, state_bits)
+    entries = torch.arange(padded) < places.count
+    entries[256:512] = False  # a whole block of zeros
+    state = {"age": torch.randint(0, 60, (padded,), dtype=torch.int16)}
+    state["age"][-1] = 32767
+    state["age"][: padded // 3] = 0
+    for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        values = torch.randn(padded) * torch.randn(padded).exp() * entries * 0.1
+        state[key] = states.zeros((padded,), state_bits, signed=signed, device=values.device)
+        states.fill_(state[key], values if signed else values.square())
+    gradient = (torch.randn(padded) * torch.randn(padded).exp() * entries).to(dtype)
+    return torch.randn(n).to(dtype), gradient, state, places
+
+
+def update_by_torch(member: tuple, group: dict) -> None:
+    weight, gradient, state, places = member
+    state["age"].clamp_(max=32766).add_(1)
+    values = nn.functional.pad(places.gather(weight), (0, gradient.numel() - places.count))
+    moments = [state["exp_avg"]], [state["exp_avg_sq"]]
+    states.adamw_([values], [gradient], [state["age"]], *moments, group, stochastic_round=False)
+    places.scatter_(values, weight)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0)])
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # with a beta of 0, in what is not taken
+def test_updates_equal_those_of_torch(dtype, state_bits, betas, launches):
+    """With betas of 0 nothing is rounded but as torch rounds it: bit for bit."""
+    is_exact = betas == (0.0, 0.0)
+    lr = torch.tensor(0.01) if state_bits == 8 else 0.01  # on the device, where the kernel reads it
+    group = {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.1}
+    by_torch, found, before = ([member_of(size, dtype, state_bits) for size in SIZES] for _ in range(3))
+    for member in by_torch:
+        update_by_torch(member, group)
+    assert by_kernels.update_(found, group, stochastic_round=False) == []
+    assert launches["update_"] == (2 if state_bits == 32 else 4)  # offsets, bits; few entries keep 32 bits
+    moves = 0
+    for (w, g, state, places), (want_w, _, want, _), (old_w, _, old, _) in zip(found, by_torch, before, strict=True):
+        assert torch.equal(state["age"], want["age"])
+        moved = w != old_w
+        assert not moved[~selection_of_places(places)].any()
+        moves += int(moved.sum())
+        gradients = {"exp_avg": g.float().abs(), "exp_avg_sq": g.float().square()}
+        for key, largest in gradients.items():
+            a, b = states.to_floats(state[key]), states.to_floats(want[key])
+            if is_exact or type(state[key]) is not torch.Tensor:
+                off = (a - b).abs() / b.abs().clamp(min=1e-30)
+                assert off.max() == 0 if is_exact else (off > 1e-6).float().mean() < 1e-3
+                if is_exact and type(state[key]) is not torch.Tensor:
+                    assert torch.equal(state[key].codes, want[key].codes)
+                    assert torch.equal(state[key].scale, want[key].scale)
+            else:
+                largest = torch.maximum(largest, states.to_floats(old[key]).abs())
+                assert ((a - b).abs() <= largest * 2**-23).all()
+        off = (w.double() - want_w.double()).abs() / (want_w.double().abs() + 0.01)
+        assert off.max() == 0 if is_exact else (off > 1e-6).double().mean() < 1e-4
+    assert moves > 0.5 * sum(places.count for *_, places in found) > 5000
+
+
+def selection_of_places(places: Places) -> torch.Tensor:
+    mask = torch.zeros(places.numel, dtype=torch.bool)
+    for _, _, index in places.chunks():
+        mask[index] = True
+    return mask
+
+
+def test_states_that_the_kernel_does_not_know_are_left(launches):
+    group = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    known, four, strided = (member_of("offsets", torch.float32, bits) for bits in (32, 4, 32))
+    strided = (torch.randn(2 * strided[0].numel())[::2], *strided[1:])
+    nothing = (torch.ones(9), torch.zeros(1), {}, Places(torch.zeros(2, dtype=torch.uint8), 9))
+    assert by_kernels.update_([four, known, strided, nothing], group, stochastic_round=False) == [0, 2, 3]
+    assert launches["update_"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
+def test_stochastic_rounding_takes_a_neighbour_by_chance_and_repeats_itself():
+    n, fraction = 4101, 0.25
+    # The step goes a quarter of the way from 1 to the bfloat16 below
+    group = {"lr": 2**-8 * fraction, "betas": (0.0, 0.0), "eps": 1e-12, "weight_decay": 0.0}
+    places = Places(pack_selection(torch.ones(n) > 0), n)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        members = []
+        for _ in range(2):
+            state = {"exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n), "age": torch.zeros(n, dtype=torch.int16)}
+            members.append((torch.ones(n).bfloat16(), torch.ones(n).bfloat16(), state, places))
+        assert by_kernels.update_(members, group, stochastic_round=True) == []
+        found.append(torch.stack([weight for weight, *_ in members]))
+    assert torch.equal(found[0], found[1])
+    assert found[0].unique().tolist() == [1 - 2**-8, 1]
+    went = found[0] < 1
+    assert went.float().mean().item() == pytest.approx(fraction, abs=5 * (fraction * (1 - fraction) / 2 / n) ** 0.5)
+    for others in (went[1], (found[2] < 1)[0], went[0].roll(1)):  # each entry of a launch has chances of its own
+        assert (went[0] & others).float().mean().item() == pytest.approx(fraction**2, abs=0.02)
+
+
+@pytest.mark.parametrize("key", ["refresh 7, accumulation 1, torch.bfloat16", "saliency"])
+def test_whole_steps_equal_the_dense_oracle(key, launches):
+    oracle_tests["test_equals_dense_tensors_with_a_mask"](key)
+    assert launches["gather_"] > 30 and launches["update_"] == 9
+
+
+@pytest.mark.parametrize("state_bits", [8])
+def test_quantized_steps_equal_the_dense_oracle(state_bits, launches):
+    oracle_tests["test_quantized_moments_equal_the_oracles_through_the_same_classes"](state_bits)
+    assert launches["update_"] == 8 and launches["gather_"] == 8

@@ -1,0 +1,56 @@
+"""Triton's kernels of CompactAdamW: in its interpreter against torch. tests/masking/test_triton.py compiles them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gmt_tune import CompactAdamW, GradientMask
+from gmt_tune.masking.search import devices
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
+
+
+def test_kernels_do_what_torch_does():
+    """In a process of its own: the interpreter replaces the compiler when Triton is imported."""
+    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
+    assert " passed" in process.stdout and "skipped" not in process.stdout
+
+
+@pytest.mark.parametrize("failing", ["gather", "update"])
+def test_a_triton_that_cannot_compile_is_given_up_with_one_warning_and_each_update_is_made_once(monkeypatch, failing):
+    """For the CPU there is no driver: what a GPU's Triton without a C compiler does, this one does here."""
+    weights = {}
+    for served in ((), ("cpu",)):
+        monkeypatch.setattr(devices, "_SERVED", ())
+        monkeypatch.setattr(devices, "_failures", [])
+        torch.manual_seed(0)
+        p, q = (nn.Parameter(torch.randn(300, 200)) for _ in range(2))
+        optimizer = CompactAdamW([p, q], lr=0.1)
+        GradientMask([("p", p), ("q", q)], 0.1, refresh_every=None).register(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(4):
+                is_served = served if step > 0 else ()  # the selection is made by torch
+                if failing == "gather":
+                    monkeypatch.setattr(devices, "_SERVED", is_served)
+                (p * torch.randn(300, 200) + q * torch.randn(300, 200)).sum().backward()
+                monkeypatch.setattr(devices, "_SERVED", is_served)
+                optimizer.step()
+                optimizer.zero_grad()
+        found = [w for w in caught if "Triton is installed but does not work here" in str(w.message)]
+        assert len(found) == len(devices._failures) == len(served)
+        weights[served] = torch.stack([p.detach(), q.detach()])
+    assert torch.equal(*weights.values())
