@@ -73,29 +73,35 @@ void round_by_chance(BFloat16& to, float value, uint32_t random) {
 }
 void round_by_chance(float& to, float value, uint32_t) { to = value; }
 
-template <typename W, typename G>
+// `kPart` entries at a time. Few are fastest, for the processor then reads ahead into the next ones; but states in blocks
+// need whole ones, and of selections kept as bits the first of them must be counted to.
+template <int64_t kPart, typename W, typename G>
 void update(const Places& places, W* weights, const G* grads, int16_t* __restrict ages, const Moment& first_moment,
             const Moment& second_moment, int64_t size, const Group& group, int threads) {
   const int64_t count = places.count();
   const float lr = group.lr, decay = group.decay, rest1 = group.rest1, rest2 = group.rest2, eps = group.eps;
   const float *correction1 = group.minus_correction1, *correction2 = group.minus_correction2;
+  constexpr int64_t kRoom = kPart + 16;  // arrays that lie a power of two apart get in each other's way in the cache
 #pragma omp parallel for num_threads(threads) if (size > kChunk)
-  for (int64_t first = 0; first < size; first += kChunk) {
-    const int64_t n = size - first < kChunk ? size - first : kChunk;
+  for (int64_t first = 0; first < size; first += kPart) {
+    const int64_t n = size - first < kPart ? size - first : kPart;
     const int64_t rest = count - first < 0 ? 0 : count - first;
     const int64_t held = rest < n ? rest : n;  // behind these lies padding
-    int64_t index[kChunk];
-    float w[kChunk], g[kChunk], m[kChunk], v[kChunk], c1[kChunk], c2[kChunk];
+    int64_t index[kRoom];
+    float w[kRoom], g[kRoom], m[kRoom], v[kRoom], c1[kRoom], c2[kRoom];
     places.locate(first, held, index);
-    W raw[kChunk] = {};
+    W raw[kRoom];
     for (int64_t j = 0; j < held; ++j) raw[j] = weights[index[j]];
+    for (int64_t j = held; j < n; ++j) raw[j] = 0.0f;
     for (int64_t j = 0; j < n; ++j) w[j] = raw[j];
     first_moment.read(first, n, m);
     second_moment.read(first, n, v);
-    int32_t age[kChunk] = {};
+    int32_t age[kRoom];
     if (ages != nullptr) {
       for (int64_t j = 0; j < n; ++j) ages[first + j] += ages[first + j] < INT16_MAX;
       for (int64_t j = 0; j < n; ++j) age[j] = ages[first + j];
+    } else {
+      std::memset(age, 0, n * sizeof(int32_t));
     }
     for (int64_t j = 0; j < n; ++j) c1[j] = correction1[age[j]];
     for (int64_t j = 0; j < n; ++j) c2[j] = correction2[age[j]];
@@ -124,7 +130,12 @@ extern "C" void adamw(const Places* places, void* weights, int weight_bytes, con
                       int16_t* ages, const Moment* first_moment, const Moment* second_moment, int64_t size,
                       const Group* group, int threads) {
   const auto run = [&](auto* w, const auto* g) {
-    update(*places, w, g, ages, *first_moment, *second_moment, size, *group, threads);
+    if (places->bits != nullptr)
+      update<kChunk>(*places, w, g, ages, *first_moment, *second_moment, size, *group, threads);
+    else if (first_moment->codes != nullptr || second_moment->codes != nullptr)
+      update<kBlock>(*places, w, g, ages, *first_moment, *second_moment, size, *group, threads);
+    else
+      update<64>(*places, w, g, ages, *first_moment, *second_moment, size, *group, threads);
   };
   const auto with = [&](auto* w) {
     if (grad_bytes == 2)

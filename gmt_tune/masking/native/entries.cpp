@@ -33,9 +33,9 @@ bool gather(const Places& places, const T* from, T* to, bool adds, bool checks, 
     if (checks)
       found |= any_nonfinite<Word, kInfinity>(reinterpret_cast<const Word*>(from), base,
                                               end < places.numel ? end : places.numel);
-    const int64_t stop = places.starts[segment + 1];
-    for (int64_t first = places.starts[segment]; first < stop; first += kChunk) {
-      const int64_t n = stop - first < kChunk ? stop - first : kChunk;
+    const int64_t stop = places.starts[segment + 1], chunk = places.chunk();
+    for (int64_t first = places.starts[segment]; first < stop; first += chunk) {
+      const int64_t n = stop - first < chunk ? stop - first : chunk;
       int64_t index[kChunk];
       places.locate(first, n, index);
       if (adds)
@@ -218,14 +218,14 @@ void ranks_in(const Places* now, const Places* before, int32_t* rank, int thread
     int64_t old_index[kChunk], index[kChunk];
     int64_t old = before->starts[segment], old_n = 0, old_j = 0;
     const int64_t old_stop = before->starts[segment + 1], stop = now->starts[segment + 1];
-    for (int64_t first = now->starts[segment]; first < stop; first += kChunk) {
-      const int64_t n = stop - first < kChunk ? stop - first : kChunk;
+    for (int64_t first = now->starts[segment]; first < stop; first += now->chunk()) {
+      const int64_t n = stop - first < now->chunk() ? stop - first : now->chunk();
       now->locate(first, n, index);
       for (int64_t j = 0; j < n; ++j) {
         for (;; ++old_j) {
           if (old_j == old_n) {  // the next ones, if there are any
             old += old_n, old_j = 0;
-            old_n = old_stop - old < kChunk ? old_stop - old : kChunk;
+            old_n = old_stop - old < before->chunk() ? old_stop - old : before->chunk();
             if (old_n == 0) break;
             before->locate(old, old_n, old_index);
           }
