@@ -10,7 +10,8 @@ Rounding keeps the order, so the k-th largest entry has the k-th largest key. Th
 
 Keys are made for a block of entries that fits the processor's cache, so counting again costs little. What
 decides the speed is which torch operations are vectorised: comparing int16 into int16 and summing it in
-int16 are; writing bool, ``nonzero``, bincount and sorting are not.
+int16 are; writing bool, ``nonzero``, bincount and sorting are not. Of a single tensor in bfloat16 or float32,
+C++ counts the entries themselves instead, where it could be built (``native``).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
