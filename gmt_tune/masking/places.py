@@ -6,7 +6,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,12 +50,12 @@ class Places:
     def __init__(self, bits: Tensor, numel: int) -> None:
         self.numel, self._block = numel, _BLOCK["cpu" if bits.is_cpu else "other"]
         segments = -(-numel // SEGMENT)
-        library = native.load(native.ENTRIES) if native.serves(bits) else None
         self._stored, self._is_sparse = bits, False
+        library = self._library()
         if library is not None:
             counts = torch.zeros(segments, dtype=torch.int64)
             self._set_counts(counts)
-            library.count_bits(ctypes.byref(self.native()), native.pointer(counts), torch.get_num_threads())
+            library.count_bits(self.native(), native.pointer(counts), torch.get_num_threads())
             self._set_counts(counts)
         else:
             found, all_counts = [], [torch.zeros(0, dtype=torch.int64, device=bits.device)]
@@ -71,7 +71,7 @@ class Places:
                 offsets = torch.cat(found)
             else:
                 offsets = torch.empty(self.count, dtype=torch.int16)
-                library.offsets_of_bits(ctypes.byref(self.native()), native.pointer(offsets), torch.get_num_threads())
+                library.offsets_of_bits(self.native(), native.pointer(offsets), torch.get_num_threads())
             self._stored, self._is_sparse = offsets, True
 
     def _set_counts(self, counts: Tensor) -> None:
@@ -96,11 +96,12 @@ class Places:
         stored = torch.nn.functional.pad(self._stored, (0, short)) if short else self._stored
         return Lookup(stored, self._starts, torch.cat(ranks))
 
-    def native(self) -> ctypes.Structure:
-        """What C++ sees of places on the CPU; as long as they are neither changed nor gone."""
+    def native(self) -> Any:
+        """What C++ is given of places on the CPU; as long as they are neither changed nor gone."""
         stored = native.pointer(self._stored)
         offsets, bits = (stored, None) if self._is_sparse else (None, stored)
-        return _Native(offsets, bits, native.pointer(self._starts), self._starts.numel() - 1, self.numel)
+        starts = native.pointer(self._starts)
+        return ctypes.byref(_Native(offsets, bits, starts, self._starts.numel() - 1, self.numel))
 
     def bits(self) -> Tensor:
         """At 1 bit per entry, as they were given."""
@@ -146,13 +147,8 @@ class Places:
         start = number * self._block
         if (library := self._library()) is not None:
             index = torch.empty(last - first, dtype=torch.int64)
-            library.indices(
-                ctypes.byref(self.native()),
-                ctypes.c_int64(first),
-                ctypes.c_int64(last - first),
-                native.pointer(index),
-                torch.get_num_threads(),
-            )
+            numbers = ctypes.c_int64(first), ctypes.c_int64(last - first)
+            library.indices(self.native(), *numbers, native.pointer(index), torch.get_num_threads())
             return index
         if not self._is_sparse:
             stop = min(start + self._block, self.numel)
@@ -167,10 +163,6 @@ class Places:
         if self.numel <= SEGMENT:
             return within
         counts = self._starts[start // SEGMENT : (start + self._block) // SEGMENT + 1].diff()
-        if within.is_cpu:  # a few additions in place are faster than an index of starts
-            for i, segment in enumerate(within.split(counts.tolist())):
-                segment.add_(start + i * SEGMENT)
-            return within
         starts = torch.arange(start, start + counts.numel() * SEGMENT, SEGMENT, device=counts.device)
         return within.add_(starts.repeat_interleave(counts, output_size=last - first))
 
@@ -203,7 +195,7 @@ class Places:
         library = native.load_for(values, out) if native.serves(self._stored) else None
         if library is None:
             return None
-        given = ctypes.byref(self.native()), native.pointer(values), native.pointer(out), values.element_size()
+        given = self.native(), native.pointer(values), native.pointer(out), values.element_size()
         return bool(library.gather_entries(*given, adds, checks, torch.get_num_threads()))
 
     def find(self, values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +209,7 @@ class Places:
             Which of the selected entries they are, and their flat indices: 1-d int64, in order.
         """
         if (library := native.load_for(values)) is not None and native.serves(self._stored):
-            given = ctypes.byref(self.native()), native.pointer(values), values.element_size(), int(bits)
+            given = self.native(), native.pointer(values), values.element_size(), int(bits)
             at, index = torch.empty(2, library.find_ties(*given, None, None) + 1, dtype=torch.int64)
             library.find_ties(*given, native.pointer(at), native.pointer(index))
             return at[:-1], index[:-1]
@@ -247,7 +239,7 @@ class Places:
         filled = [(i, *both) for i, both in enumerate(blocks) if all(part.stop > part.start for part in both)]
         if (library := self._library()) is not None:
             ranks = torch.empty(self.count, dtype=torch.int32)
-            places = (ctypes.byref(each.native()) for each in (self, before))
+            places = (each.native() for each in (self, before))
             library.ranks_in(*places, native.pointer(ranks), torch.get_num_threads())
             yield from ((part, old, ranks[part]) for _, part, old in filled)
             return
@@ -281,9 +273,9 @@ def take_ranked(values: Tensor, ranks: Tensor, first: int, out: Tensor) -> None:
         torch.index_select(values, 0, (ranks - first).clamp_(min=0), out=out).masked_fill_(ranks < 0, 0)
 
 
-def all_places(numel: int) -> ctypes.Structure:
-    """What C++ sees where all entries of a tensor are selected."""
-    return _Native(None, None, None, 0, numel)
+def all_places(numel: int) -> Any:
+    """What C++ is given where all entries of a tensor are selected."""
+    return ctypes.byref(_Native(None, None, None, 0, numel))
 
 
 class _Native(ctypes.Structure):

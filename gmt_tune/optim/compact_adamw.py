@@ -123,10 +123,7 @@ class CompactAdamW(CompactOptimizer):
     @torch.no_grad()
     def load_compact_state(self, p: Tensor, key: str, values: Tensor, count: int) -> None:
         size, device = states.padded_size(count, self.state_bits), own_entries(p).device
-        if key == "age":
-            state = torch.zeros(size, dtype=values.dtype, device=device)
-        else:
-            state = states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+        state = self._new_state(key, size, values.dtype, device)
         if type(values) is type(state) and values.shape == state.shape:
             state.copy_(values)
         else:  # other ranks held other entries, or the bits were others
@@ -134,13 +131,17 @@ class CompactAdamW(CompactOptimizer):
             states.fill_(state, torch.nn.functional.pad(floats, (0, size - count)))
         self.state[p][key] = state
 
+    def _new_state(self, key: str, size: int, age_dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros, as a state of selected entries holds them."""
+        if key == "age":
+            return torch.zeros(size, dtype=age_dtype, device=device)
+        return states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
+
     def _set_state(self, p: Any, key: str, values: Tensor) -> None:
         """Overwrite a state of selected entries, in its own memory where the size is the same."""
         state = self.state[p].get(key)
         if state is None or state.shape != values.shape:
-            state = torch.zeros_like(values)
-            if key != "age":
-                state = states.zeros(values.shape, self.state_bits, signed=key == "exp_avg", device=values.device)
+            state = self._new_state(key, values.numel(), values.dtype, values.device)
         states.fill_(state, values)
         self.state[p][key] = state
 

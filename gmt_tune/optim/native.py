@@ -71,7 +71,7 @@ def update_(
     )
     found = all_places(entries.numel()) if places is None else places.native()
     library.adamw(
-        *(ctypes.byref(found), native.pointer(entries), entries.element_size()),
+        *(found, native.pointer(entries), entries.element_size()),
         *(native.pointer(grads), grads.element_size(), None if ages is None else native.pointer(ages)),
         *(*map(ctypes.byref, moments), ctypes.c_int64(grads.numel()), ctypes.byref(numbers), torch.get_num_threads()),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from optim.launches import count_launches
 from torch import nn
 
 from gmt_tune.masking.packing import pack_selection
@@ -19,7 +20,7 @@ from gmt_tune.masking.places import SEGMENT, Lookup, Places
 from gmt_tune.masking.search import devices
 from gmt_tune.masking.search import triton as search
 from gmt_tune.optim import by_kernels, states
-from gmt_tune.optim.kernels import gather, update
+from gmt_tune.optim.kernels import gather
 
 oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,20 +37,8 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
     """Counts launches; thresholds are not at issue here, and the search's kernels are left out."""
-    counts = {"gather_": 0, "update_": 0}
-
-    def counted(module, name):
-        function = getattr(module, name)
-
-        def launch(*arguments, **keywords):
-            counts[name] += 1
-            return function(*arguments, **keywords)
-
-        monkeypatch.setattr(module, name, launch)
-
+    counts = count_launches(monkeypatch)
     monkeypatch.setattr(gather, "TILE", 1 << 12)  # few large tiles are faster here
-    counted(gather, "gather_")
-    counted(update, "update_")
     monkeypatch.setattr(devices, "_failures", [])
     only_ours = types.SimpleNamespace(on_device=search.on_device)
     monkeypatch.setattr(by_kernels, "kernels_for", lambda members: None if devices._failures else only_ours)

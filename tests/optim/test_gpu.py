@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from optim.launches import count_launches
 
 oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_gpu)]
@@ -17,23 +18,8 @@ KEYS = [
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What the kernels' launchers were given, by name."""
-    found = {"gather_": 0, "update_": 0}
     pytest.importorskip("triton")
-    from gmt_tune.optim.kernels import gather, update
-
-    def counted(module, name):
-        launch = getattr(module, name)
-
-        def count(*arguments, **keywords):
-            found[name] += 1
-            return launch(*arguments, **keywords)
-
-        monkeypatch.setattr(module, name, count)
-
-    counted(gather, "gather_")
-    counted(update, "update_")
-    return found
+    return count_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -68,7 +68,7 @@ def load(source: Path) -> ctypes.CDLL | None:
             _build(compiler, flags, source, target)
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
-        _warn(f"{compiler} failed: {' '.join(error.stderr.split())[:300]}")
+        _warn(f"{compiler} failed: {' '.join(error.stderr.split())[:300] or f'exit status {error.returncode}'}")
     except OSError as error:
         _warn(str(error))
     return None

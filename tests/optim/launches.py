@@ -1,0 +1,24 @@
+"""How often a test launches the kernels of CompactAdamW."""
+
+import functools
+
+import pytest
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts that go up with each launch from now on, by the name of what launches. Imports Triton."""
+    from gmt_tune.optim.kernels import gather, update
+
+    counts = {"gather_": 0, "update_": 0}
+
+    def counted(name, launch):
+        @functools.wraps(launch)
+        def count(*arguments, **keywords):
+            counts[name] += 1
+            return launch(*arguments, **keywords)
+
+        return count
+
+    for module, name in ((gather, "gather_"), (update, "update_")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return counts
