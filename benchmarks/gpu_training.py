@@ -133,8 +133,18 @@ def measure(optimizer_name: str, args: argparse.Namespace) -> list[dict]:
     return lines
 
 
-def estimated_gib(optimizer_name: str, args: argparse.Namespace) -> float | None:
-    """What ``gmt-tune memory`` says of these settings, without its reserve; None for a model without a config."""
+def estimated_gib(config: str, overrides: list[str]) -> float | None:
+    """What ``gmt-tune memory`` says of a config, without its reserve; None where it does not say."""
+    command = [Path(sys.executable).parent / "gmt-tune", "memory", "--json", "--config", config, *overrides]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        print(f"no estimate: {process.stderr.strip()}", file=sys.stderr)
+        return None
+    return sum(row["device_bytes"] for row in json.loads(process.stdout)["rows"] if row["name"] != "reserve") / 2**30
+
+
+def estimate_of(optimizer_name: str, args: argparse.Namespace) -> float | None:
+    """Of the settings of this run; None for a model without a config."""
     config = MODELS[args.model][2]
     if config is None:
         return None
@@ -145,18 +155,11 @@ def estimated_gib(optimizer_name: str, args: argparse.Namespace) -> float | None
         "enable_activation_checkpointing": True,
         "optimizer._component_": ("torch" if optimizer_name == "AdamW" else "torchao") + f".optim.{optimizer_name}",
     }
+    dropped = []
     if optimizer_name == "AdamW":
         settings["optimizer.fused"] = True
         dropped = ["~optimizer.bf16_stochastic_round"]
-    else:
-        dropped = []
-    command = [Path(sys.executable).parent / "gmt-tune", "memory", "--json", "--config", config]
-    command += [f"{key}={value}" for key, value in settings.items()] + dropped
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        print(f"no estimate: {process.stderr.strip()}", file=sys.stderr)
-        return None
-    return sum(row["device_bytes"] for row in json.loads(process.stdout)["rows"] if row["name"] != "reserve") / 2**30
+    return estimated_gib(config, [f"{key}={value}" for key, value in settings.items()] + dropped)
 
 
 def table(lines: list[dict]) -> str:
@@ -199,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.optimizers:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(measure, (name, args))
-        estimate = estimated_gib(name, args)
+        estimate = estimate_of(name, args)
         lines += [{**line, "estimated_gib": estimate} for line in measured]
         speeds = ", ".join(f"{line['tokens_per_second']:,.0f}" for line in measured)
         print(f"{name}: {speeds} tokens/s", file=sys.stderr)

@@ -1,10 +1,12 @@
-"""Triton's kernels in its interpreter, on CPU tensors: run by test_kernels.py in a process of its own.
+"""Triton's kernels against torch, in processes of their own: of test_kernels.py in the interpreter, on CPU tensors;
+of test_gpu.py on a GPU.
 
 Two things the interpreter does otherwise than a GPU: it rounds a fused multiplication and addition twice, so that
 moments can be off by 1 unit in the last place of what they are made of; and it cuts float32 off to make bfloat16, which
 is why the kernels round by themselves.
 """
 
+import os
 import runpy
 import types
 from pathlib import Path
@@ -24,6 +26,8 @@ from gmt_tune.optim.kernels import gather
 
 oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
 DTYPES = [torch.float32, torch.bfloat16]
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="test_gpu.py has the same on a GPU")
 # Entries and density: one entry, bits with a part of a word, offsets and bits over segments of which some are empty
 SIZES = {
     "one entry": (1, 1.0),
@@ -38,11 +42,14 @@ SIZES = {
 def launches(monkeypatch):
     """Counts launches; thresholds are not at issue here, and the search's kernels are left out."""
     counts = count_launches(monkeypatch)
-    monkeypatch.setattr(gather, "TILE", 1 << 12)  # few large tiles are faster here
+    if IS_INTERPRETED:
+        monkeypatch.setattr(gather, "TILE", 1 << 12)  # few large tiles are faster here
     monkeypatch.setattr(devices, "_failures", [])
     only_ours = types.SimpleNamespace(on_device=search.on_device)
     monkeypatch.setattr(by_kernels, "kernels_for", lambda members: None if devices._failures else only_ours)
+    torch.set_default_device("cpu" if IS_INTERPRETED else "cuda")
     yield counts
+    torch.set_default_device(None)
     assert devices._failures == []
 
 
@@ -87,7 +94,8 @@ def test_nan_and_infinities_are_seen_wherever_they_are():
 
 def test_more_than_four_billion_entries_are_addressed():
     n = 2**32 + 1000
-    gradient = torch.from_numpy(numpy.zeros(n, dtype=numpy.int16)).view(torch.bfloat16)  # most of it is never touched
+    # On the CPU most of it is never touched
+    gradient = torch.from_numpy(numpy.zeros(n, dtype=numpy.int16)).view(torch.bfloat16).to(torch.get_default_device())
     gradient[-1000:] = torch.arange(1000).to(torch.bfloat16)
     gradient[5] = 3
     starts = torch.full((-(-n // SEGMENT) + 1,), 1)
@@ -201,12 +209,14 @@ def test_stochastic_rounding_takes_a_neighbour_by_chance_and_repeats_itself():
         assert (went[0] & others).float().mean().item() == pytest.approx(fraction**2, abs=0.02)
 
 
+@interpreted
 @pytest.mark.parametrize("key", ["refresh 7, accumulation 1, torch.bfloat16", "saliency"])
 def test_whole_steps_equal_the_dense_oracle(key, launches):
     oracle_tests["test_equals_dense_tensors_with_a_mask"](key)
     assert launches["gather_"] > 30 and launches["update_"] == 9
 
 
+@interpreted
 @pytest.mark.parametrize("state_bits", [8])
 def test_quantized_steps_equal_the_dense_oracle(state_bits, launches):
     oracle_tests["test_quantized_moments_equal_the_oracles_through_the_same_classes"](state_bits)
