@@ -1,4 +1,4 @@
-"""What a config takes at its real size, run as users run it: peak memory beside `gmt-tune memory`, and tokens per second.
+"""What a config takes at its real size, run as users run it: peak memory beside `gmt-tune memory`, and its speed.
 
     python benchmarks/recipe_memory.py llama3_1/8B_gmt_compact --limit-gib 22.5
     python benchmarks/recipe_memory.py llama3_1/8B_gmt_compact llama3_1/8B_gmt_low_memory --steps 4
@@ -98,9 +98,8 @@ def run(config: str, overrides: list[str], output_dir: Path, limit_gib: float | 
         variables["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.6f}"
     command = [str(BIN / "tune"), "run", "gmt_full_finetune", "--config", config, *overrides]
     start = time.monotonic()
-    process = subprocess.run(
-        [*command, f"output_dir={output_dir}"], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command.append(f"output_dir={output_dir}")
+    process = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(process.stdout[-4000:], file=sys.stderr)
     row = {"config": config, "status": process.returncode, "seconds": round(time.monotonic() - start, 1)}
     logs = "".join(file.read_text() for file in sorted(output_dir.glob("logs/*")))
@@ -120,7 +119,7 @@ def run(config: str, overrides: list[str], output_dir: Path, limit_gib: float | 
 def table(rows: list[dict]) -> str:
     """Markdown."""
     lines = [
-        "| config | steps | tokens/s | peak, GiB | taken from the card, GiB | `gmt-tune memory`, GiB | limit, GiB | run |",
+        "| config | steps | tokens/s | peak, GiB | with what it kept for later | `gmt-tune memory` | limit | run |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
 
@@ -158,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row | {"limit_gib": args.limit_gib, "estimated_gib": estimated_gib(config, own)})
             print(f"{config}: {row}", file=sys.stderr, flush=True)
     print(table(rows))
-    save(args.json or RESULTS / f"recipe_memory_{device}.json", {"environment": environment(torch.device(device)), "rows": rows})
+    path = args.json or RESULTS / f"recipe_memory_{device}.json"
+    save(path, {"environment": environment(torch.device(device)), "rows": rows})
     return max(row["status"] != 0 for row in rows)
 
 
