@@ -80,6 +80,7 @@ class CompactAdamW(CompactOptimizer):
         self.max_grad_norm = max_grad_norm
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
         self._taken: dict[Any, tuple[Part, Tensor]] = {}
+        self._waiting = by_kernels.Waiting()
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     # ------------------------------------------------------------------ what a mask calls
@@ -93,8 +94,10 @@ class CompactAdamW(CompactOptimizer):
             self._take(part, part.local.new_empty(0), flag if held is None else flag | held[1])
             return
         places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        gathered = by_kernels.gather(places, part.local, size, held)
-        if gathered is None:
+        if by_kernels.can_gather(places, part.local):
+            gathered = self._waiting.add(places, part.local, held, size)
+        else:
+            self._waiting.run()  # a kernel that has failed may still be to add to the same entries
             values = _padded(places, part.local, size) if held is None else held[0]
             flag = places.gather_checked(part.local, values, adds=held is not None)
             gathered = values, flag if held is None else flag | held[1]
@@ -118,6 +121,7 @@ class CompactAdamW(CompactOptimizer):
             self._set_state(p, key, values)
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
+        self._waiting.run()
         return list(self._taken.values())
 
     @torch.no_grad()
@@ -147,8 +151,11 @@ class CompactAdamW(CompactOptimizer):
 
     def _gather(self, part: Part, selection: PlacedSelection) -> Tensor:
         places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        gathered = by_kernels.gather(places, part.local, size, checks=False)
-        return _gather(places, part.local, size) if gathered is None else gathered[0]
+        if not by_kernels.can_gather(places, part.local):
+            return _gather(places, part.local, size)
+        values = part.local.new_empty(size)
+        by_kernels.gather_([by_kernels.Gather(places, part.local, values)])
+        return values
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
@@ -188,6 +195,7 @@ class CompactAdamW(CompactOptimizer):
             raise RuntimeError(
                 "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
             )
+        self._waiting.run()
         taken, self._taken = self._taken, {}
         selections: dict[Any, Any] = {p: next(filter(None, (mask.selection(p) for mask in masks)), None) for p in taken}
         for p, (part, _) in taken.items():
@@ -208,10 +216,12 @@ class CompactAdamW(CompactOptimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self._waiting.clear()
         self._taken.clear()
         super().zero_grad(set_to_none)
 
     def scale_gradients_(self, factor: Tensor | float) -> None:
+        self._waiting.run()
         for part, _ in self._taken.values():
             # With fsdp_cpu_offload, gradients are on the CPU and what they are divided by is not
             part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)

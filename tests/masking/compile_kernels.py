@@ -75,16 +75,16 @@ for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
     drawing = compile_kernel(draw._draw_kernel, 8, FIRST_INT=constants["FIRST_INT"], ROUNDS=ROUNDS, **own)
     assert all(map(wide_loads, (packing, unpacking, drawing))), (constants, "narrow loads")
 
-FLOATS = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
+FLOATS = [tl.float32, tl.bfloat16, tl.float16]
 LOOKUP = {"SEGMENT": SEGMENT, "RUN": RUN}
-NUMBERS = dict.fromkeys(("numel", "count", "size", "segments", "tensors"), "i32") | {"flag": "*i8", "ranks": "*i16"}
+NUMBERS = {"tensors": "i32"}
 for dtype, is_sparse, (adds, checks) in itertools.product(
     [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), [(False, False), (False, True), (True, True)]
 ):
-    types = NUMBERS | {"grad": FLOATS[dtype], "out": FLOATS[dtype], "stored": "*i16" if is_sparse else "*u8"}
-    constants = dict(ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES, **LOOKUP)
-    gathering = compile_kernel(gather._gather_kernel, 4, types, **constants)
+    constants = dict(GRAD=dtype, ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES)
+    gathering = compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=True, **LOOKUP)
     assert wide_loads(gathering) or not (checks or is_sparse), (constants, "narrow loads")
+compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=False, **LOOKUP)
 for dtype, is_sparse, block, lr_on_device in itertools.product(
     [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), (0, 256), (True, False)
 ):

@@ -110,4 +110,4 @@ def test_steps_between_turns_do_not_wait_for_the_device(state_bits):
             train("cuda", torch.bfloat16, state_bits, 5, True, 0.05, refresh_every=None, watch=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [f"{w.filename}:{w.lineno} {w.message}" for w in caught if "synchroniz" in str(w.message)] == []
+    assert [f"{w.filename}:{w.lineno} {w.message}" for w in caught if "called a synchronizing" in str(w.message)] == []
