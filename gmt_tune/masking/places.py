@@ -6,7 +6,8 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from ctypes import byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Places:
         if library is not None:
             counts = torch.zeros(segments, dtype=torch.int64)
             self._set_counts(counts)
-            library.count_bits(self.native(), native.pointer(counts), torch.get_num_threads())
+            library.count_bits(byref(self.native()), native.pointer(counts), torch.get_num_threads())
             self._set_counts(counts)
         else:
             found, all_counts = [], [torch.zeros(0, dtype=torch.int64, device=bits.device)]
@@ -71,7 +72,7 @@ class Places:
                 offsets = torch.cat(found)
             else:
                 offsets = torch.empty(self.count, dtype=torch.int16)
-                library.offsets_of_bits(self.native(), native.pointer(offsets), torch.get_num_threads())
+                library.offsets_of_bits(byref(self.native()), native.pointer(offsets), torch.get_num_threads())
             self._stored, self._is_sparse = offsets, True
 
     def _set_counts(self, counts: Tensor) -> None:
@@ -96,12 +97,11 @@ class Places:
         stored = torch.nn.functional.pad(self._stored, (0, short)) if short else self._stored
         return Lookup(stored, self._starts, torch.cat(ranks))
 
-    def native(self) -> Any:
+    def native(self) -> NativePlaces:
         """What C++ is given of places on the CPU; as long as they are neither changed nor gone."""
-        stored = native.pointer(self._stored)
+        stored, starts = self._stored.data_ptr(), self._starts.data_ptr()
         offsets, bits = (stored, None) if self._is_sparse else (None, stored)
-        starts = native.pointer(self._starts)
-        return ctypes.byref(_Native(offsets, bits, starts, self._starts.numel() - 1, self.numel))
+        return NativePlaces(offsets, bits, starts, self._starts.numel() - 1, self.numel)
 
     def bits(self) -> Tensor:
         """At 1 bit per entry, as they were given."""
@@ -148,7 +148,7 @@ class Places:
         if (library := self._library()) is not None:
             index = torch.empty(last - first, dtype=torch.int64)
             numbers = ctypes.c_int64(first), ctypes.c_int64(last - first)
-            library.indices(self.native(), *numbers, native.pointer(index), torch.get_num_threads())
+            library.indices(byref(self.native()), *numbers, native.pointer(index), torch.get_num_threads())
             return index
         if not self._is_sparse:
             stop = min(start + self._block, self.numel)
@@ -195,7 +195,7 @@ class Places:
         library = native.load_for(values, out) if native.serves(self._stored) else None
         if library is None:
             return None
-        given = self.native(), native.pointer(values), native.pointer(out), values.element_size()
+        given = byref(self.native()), native.pointer(values), native.pointer(out), values.element_size()
         return bool(library.gather_entries(*given, adds, checks, torch.get_num_threads()))
 
     def find(self, values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ class Places:
             Which of the selected entries they are, and their flat indices: 1-d int64, in order.
         """
         if (library := native.load_for(values)) is not None and native.serves(self._stored):
-            given = self.native(), native.pointer(values), values.element_size(), int(bits)
+            given = byref(self.native()), native.pointer(values), values.element_size(), int(bits)
             at, index = torch.empty(2, library.find_ties(*given, None, None) + 1, dtype=torch.int64)
             library.find_ties(*given, native.pointer(at), native.pointer(index))
             return at[:-1], index[:-1]
@@ -239,7 +239,7 @@ class Places:
         filled = [(i, *both) for i, both in enumerate(blocks) if all(part.stop > part.start for part in both)]
         if (library := self._library()) is not None:
             ranks = torch.empty(self.count, dtype=torch.int32)
-            places = (each.native() for each in (self, before))
+            places = (byref(each.native()) for each in (self, before))
             library.ranks_in(*places, native.pointer(ranks), torch.get_num_threads())
             yield from ((part, old, ranks[part]) for _, part, old in filled)
             return
@@ -273,13 +273,8 @@ def take_ranked(values: Tensor, ranks: Tensor, first: int, out: Tensor) -> None:
         torch.index_select(values, 0, (ranks - first).clamp_(min=0), out=out).masked_fill_(ranks < 0, 0)
 
 
-def all_places(numel: int) -> Any:
-    """What C++ is given where all entries of a tensor are selected."""
-    return ctypes.byref(_Native(None, None, None, 0, numel))
-
-
-class _Native(ctypes.Structure):
-    """``Places`` of ``native/places.h``."""
+class NativePlaces(ctypes.Structure):
+    """``Places`` of ``native/places.h``. Without ``starts`` all entries are selected."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("offsets", "bits", "starts")),

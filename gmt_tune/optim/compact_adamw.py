@@ -175,9 +175,8 @@ class CompactAdamW(CompactOptimizer):
         )
 
     def _age_dtype(self, p: Tensor) -> torch.dtype:
-        """16 bits count to 32,767, from where on the bias correction of common betas is 1 in float32."""
         betas = next(group["betas"] for group in self.param_groups if any(p is q for q in group["params"]))
-        return torch.int16 if max(betas) ** 32767 < 2**-25 else torch.int32
+        return torch.int16 if states.counts_in_16_bits(betas) else torch.int32
 
     # ------------------------------------------------------------------ what a training loop calls
 
@@ -273,10 +272,9 @@ class CompactAdamW(CompactOptimizer):
         held = [self.state[p] for p in parameters]
         own = [own_entries(p) for p in parameters]
         members = list(zip(own, grads, held, all_places, strict=True))
-        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
-        own, grads = [own[i] for i in left], [grads[i] for i in left]
-        held, all_places = [held[i] for i in left], [all_places[i] for i in left]
-        left = self._update_natively(own, grads, list(all_places), "age", held, group)
+        left = native.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        by_torch = by_kernels.update_([members[i] for i in left], group, stochastic_round=self.bf16_stochastic_round)
+        left = [left[i] for i in by_torch]
         for batch in states.batches({i: grads[i].numel() for i in left}, own[0].device if own else None):
             for i in batch:
                 age = held[i]["age"]
@@ -295,26 +293,13 @@ class CompactAdamW(CompactOptimizer):
                     state[key] = self._new_buffer(p, key == "exp_avg")
             state["step"] += 1
         own = [own_entries(p) for p in parameters]
-        left = self._update_natively(own, grads, [None] * len(own), "step", held, group)
+        members = [(*each, None) for each in zip(own, grads, held, strict=True)]
+        left = native.update_(members, group, stochastic_round=self.bf16_stochastic_round)
         weights = [own[i].reshape(-1) for i in left]
         self._adamw_(weights, [grads[i].reshape(-1) for i in left], "step", [held[i] for i in left], group)
         for i, values in zip(left, weights, strict=True):
             if not own[i].is_contiguous():
                 own[i].copy_(values.view(own[i].shape))
-
-    def _update_natively(
-        self, own: list[Tensor], grads: list[Tensor], places: list[Any], age: str, held: list[dict], group: dict
-    ) -> list[int]:
-        """Update what C++ serves; returns the numbers of the others."""
-        seeds: list[Any] = [None] * len(own)
-        if self.bf16_stochastic_round:
-            seeds = torch.randint(1 << 62, (len(own),)).tolist()
-        left = []
-        for i, state in enumerate(held):
-            first, second = (own_entries(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq"))
-            if not native.update_(own[i], grads[i], places[i], state[age], first, second, group, seeds[i]):
-                left.append(i)
-        return left
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
         first, second = ([own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))
