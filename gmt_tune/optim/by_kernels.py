@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gmt_tune.masking.parts import own_entries
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.search.devices import kernels_for, try_triton
 
 _TOGETHER = 1 << 25  # bytes of gradients that wait
 _FLAGS = 256
 Taken = tuple[Tensor, Tensor]  # selected entries of gradients, 1-d, and whether these held NaN or infinity, 0-d bool
-Member = tuple[Tensor, Tensor, dict[str, Any], Places]  # entries, gradient of the selected ones, state and places
+# Entries, gradient of the selected ones, state, and places; None where all are selected
+Member = tuple[Tensor, Tensor, dict[str, Any], Places | None]
 
 
 class Gather(NamedTuple):
@@ -125,7 +127,7 @@ class Waiting:
 
 
 def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_round: bool) -> list[int]:
-    """Update selected entries in a launch for each kind of state and dtype.
+    """Update entries in a launch for each kind of state and dtype; where all are selected, ``step`` counts it already.
 
     Args:
         members: each on one device.
@@ -152,10 +154,12 @@ def _by_kind(members: Sequence[Member], served: Sequence[int]) -> list[tuple[lis
     kinds: dict[tuple, tuple[list[int], list[Any]]] = {}
     for i in served:
         weight, grad, state, places = members[i]
-        if places.count == 0:
+        count = weight.numel() if places is None else places.count
+        if count == 0:
             continue
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        selected = Selected(weight, grad, *moments, state["age"], places.lookup, places.count)
+        moments = own_entries(state["exp_avg"]), own_entries(state["exp_avg_sq"])
+        age, lookup = (state["step"], None) if places is None else (state["age"], places.lookup)
+        selected = Selected(weight, grad, *moments, age, lookup, count)
         if can_update(selected):
             for held, one in zip(kinds.setdefault(selected.kind(), ([], [])), (i, selected), strict=True):
                 held.append(one)
@@ -167,6 +171,5 @@ def _update(kernels: ModuleType, members: list[Any], group: dict[str, Any], stoc
 
     with kernels.on_device(members[0].weight.device):
         update_(members, group, stochastic_round=stochastic_round)
-    for member in members:  # autograd notices, as with PyTorch's own operations
-        torch.autograd.graph.increment_version(member.weight)
+    torch.autograd.graph.increment_version([member.weight for member in members])  # as PyTorch's own operations do
     return True

@@ -257,24 +257,24 @@ class CompactAdamW(CompactOptimizer):
                 )
 
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
-        norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
+        norms = torch._foreach_norm([part.local for part in parts], 2, dtype=torch.float32)
         squares = sum_over_ranks([norm.square().view(1) for norm in norms], parts)
         self.grad_norm = torch.cat([square.to(squares[0].device) for square in squares]).sum().sqrt()
         if max_norm == math.inf:  # which measures alone
             return
         factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        by_device: dict[torch.device, list[Tensor]] = {}
         for part in parts:
-            part.local.mul_(factor.to(part.local.device))
+            by_device.setdefault(part.local.device, []).append(part.local)
+        for device, tensors in by_device.items():
+            torch._foreach_mul_(tensors, factor.to(device))
 
     def _update_selected(
         self, parameters: list[Any], grads: list[Tensor], all_places: list[Places], group: dict
     ) -> None:
         held = [self.state[p] for p in parameters]
         own = [own_entries(p) for p in parameters]
-        members = list(zip(own, grads, held, all_places, strict=True))
-        left = native.update_(members, group, stochastic_round=self.bf16_stochastic_round)
-        by_torch = by_kernels.update_([members[i] for i in left], group, stochastic_round=self.bf16_stochastic_round)
-        left = [left[i] for i in by_torch]
+        left = self._update_at_once(list(zip(own, grads, held, all_places, strict=True)), group)
         for batch in states.batches({i: grads[i].numel() for i in left}, own[0].device if own else None):
             for i in batch:
                 age = held[i]["age"]
@@ -291,15 +291,21 @@ class CompactAdamW(CompactOptimizer):
                 state["step"] = torch.zeros((), device=own_entries(p).device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = self._new_buffer(p, key == "exp_avg")
-            state["step"] += 1
+        if held:
+            torch._foreach_add_([state["step"] for state in held], 1)
         own = [own_entries(p) for p in parameters]
-        members = [(*each, None) for each in zip(own, grads, held, strict=True)]
-        left = native.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        left = self._update_at_once([(*each, None) for each in zip(own, grads, held, strict=True)], group)
         weights = [own[i].reshape(-1) for i in left]
         self._adamw_(weights, [grads[i].reshape(-1) for i in left], "step", [held[i] for i in left], group)
         for i, values in zip(left, weights, strict=True):
             if not own[i].is_contiguous():
                 own[i].copy_(values.view(own[i].shape))
+
+    def _update_at_once(self, members: list[Any], group: dict) -> list[int]:
+        """Update what Triton and C++ serve; returns the positions of the others."""
+        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        rest = [members[i] for i in left]
+        return [left[i] for i in native.update_(rest, group, stochastic_round=self.bf16_stochastic_round)]
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
         first, second = ([own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))
