@@ -160,8 +160,8 @@ def _round_by_chance(values, random):
 def _update_kernel(
     table, tensors, first_qmap, second_qmap, seed, lr, decay, weight1, weight2, log_beta1, log_beta2, eps,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, AGE: tl.constexpr, OLDEST: tl.constexpr,
-    IS_WHOLE: tl.constexpr, IS_SPARSE: tl.constexpr, BLOCK: tl.constexpr, BY_CHANCE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
-    SEGMENT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_SPARSE: tl.constexpr, BLOCK: tl.constexpr, BY_CHANCE: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     tensor = table + last_at_most(table, chunk * 0, tensors.to(tl.int64) - 1, chunk)
@@ -238,7 +238,8 @@ def update_(members: Sequence[Selected], group: dict[str, Any], *, stochastic_ro
         float(group["eps"]), WEIGHT=_DTYPES[weight_dtype], GRAD=_DTYPES[grad_dtype],
         STATE=tl.uint8 if block else tl.float32, AGE=_AGES.get(age_dtype, tl.float32),
         OLDEST=torch.iinfo(age_dtype).max if age_dtype in _AGES else 0,
-        IS_WHOLE=places == "all", IS_SPARSE=places == "offsets", BLOCK=block, BY_CHANCE=by_chance, LR_ON_DEVICE=lr_on_device, SEGMENT=SEGMENT, RUN=RUN,
+        IS_WHOLE=places == "all", IS_SPARSE=places == "offsets", BLOCK=block, BY_CHANCE=by_chance,
+        LR_ON_DEVICE=lr_on_device, SEGMENT=SEGMENT, RUN=RUN,
         TILE=TILE, TILES=TILES, num_warps=8,
     )  # fmt: skip
 
