@@ -75,6 +75,38 @@ class Places:
                 library.offsets_of_bits(byref(self.native()), native.pointer(offsets), torch.get_num_threads())
             self._stored, self._is_sparse = offsets, True
 
+    @classmethod
+    def of_largest(cls, values: Tensor, smallest: int, most: int) -> Places | None:
+        """The entries whose magnitude has at least these bits; of those that have just these, the first ones.
+
+        Args:
+            values: of the tensor.
+            smallest: bits of the magnitude.
+            most: how many entries to select; those of a larger magnitude are fewer.
+
+        Returns:
+            None where C++ does not serve these values.
+        """
+        if (library := native.load_for(values)) is None:
+            return None
+        places = cls.__new__(cls)
+        places.numel, places._block = values.numel(), _BLOCK["cpu"]
+        counts, ties = torch.empty(2, -(-places.numel // SEGMENT), dtype=torch.int64)
+        given, threads = (*native.entries(values), smallest), torch.get_num_threads()
+        library.count_largest_entries(
+            *given, ctypes.c_int64(most), native.pointer(counts), native.pointer(ties), threads
+        )
+        places._set_counts(counts)
+        n_bytes = -(-places.numel // 8)
+        places._is_sparse = 2 * places.count < n_bytes
+        size, dtype = (places.count, torch.int16) if places._is_sparse else (n_bytes, torch.uint8)
+        places._stored = torch.empty(size, dtype=dtype)
+        stored = native.pointer(places._stored)
+        offsets, bits = (stored, None) if places._is_sparse else (None, stored)
+        starts = native.pointer(places._starts)
+        library.place_largest_entries(*given, starts, native.pointer(ties), offsets, bits, threads)
+        return places
+
     def _set_counts(self, counts: Tensor) -> None:
         """Take in how many entries of each segment are selected."""
         self._starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -119,13 +151,7 @@ class Places:
             at: which of the selected entries, in order.
             index: their flat indices.
         """
-        library = self._library() if native.serves(at) else None
-        if self._is_sparse and library is not None:
-            left = torch.empty(self.count - at.numel(), dtype=torch.int16)
-            old, n = ctypes.c_int64(self.count), ctypes.c_int64(at.numel())
-            library.drop_offsets(native.pointer(self._stored), old, native.pointer(at), n, native.pointer(left))
-            self._stored = left
-        elif self._is_sparse:
+        if self._is_sparse:
             stays = torch.ones(self.count, dtype=torch.bool, device=at.device).index_fill_(0, at, False)
             self._stored = self._stored[stays]
         else:  # each bit is set, so subtracting clears it; bytes wrap
@@ -208,11 +234,6 @@ class Places:
         Returns:
             Which of the selected entries they are, and their flat indices: 1-d int64, in order.
         """
-        if (library := native.load_for(values)) is not None and native.serves(self._stored):
-            given = byref(self.native()), native.pointer(values), values.element_size(), int(bits)
-            at, index = torch.empty(2, library.find_ties(*given, None, None) + 1, dtype=torch.int64)
-            library.find_ties(*given, native.pointer(at), native.pointer(index))
-            return at[:-1], index[:-1]
         at = (magnitude_bits(values) == bits).nonzero().view(-1)
         index = torch.empty_like(at)
         for _, part, indices in self.chunks():

@@ -32,8 +32,10 @@ def place_exactly(
     Returns:
         The selections, and how many entries of each whole gradient they have, 0-d int64.
     """
-    bits = [selection.bits for selection in pack(selections, thresholds)]
-    own = [Places(each, part.local.numel()) for each, part in zip(bits, parts, strict=True)]
+    at_once = [_place_at_once(*each, density) for each in zip(parts, selections, strict=True)]
+    rest = [i for i, places in enumerate(at_once) if places is None]
+    packed = dict(zip(rest, pack([selections[i] for i in rest], [thresholds[i] for i in rest]), strict=True))
+    own = [each or Places(packed[i].bits, parts[i].local.numel()) for i, each in enumerate(at_once)]
     counts = sum_counts([_number(places.count, part) for places, part in zip(own, parts, strict=True)], parts)
     surplus = [int(count) - entries_to_keep(part.numel, density) for count, part in zip(counts, parts, strict=True)]
     tied = [i for i, n in enumerate(surplus) if n > 0 and isinstance(selections[i], ThresholdSelection)]
@@ -47,6 +49,13 @@ def place_exactly(
         for places, part, threshold in zip(own, parts, thresholds, strict=True)
     ]
     return placed, counts
+
+
+def _place_at_once(part: Part, selection: Selection, density: float) -> Places | None:
+    """Exactly k entries, where C++ serves and this process has the whole score."""
+    if part.groups or type(selection) is not ThresholdSelection or not isinstance(selection.score, Tensor):
+        return None
+    return Places.of_largest(selection.score, int(selection.smallest()), entries_to_keep(part.numel, density))
 
 
 def _drop_highest(

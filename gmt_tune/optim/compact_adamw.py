@@ -142,11 +142,14 @@ class CompactAdamW(CompactOptimizer):
         return states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
 
     def _set_state(self, p: Any, key: str, values: Tensor) -> None:
-        """Overwrite a state of selected entries, in its own memory where the size is the same."""
+        """Hold a state of selected entries in float32 or an age: as it is, or quantized."""
         state = self.state[p].get(key)
         if state is None or state.shape != values.shape:
             state = self._new_state(key, values.numel(), values.dtype, values.device)
-        states.fill_(state, values)
+        if type(state) is Tensor:
+            state = values
+        else:
+            states.fill_(state, values)
         self.state[p][key] = state
 
     def _gather(self, part: Part, selection: PlacedSelection) -> Tensor:

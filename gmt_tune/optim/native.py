@@ -56,7 +56,8 @@ def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_roun
         Positions of the members that are still to be updated.
     """
     seeds = torch.randint(1 << 62, (len(members),)).tolist() if stochastic_round else [-1] * len(members)
-    given = {i: each for i, seed in enumerate(seeds) if (each := _tensor(*members[i], seed)) is not None}
+    seen = {i: _tensor(*member, seed) for i, (member, seed) in enumerate(zip(members, seeds, strict=True))}
+    given = {i: tensor for i, tensor in seen.items() if tensor is not None}
     betas, lr = group["betas"], float(group["lr"])
     library = native.load(_SOURCE) if given and states.counts_in_16_bits(betas) else None
     if library is None:
@@ -69,7 +70,7 @@ def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_roun
     return [i for i in range(len(members)) if i not in given]
 
 
-def _tensor(entries: Tensor, grads: Tensor, state: dict[str, Any], places: Places | None, seed: int) -> tuple | None:
+def _tensor(entries: Tensor, grads: Tensor, state: dict[str, Any], places: Places | None, seed: int) -> _Tensor | None:
     """What C++ sees of a member; None where it does not serve it."""
     age = state["step" if places is None else "age"]
     is_float = entries.dtype in native.FLOATS and grads.dtype in native.FLOATS
@@ -81,7 +82,7 @@ def _tensor(entries: Tensor, grads: Tensor, state: dict[str, Any], places: Place
     found = NativePlaces(None, None, None, 0, entries.numel()) if places is None else places.native()
     ages = (None, age.data_ptr()) if places is None else (age.data_ptr(), None)
     pointers = entries.data_ptr(), grads.data_ptr(), *ages
-    return (found, *pointers, *moments, grads.numel(), seed, entries.element_size(), grads.element_size())
+    return _Tensor(found, *pointers, *moments, grads.numel(), seed, entries.element_size(), grads.element_size())
 
 
 @functools.lru_cache(maxsize=8)
