@@ -82,7 +82,7 @@ def _gather_by_torch_(member: Gather) -> None:
 
 
 class Waiting:
-    """Gradients of backward passes, gathered together: a launch takes the host longer than a small one the device.
+    """Gradients of one device, gathered together: a launch takes the host longer than a small one the device.
 
     Until then they stay in memory, of at most 32 MiB and one more.
     """
@@ -115,15 +115,11 @@ class Waiting:
                 member.grad.record_stream(stream)
         gather_(members)
 
-    def clear(self) -> None:
-        self._members.clear()
-
     def _new_flag(self, device: torch.device) -> Tensor:
         """False: one of many that are made at once."""
-        if (flag := next(self._flags, None)) is None or flag.device != device:
+        if (flag := next(self._flags, None)) is None:
             self._flags = iter(torch.zeros(_FLAGS, dtype=torch.bool, device=device).unbind())
-            flag = next(self._flags)
-        return flag
+        return flag if flag is not None else next(self._flags)
 
 
 def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_round: bool) -> list[int]:

@@ -1,6 +1,7 @@
 """CompactAdamW: AdamW that pays only for what a GradientMask selects."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -80,7 +81,8 @@ class CompactAdamW(CompactOptimizer):
         self.max_grad_norm = max_grad_norm
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
         self._taken: dict[Any, tuple[Part, Tensor]] = {}
-        self._waiting = by_kernels.Waiting()
+        # By device: autograd has a thread for each
+        self._waiting: dict[torch.device, by_kernels.Waiting] = defaultdict(by_kernels.Waiting)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     # ------------------------------------------------------------------ what a mask calls
@@ -95,9 +97,9 @@ class CompactAdamW(CompactOptimizer):
             return
         places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
         if by_kernels.can_gather(places, part.local):
-            gathered = self._waiting.add(places, part.local, held, size)
+            gathered = self._waiting[part.local.device].add(places, part.local, held, size)
         else:
-            self._waiting.run()  # a kernel that has failed may still be to add to the same entries
+            self._gather_waiting()  # a kernel that has failed may still be to add to the same entries
             values = _padded(places, part.local, size) if held is None else held[0]
             flag = places.gather_checked(part.local, values, adds=held is not None)
             gathered = values, flag if held is None else flag | held[1]
@@ -120,8 +122,12 @@ class CompactAdamW(CompactOptimizer):
                 take_ranked(held, rank, first, out=values[part_of_new])
             self._set_state(p, key, values)
 
+    def _gather_waiting(self) -> None:
+        for waiting in self._waiting.values():
+            waiting.run()
+
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
-        self._waiting.run()
+        self._gather_waiting()
         return list(self._taken.values())
 
     @torch.no_grad()
@@ -197,7 +203,7 @@ class CompactAdamW(CompactOptimizer):
             raise RuntimeError(
                 "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
             )
-        self._waiting.run()
+        self._gather_waiting()
         taken, self._taken = self._taken, {}
         selections: dict[Any, Any] = {p: next(filter(None, (mask.selection(p) for mask in masks)), None) for p in taken}
         for p, (part, _) in taken.items():
@@ -223,7 +229,7 @@ class CompactAdamW(CompactOptimizer):
         super().zero_grad(set_to_none)
 
     def scale_gradients_(self, factor: Tensor | float) -> None:
-        self._waiting.run()
+        self._gather_waiting()
         for part, _ in self._taken.values():
             # With fsdp_cpu_offload, gradients are on the CPU and what they are divided by is not
             part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
