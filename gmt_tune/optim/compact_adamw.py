@@ -93,7 +93,7 @@ class CompactAdamW(CompactOptimizer):
             self._take(part, part.local.new_empty(0), flag if held is None else flag | held[1])
             return
         places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        gathered = by_kernels.gather(places, part.local, size, held)
+        gathered = None if part.local.is_cpu else by_kernels.gather(places, part.local, size, held)
         if gathered is None:
             values = _padded(places, part.local, size) if held is None else held[0]
             flag = places.gather_checked(part.local, values, adds=held is not None)
@@ -110,8 +110,9 @@ class CompactAdamW(CompactOptimizer):
         p.grad = None
         state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
         kept = list(selection.places.ranks_in(before.places)) if state and before is not None else []
+        new = torch.empty if sum(part.stop - part.start for part, *_ in kept) == size else torch.zeros
         for key in _STATES:
-            values = torch.zeros(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
+            values = new(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
             for part_of_new, near, rank in kept:
                 held, first = states.read_near(state[key], near)
                 take_ranked(held, rank, first, out=values[part_of_new])
