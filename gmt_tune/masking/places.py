@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmt_tune.masking import native
 from gmt_tune.masking.bits import magnitude_bits
-from gmt_tune.masking.nonfinite import nonfinite_flags
+from gmt_tune.masking.nonfinite import FLAGS, nonfinite_flags
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
@@ -208,7 +208,7 @@ class Places:
             Whether an entry of the tensor, selected or not, is NaN or infinity: 0-d bool. Does not wait for the device.
         """
         if (found := self._gather_natively(values, out, adds=adds, checks=True)) is not None:
-            return torch.tensor(found)
+            return FLAGS[found]
         (flag,) = nonfinite_flags([values])
         if adds:
             out[: self.count] += self.gather(values)

@@ -115,8 +115,9 @@ class CompactAdamW(CompactOptimizer):
         p.grad = None
         state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
         kept = list(selection.places.ranks_in(before.places)) if state and before is not None else []
+        new = torch.empty if sum(part.stop - part.start for part, *_ in kept) == size else torch.zeros
         for key in _STATES:
-            values = torch.zeros(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
+            values = new(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
             for part_of_new, near, rank in kept:
                 held, first = states.read_near(state[key], near)
                 take_ranked(held, rank, first, out=values[part_of_new])
