@@ -6,6 +6,7 @@ moments can be off by 1 unit in the last place of what they are made of; and it 
 is why the kernels round by themselves.
 """
 
+import dataclasses
 import itertools
 import os
 import runpy
@@ -137,6 +138,8 @@ def test_places_are_the_first_k_of_a_stable_sort(dtype, kind, launches):
         scores = [ranked(n, kind, dtype) for n, own in densities.values() if own == density]
         if density == 0.1:
             scores[-1].copy_(torch.zeros(777)) if kind != "product" else scores[-1].grad.zero_()
+        if density == 0.5 and kind != "product":
+            scores.append(scores[0].clone().view(20, 15).t())  # left to torch
         parts = [part_of(score.read(lambda t: t) if kind == "product" else score) for score in scores]
         selections = select_largest([part_of(part.local.clone()) for part in parts], scores, density)
         before = dict(launches)
@@ -144,7 +147,7 @@ def test_places_are_the_first_k_of_a_stable_sort(dtype, kind, launches):
         assert launches["count_by_segment"] == before["count_by_segment"] + 1
         assert launches["place_"] == before["place_"] + 1
         for part, selection, count in zip(parts, placed, counts, strict=True):
-            magnitudes = part.local.float().abs()
+            magnitudes = part.local.float().abs().reshape(-1)
             k = max(1, int(density * magnitudes.numel()))
             first = magnitudes.sort(descending=True, stable=True).indices[: min(k, int((magnitudes > 0).sum()))]
             mask = torch.zeros(magnitudes.numel(), dtype=torch.bool).index_fill_(0, first, True)
@@ -153,6 +156,25 @@ def test_places_are_the_first_k_of_a_stable_sort(dtype, kind, launches):
             for ours, theirs in zip(places.lookup, wanted.lookup, strict=True):
                 assert ours is theirs is None or torch.equal(ours, theirs)
             assert [part for _, part, _ in places.chunks()] == [part for _, part, _ in wanted.chunks()]
+
+
+@interpreted
+def test_of_what_is_sharded_places_are_found_by_kernels_and_ties_dropped_by_all_ranks(launches):
+    """One rank is enough to see that ties, which only all ranks together know to be too many, are left to them."""
+    torch.manual_seed(0)
+    values = ranked(2 * SEGMENT + 99, "ties", torch.bfloat16)
+    (selection,) = select_largest([part_of(values.clone())], [values], 0.05)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parts = [dataclasses.replace(part_of(values), groups=g) for g in ((torch.distributed.group.WORLD,), ())]
+        (sharded,), (whole,) = (ties.place_exactly([p], [selection], [None], 0.05)[0] for p in parts)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert launches["place_"] == 2
+    assert sharded.places.count == whole.places.count == int(0.05 * values.numel())
+    assert torch.equal(sharded.bits, whole.bits)
+    for each, other in zip(sharded.places.lookup, whole.places.lookup, strict=True):
+        assert each is other is None or torch.equal(each, other)
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors_that_are_due(launches):
