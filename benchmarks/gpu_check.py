@@ -288,7 +288,13 @@ def markdown(lines: list[dict]) -> str:
         else:
             text.append(f"`{(found.get('environment') or found['setting'])['command']}`\n")
             if "rows" in found:
-                whose = recipe_memory if "config" in found["rows"][0] else compact if "refresh_every" in found else selection
+                whose = (
+                    recipe_memory
+                    if "config" in found["rows"][0]
+                    else compact
+                    if "refresh_every" in found
+                    else selection
+                )
                 text.append(whose.table(found["rows"]))
             else:
                 text.append(gpu_training.table(found["lines"]))

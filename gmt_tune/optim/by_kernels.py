@@ -14,10 +14,13 @@ from torch import Tensor
 from gmt_tune.masking.parts import own_entries
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.search.devices import kernels_for, try_triton
+from gmt_tune.optim import states
 
 _TOGETHER = 1 << 25  # bytes of gradients that wait
 _FLAGS = 256
 Taken = tuple[Tensor, Tensor]  # selected entries of gradients, 1-d, and whether these held NaN or infinity, 0-d bool
+# Of a new selection: the state, to be replaced; places before, if there were any, and now; and the gradient of these
+Turn = tuple[dict[str, Any], Places | None, Places, Tensor]
 # Entries, gradient of the selected ones, state, and places; None where all are selected
 Member = tuple[Tensor, Tensor, dict[str, Any], Places | None]
 
@@ -51,6 +54,8 @@ def can_gather(places: Places, grad: Tensor) -> bool:
 
 def gather_(members: Sequence[Gather]) -> None:
     """Gather what ``can_gather``, in a launch for each dtype and kind."""
+    if not members:
+        return
     from gmt_tune.optim.kernels.gather import kind_of
 
     kinds: dict[tuple, list[Gather]] = {}
@@ -143,6 +148,29 @@ def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_roun
     return sorted(left)
 
 
+def carry_(turns: Sequence[Turn], state_bits: int | str, age_dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Carry the states of entries that stay selected over to new selections, in a launch for each kind of state.
+
+    Args:
+        turns: whose states, "exp_avg", "exp_avg_sq" and "age", are replaced; those of new entries begin at zero.
+        state_bits: of the moments.
+        age_dtypes: of the ages.
+
+    Returns:
+        Positions of those that are still as they were.
+    """
+    left = set(range(len(turns)))
+    served = [i for i in left if kernels_for([turns[i][3]]) is not None] if state_bits in (32, 8) else []
+    kinds = (try_triton(_carries_by_kind, turns, state_bits, age_dtypes, served) if served else None) or []
+    for numbers, pairs in kinds:
+        kernels = kernels_for([pairs[0][1].age])
+        if kernels is not None and try_triton(_carry, kernels, pairs):
+            for i, (_, new) in zip(numbers, pairs, strict=True):
+                turns[i][0].update(exp_avg=new.exp_avg, exp_avg_sq=new.exp_avg_sq, age=new.age)
+            left.difference_update(numbers)
+    return sorted(left)
+
+
 def _by_kind(members: Sequence[Member], served: Sequence[int]) -> list[tuple[list[int], list[Any]]]:
     """Positions and members of each launch."""
     from gmt_tune.optim.kernels.update import Selected, can_update
@@ -168,4 +196,36 @@ def _update(kernels: ModuleType, members: list[Any], group: dict[str, Any], stoc
     with kernels.on_device(members[0].weight.device):
         update_(members, group, stochastic_round=stochastic_round)
     torch.autograd.graph.increment_version([member.weight for member in members])  # as PyTorch's own operations do
+    return True
+
+
+def _carries_by_kind(
+    turns: Sequence[Turn], state_bits: int | str, age_dtypes: Sequence[torch.dtype], served: Sequence[int]
+) -> list[tuple[list[int], list[Any]]]:
+    """Positions, and states before and behind, of each launch."""
+    from gmt_tune.optim.kernels.carry import States
+
+    kinds: dict[tuple, tuple[list[int], list[Any]]] = {}
+    for i in served:
+        state, before, places, gradient = turns[i]
+        if places.count == 0:
+            continue
+        size, device = gradient.numel(), gradient.device
+        first, second = (states.empty(size, state_bits, signed=signed, device=device) for signed in (True, False))
+        age = torch.empty(size, dtype=age_dtypes[i], device=device)
+        new, old = States(first, second, age, places.lookup, places.count), None
+        if state and before is not None and before.count:
+            old = States(state["exp_avg"], state["exp_avg_sq"], state["age"], before.lookup, before.count)
+        was = new.kind() if old is None else old.kind()
+        if was[:-1] == new.kind()[:-1] and new.is_known() and (old is None or old.is_known()):
+            for held, one in zip(kinds.setdefault((*new.kind(), was[-1]), ([], [])), (i, (old, new)), strict=True):
+                held.append(one)
+    return list(kinds.values())
+
+
+def _carry(kernels: ModuleType, pairs: list[Any]) -> bool:
+    from gmt_tune.optim.kernels.carry import carry
+
+    with kernels.on_device(pairs[0][1].age.device):
+        carry(pairs)
     return True

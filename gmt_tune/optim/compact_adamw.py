@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,22 +106,41 @@ class CompactAdamW(CompactOptimizer):
         self._take(part, *gathered)
 
     @torch.no_grad()
-    def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
-        p: Any = part.parameter
-        if self.state[p]:
-            self._check_fits(part, before)
-        device = part.local.device
-        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=device))
-        p.grad = None
-        state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
-        kept = list(selection.places.ranks_in(before.places)) if state and before is not None else []
+    def change_selections(
+        self,
+        parts: Sequence[Part],
+        before: Sequence[PlacedSelection | None],
+        selections: Sequence[PlacedSelection],
+    ) -> None:
+        turns: list[by_kernels.Turn] = []
+        ages = []
+        devices = {part.local.device for part in parts}
+        flags = {device: torch.zeros(len(parts), dtype=torch.bool, device=device).unbind() for device in devices}
+        gathered = self._gather(parts, selections)
+        for i, (part, old, new) in enumerate(zip(parts, before, selections, strict=True)):
+            p: Any = part.parameter
+            if self.state[p]:
+                self._check_fits(part, old)
+            self._take(part, gathered[i], flags[part.local.device][i])
+            p.grad = None
+            turns.append((self.state[p], None if old is None else old.places, new.places, gathered[i]))
+            ages.append(self._age_dtype(p))
+        for i in by_kernels.carry_(turns, self.state_bits, ages):
+            self._carry_(*turns[i], ages[i])
+
+    def _carry_(
+        self, state: dict[str, Any], before: Places | None, places: Places, gradient: Tensor, age_dtype: torch.dtype
+    ) -> None:
+        """As :func:`by_kernels.carry_`, by torch."""
+        size, device = gradient.numel(), gradient.device
+        kept = list(places.ranks_in(before)) if state and before is not None else []
         new = torch.empty if sum(part.stop - part.start for part, *_ in kept) == size else torch.zeros
         for key in _STATES:
-            values = new(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
+            values = new(size, dtype=age_dtype if key == "age" else torch.float32, device=device)
             for part_of_new, near, rank in kept:
                 held, first = states.read_near(state[key], near)
                 take_ranked(held, rank, first, out=values[part_of_new])
-            self._set_state(p, key, values)
+            self._set_state(state, key, values)
 
     def _gather_waiting(self) -> None:
         for waiting in self._waiting.values():
@@ -148,24 +167,29 @@ class CompactAdamW(CompactOptimizer):
             return torch.zeros(size, dtype=age_dtype, device=device)
         return states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
 
-    def _set_state(self, p: Any, key: str, values: Tensor) -> None:
+    def _set_state(self, held: dict[str, Any], key: str, values: Tensor) -> None:
         """Hold a state of selected entries in float32 or an age: as it is, or quantized."""
-        state = self.state[p].get(key)
+        state = held.get(key)
         if state is None or state.shape != values.shape:
             state = self._new_state(key, values.numel(), values.dtype, values.device)
         if type(state) is Tensor:
             state = values
         else:
             states.fill_(state, values)
-        self.state[p][key] = state
+        held[key] = state
 
-    def _gather(self, part: Part, selection: PlacedSelection) -> Tensor:
-        places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        if not by_kernels.can_gather(places, part.local):
-            return _gather(places, part.local, size)
-        values = part.local.new_empty(size)
-        by_kernels.gather_([by_kernels.Gather(places, part.local, values)])
-        return values
+    def _gather(self, parts: Sequence[Part], selections: Sequence[PlacedSelection]) -> list[Tensor]:
+        """The selected entries of gradients, with zeros behind them up to the size of their states."""
+        gathered, waiting = [], []
+        for part, places in zip(parts, (selection.places for selection in selections), strict=True):
+            size = states.padded_size(places.count, self.state_bits)
+            if by_kernels.can_gather(places, part.local):
+                gathered.append(part.local.new_empty(size))
+                waiting.append(by_kernels.Gather(places, part.local, gathered[-1]))
+            else:
+                gathered.append(_gather(places, part.local, size))
+        by_kernels.gather_(waiting)
+        return gathered
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag

@@ -6,6 +6,8 @@ moments can be off by 1 unit in the last place of what they are made of; and it 
 is why the kernels round by themselves.
 """
 
+import dataclasses
+import itertools
 import os
 import runpy
 import types
@@ -18,12 +20,18 @@ import torch
 from optim.launches import count_launches
 from torch import nn
 
+from gmt_tune import CompactAdamW, GradientMask
+from gmt_tune.masking import ties
 from gmt_tune.masking.packing import pack_selection
+from gmt_tune.masking.parts import part_of
 from gmt_tune.masking.places import SEGMENT, Lookup, Places
+from gmt_tune.masking.scores import select_largest
 from gmt_tune.masking.search import devices
 from gmt_tune.masking.search import triton as search
+from gmt_tune.masking.search.entries import Product
+from gmt_tune.masking.search.kernels import place
 from gmt_tune.optim import by_kernels, states
-from gmt_tune.optim.kernels import gather
+from gmt_tune.optim.kernels import carry, gather
 
 oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,10 +52,14 @@ def launches(monkeypatch):
     """Counts launches; thresholds are not at issue here, and the search's kernels are left out."""
     counts = count_launches(monkeypatch)
     if IS_INTERPRETED:
-        monkeypatch.setattr(gather, "TILE", 1 << 12)  # few large tiles are faster here
+        for module, tile in ((gather, 1 << 12), (carry, 1 << 12), (place, 1 << 14)):
+            monkeypatch.setattr(module, "TILE", tile)  # few large tiles are faster here
     monkeypatch.setattr(devices, "_failures", [])
-    only_ours = types.SimpleNamespace(on_device=search.on_device)
-    monkeypatch.setattr(by_kernels, "kernels_for", lambda members: None if devices._failures else only_ours)
+    ours = {name: getattr(search, name) for name in ("on_device", "can_pack", "place_thresholds")}
+    for module in (by_kernels, ties):
+        monkeypatch.setattr(
+            module, "kernels_for", lambda members: None if devices._failures else types.SimpleNamespace(**ours)
+        )
     torch.set_default_device("cpu" if IS_INTERPRETED else "cuda")
     yield counts
     torch.set_default_device(None)
@@ -147,6 +159,126 @@ def test_more_than_four_billion_entries_are_addressed():
     out = torch.empty(4, dtype=torch.bfloat16)
     gather.gather_([by_kernels.Gather(places, gradient, out)])
     assert out.tolist() == [3, 0, 7, gradient[-1].item()]
+
+
+def ranked(n: int, kind: str, dtype: torch.dtype) -> torch.Tensor | Product:
+    """Scores of entries, of which some tie and a whole segment is zero."""
+    values = torch.randn(n).to(dtype)
+    values[SEGMENT : 2 * SEGMENT] = 0
+    if kind == "ties":
+        values = (values * 4).round()
+    return Product(values, torch.randn(n).bfloat16()) if kind == "product" else values
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "magnitudes"), (torch.bfloat16, "ties"), (torch.bfloat16, "product")], ids=str
+)
+def test_places_are_the_first_k_of_a_stable_sort(dtype, kind, launches):
+    torch.manual_seed(0)
+    densities = {"one entry": (1, 1.0), "a few": (300, 0.5), "offsets": (3 * SEGMENT + 777, 0.05), "zeros": (777, 0.1)}
+    densities |= {"bits": (SEGMENT + 8_001, 0.12), "more than there are": (SEGMENT + 5, 0.999)}
+    for density in {density for _, density in densities.values()}:
+        scores = [ranked(n, kind, dtype) for n, own in densities.values() if own == density]
+        if density == 0.1:
+            scores[-1].copy_(torch.zeros(777)) if kind != "product" else scores[-1].grad.zero_()
+        if density == 0.5 and kind != "product":
+            scores.append(scores[0].clone().view(20, 15).t())  # left to torch
+        parts = [part_of(score.read(lambda t: t) if kind == "product" else score) for score in scores]
+        selections = select_largest([part_of(part.local.clone()) for part in parts], scores, density)
+        before = dict(launches)
+        placed, counts = ties.place_exactly(parts, selections, [s.threshold for s in selections], density)
+        assert launches["count_by_segment"] == before["count_by_segment"] + 1
+        assert launches["place_"] == before["place_"] + 1
+        for part, selection, count in zip(parts, placed, counts, strict=True):
+            magnitudes = part.local.float().abs().reshape(-1)
+            k = max(1, int(density * magnitudes.numel()))
+            first = magnitudes.sort(descending=True, stable=True).indices[: min(k, int((magnitudes > 0).sum()))]
+            mask = torch.zeros(magnitudes.numel(), dtype=torch.bool).index_fill_(0, first, True)
+            places, wanted = selection.places, Places(pack_selection(mask), mask.numel())
+            assert int(count) == places.count == int(mask.sum()) and torch.equal(selection.bits, pack_selection(mask))
+            for ours, theirs in zip(places.lookup, wanted.lookup, strict=True):
+                assert ours is theirs is None or torch.equal(ours, theirs)
+            assert [part for _, part, _ in places.chunks()] == [part for _, part, _ in wanted.chunks()]
+
+
+@interpreted
+def test_of_what_is_sharded_places_are_found_by_kernels_and_ties_dropped_by_all_ranks(launches):
+    """One rank is enough to see that ties, which only all ranks together know to be too many, are left to them."""
+    torch.manual_seed(0)
+    values = ranked(2 * SEGMENT + 99, "ties", torch.bfloat16)
+    (selection,) = select_largest([part_of(values.clone())], [values], 0.05)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parts = [dataclasses.replace(part_of(values), groups=g) for g in ((torch.distributed.group.WORLD,), ())]
+        (sharded,), (whole,) = (ties.place_exactly([p], [selection], [None], 0.05)[0] for p in parts)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert launches["place_"] == 2
+    assert sharded.places.count == whole.places.count == int(0.05 * values.numel())
+    assert torch.equal(sharded.bits, whole.bits)
+    for each, other in zip(sharded.places.lookup, whole.places.lookup, strict=True):
+        assert each is other is None or torch.equal(each, other)
+
+
+def test_launches_do_not_grow_with_the_number_of_tensors_that_are_due(launches):
+    """Of all kernels that belong to turns; the device is waited for once, where the counts are read."""
+    found = []
+    for number in (1, 4):
+        before = dict(launches)
+        weights = {str(i): nn.Parameter(torch.randn(60, 100 + i)) for i in range(number)}
+        optimizer = CompactAdamW(weights.values(), state_bits=8)
+        GradientMask(weights.items(), 0.1 if number == 1 else 0.03).register(optimizer)
+        for _ in range(2):
+            sum(p.square().sum() for p in weights.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        turns = ("count_by_segment", "place_", "carry")
+        found.append({name: launches[name] - before[name] for name in turns})
+    assert found == [dict.fromkeys(found[0], 2)] * 2
+
+
+def places_of(n: int, density: float) -> Places:
+    return Places(pack_selection(selection_of(n, density)), n)
+
+
+@pytest.mark.parametrize(("state_bits", "age"), [(32, torch.int32), (8, torch.int16)], ids=str)
+def test_states_of_what_stays_are_carried_over_as_torch_does_it(state_bits, age, launches):
+    """From bits and offsets to bits and offsets, some kept and some not; and where nothing was selected before."""
+    torch.manual_seed(0)
+    n = 3 * SEGMENT + 20_001
+    nothing = Places(pack_selection(torch.zeros(n) > 0), n)
+    few, many = places_of(n, 0.05), places_of(n, 0.2)
+    turns = [(old, places_of(n, density)) for old in (few, many) for density in (0.04, 0.15)]
+    turns += [(None, few), (nothing, many), (few, few), (places_of(300, 0.5), places_of(300, 0.4))]
+    turns += [(places_of(1, 1.0), places_of(1, 1.0)), (few, nothing)]
+    p = nn.Parameter(torch.zeros(1))
+    states_by: dict[str, list] = {"torch": [], "kernels": []}
+    for (before, places), held in itertools.product(turns, states_by.values()):
+        torch.manual_seed(before.count if before else 0)
+        size = states.padded_size(before.count, state_bits) if before and before.count else 0
+        state = {} if not size else {"age": torch.randint(1, 99, (size,)).to(age)}
+        for key in ("exp_avg", "exp_avg_sq")[: 2 * bool(size)]:
+            state[key] = states.zeros((size,), state_bits, signed=key == "exp_avg", device=p.device)
+            values = torch.randn(size) * torch.randn(size).exp()
+            states.fill_(state[key], values if key == "exp_avg" else values.square())
+        gradient = torch.zeros(states.padded_size(places.count, state_bits))
+        held.append((state, before, places, gradient))
+    optimizer = CompactAdamW([p], state_bits=state_bits)
+    for turn in states_by["torch"]:
+        optimizer._carry_(*turn, age)
+    left = by_kernels.carry_(states_by["kernels"], state_bits, [age] * len(states_by["kernels"]))
+    assert left == [len(turns) - 1], "what has no entry is left to torch"
+    assert launches["carry"] == (4 if state_bits == 32 else 5)  # offsets, bits; few entries keep 32 bits
+    carried = 0
+    for (ours, *_), (wanted, *_) in zip(states_by["kernels"][:-1], states_by["torch"][:-1], strict=True):
+        assert ours.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert type(ours[key]) is type(value) and ours[key].dtype == value.dtype
+            names = ("codes", "scale", "qmap") if states.is_8bit(value) else ()
+            pairs = [(getattr(ours[key], name), getattr(value, name)) for name in names] or [(ours[key], value)]
+            assert all(torch.equal(*pair) for pair in pairs)
+        carried += int((ours["age"] > 0).sum())
+    assert carried > 10_000
 
 
 def member_of(size: str, dtype: torch.dtype, state_bits: int) -> tuple:

@@ -111,3 +111,26 @@ def test_steps_between_turns_do_not_wait_for_the_device(state_bits):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [f"{w.filename}:{w.lineno} {w.message}" for w in caught if "called a synchronizing" in str(w.message)] == []
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_steps_with_turns_wait_for_the_device_as_often_however_many_tensors_are_due(state_bits):
+    waits = []
+    for number in (2, 9):
+        weights = {str(i): nn.Parameter(torch.randn(300, 400 + i, device="cuda")) for i in range(number)}
+        optimizer = CompactAdamW(weights.values(), state_bits=state_bits)
+        GradientMask(weights.items(), 0.05).register(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(4):
+                sum((p * torch.randn_like(p)).sum() for p in weights.values()).backward()
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("warn" if step > 1 else "default")
+                try:
+                    optimizer.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                optimizer.zero_grad()
+        waits.append([f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)])
+    assert waits[0] == waits[1] and 1 <= len(waits[0]) <= 4, waits

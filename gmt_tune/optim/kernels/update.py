@@ -25,6 +25,7 @@ from torch import Tensor
 from gmt_tune.masking.places import RUN, SEGMENT, Lookup
 from gmt_tune.masking.search.kernels.tables import ALIGNMENT, to_device
 from gmt_tune.optim.kernels.locate import last_at_most, locate
+from gmt_tune.optim.kernels.moments import read, write
 from gmt_tune.optim.kernels.tiles import load, rounded, store
 
 TILE = 1 << 10  # entries that a program holds at a time, whole blocks of states: 4 a thread of 8 warps
@@ -107,47 +108,6 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
-def _read(pointer, scale, qmap, start, room, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """A tile of a moment in float32."""
-    if BLOCK == 0:
-        values = load(pointer + start, room, 0.0, TILE)
-    else:
-        codes = load(pointer + start, room, 0, TILE).to(tl.int32)
-        blocks = tl.arange(0, TILE // BLOCK)
-        scales = tl.load(scale + start // BLOCK + blocks, mask=blocks * BLOCK < room, other=0.0)
-        scaled = tl.reshape(tl.load(qmap + codes), (TILE // BLOCK, BLOCK)) * scales[:, None]
-        values = tl.reshape(scaled, (TILE,))
-    return values
-
-
-@triton.jit
-def _write(pointer, scale, qmap, values, start, room, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Overwrite a tile of a moment: whole blocks, where it is in 8 bits."""
-    if BLOCK == 0:
-        store(pointer + start, values, room, TILE)
-    else:
-        rows = tl.reshape(values, (TILE // BLOCK, BLOCK))
-        # Of magnitudes as integers, NaN is the largest, and stays
-        largest = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-        scales = tl.where(largest < 1e-12, 1e-12, largest)
-        blocks = tl.arange(0, TILE // BLOCK)
-        tl.store(scale + start // BLOCK + blocks, scales, mask=blocks * BLOCK < room)
-        codes = _nearest_codes(tl.reshape(tl.div_rn(rows, tl.broadcast_to(scales[:, None], rows.shape)), (TILE,)), qmap)
-        store(pointer + start, codes.to(tl.uint8), room, TILE)
-
-
-@triton.jit
-def _nearest_codes(values, qmap):
-    """As ``torchao.optim.quant_utils.quantize_8bit_with_qmap`` searches for them."""
-    codes = tl.where(values >= tl.load(qmap + 128), 128, 0)
-    for i in tl.static_range(1, 8):
-        codes = tl.where(values >= tl.load(qmap + codes + (128 >> i)), codes + (128 >> i), codes)
-    upper = tl.minimum(codes + 1, 255)
-    below = tl.load(qmap + codes)
-    return tl.where(values - below >= (tl.load(qmap + upper) - below) * 0.5, upper, codes)
-
-
-@triton.jit
 def _round_by_chance(values, random):
     """float32 that bfloat16 can hold, of which random bits choose the upper or the lower one."""
     bits = values.to(tl.int32, bitcast=True)
@@ -197,10 +157,10 @@ def _update_kernel(
                 store(own, ages.to(AGE), room, TILE)
             w = tl.load(weight + index, mask=there, other=0.0).to(tl.float32)
             g = load(grad + start, room, 0.0, TILE).to(tl.float32)
-            m = _lerp(_read(first, first_scale, first_qmap, start, room, BLOCK, TILE), g, weight1)
-            v = _lerp(_read(second, second_scale, second_qmap, start, room, BLOCK, TILE), g * g, weight2)
-            _write(first, first_scale, first_qmap, m, start, room, BLOCK, TILE)
-            _write(second, second_scale, second_qmap, v, start, room, BLOCK, TILE)
+            m = _lerp(read(first, first_scale, first_qmap, start, room, BLOCK, TILE), g, weight1)
+            v = _lerp(read(second, second_scale, second_qmap, start, room, BLOCK, TILE), g * g, weight2)
+            write(first, first_scale, first_qmap, m, start, room, BLOCK, TILE)
+            write(second, second_scale, second_qmap, v, start, room, BLOCK, TILE)
             # Below zero, as expm1 gives both corrections
             minus_correction1 = _expm1(ages.to(tl.float32) * log_beta1)
             minus_correction2 = _expm1(ages.to(tl.float32) * log_beta2)
