@@ -112,6 +112,14 @@ class CompactAdamW(CompactOptimizer):
         before: Sequence[PlacedSelection | None],
         selections: Sequence[PlacedSelection],
     ) -> None:
+        sizes = {i: states.padded_size(new.places.count, self.state_bits) for i, new in enumerate(selections)}
+        for batch in states.batches(sizes, parts[0].local.device if parts else None):
+            self._turn([parts[i] for i in batch], [before[i] for i in batch], [selections[i] for i in batch])
+
+    def _turn(
+        self, parts: list[Part], before: list[PlacedSelection | None], selections: list[PlacedSelection]
+    ) -> None:
+        """Change some selections: what is new lies beside what was until all of these are changed."""
         turns: list[by_kernels.Turn] = []
         ages = []
         devices = {part.local.device for part in parts}
