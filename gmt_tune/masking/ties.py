@@ -153,6 +153,8 @@ def _sums(values: Sequence[int], parts: Sequence[Part]) -> list[int]:
 
 def _numbers(values: Sequence[int], parts: Sequence[Part]) -> list[Tensor]:
     """0-d int64, each on the device of its part; does not wait for it."""
-    numbers = torch.tensor(values, dtype=torch.int64, pin_memory=any(part.local.is_cuda for part in parts))
+    numbers = torch.tensor(
+        values, dtype=torch.int64, device="cpu", pin_memory=any(part.local.is_cuda for part in parts)
+    )
     rows = {device: numbers.to(device, non_blocking=True).unbind() for device in {part.local.device for part in parts}}
     return [rows[part.local.device][i] for i, part in enumerate(parts)]
