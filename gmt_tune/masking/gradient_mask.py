@@ -7,7 +7,7 @@ masked, ``parameters`` says; what is selected of their gradients, ``scores`` and
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -392,16 +392,8 @@ class GradientMask:
         due: list[Part] = []
         for part in parts:
             (kept if self._keeps_selection(part.name) else due).append(part)
-        # Selecting looks at most gradients anyway: these are not read once more for it
-        later = {part.name for part in due if self.density < 1.0 and score.sees_nonfinite(part)}
         now = make_parts({self._parameters.names[p]: p for p in dense if self.error_if_nonfinite})
-        self._raise_if_nonfinite([*now, *(part for part in parts if part.name not in later)])
-        for batch in score.batches(due, self.scope):
-            selections = self.select(batch)
-            seen = [(part, s.nonfinite) for part, s in zip(batch, selections, strict=True) if part.name in later]
-            self._raise_if_nonfinite([part for part, flag in seen if flag is None])
-            seen_flags = {part: flag for part, flag in seen if flag is not None}
-            self._raise_if_nonfinite(list(seen_flags), list(seen_flags.values()))
+        for batch, selections in self._select_finite(due, score, [*now, *kept]):
             thresholds = [score.unscaled(s.threshold, self._grad_scale) for s in selections]
             if self._schedule.keeps:
                 lasting = [i for i, selection in enumerate(selections) if selection.outlasts_step]
@@ -418,6 +410,21 @@ class GradientMask:
             self._steps[name] = self._steps.get(name, 0) + (not is_repeated)
         self._seconds[id(optimizer)] = time.perf_counter() - start
 
+    def _select_finite(
+        self, due: Sequence[Part], score: Score, others: Sequence[Part]
+    ) -> Iterator[tuple[Sequence[Part], list[Selection]]]:
+        """Batches of what is due, with their new selections; raises where these or other gradients are not finite."""
+        # Selecting looks at most gradients anyway: these are not read once more for it
+        later = {part.name for part in due if self.density < 1.0 and score.sees_nonfinite(part)}
+        self._raise_if_nonfinite([*others, *(part for part in due if part.name not in later)])
+        for batch in score.batches(due, self.scope):
+            selections = self.select(batch)
+            seen = [(part, s.nonfinite) for part, s in zip(batch, selections, strict=True) if part.name in later]
+            self._raise_if_nonfinite([part for part, flag in seen if flag is None])
+            seen_flags = {part: flag for part, flag in seen if flag is not None}
+            self._raise_if_nonfinite(list(seen_flags), list(seen_flags.values()))
+            yield batch, selections
+
     @torch.no_grad()
     def _select_compactly(self, masked: list[Tensor], dense: list[Tensor], optimizer: CompactOptimizer) -> None:
         """Give an optimizer the selected entries of what is due: the rest it has from the backward passes."""
@@ -427,7 +434,6 @@ class GradientMask:
         with_grad = {name: p for name, p in zip(names, masked, strict=True) if p.grad is not None}
         due = make_parts(with_grad)
         now = make_parts({self._parameters.names[p]: p for p in dense if p.grad is not None})
-        self._raise_if_nonfinite([*now, *due])
         if taken := optimizer.nonfinite():
             parts, flags = zip(*taken, strict=True)
             self._raise_if_nonfinite(parts, on_any_rank(flags, parts))
@@ -438,9 +444,7 @@ class GradientMask:
         own = [placed.places.count if (placed := self._placed(name)) else 0 for name in uncounted]
         counts = sum_counts([torch.tensor(n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
         self.statistics.record(parts, counts, [None] * len(parts))
-        score = self._score()
-        for batch in score.batches(due, self.scope):
-            selections = self.select(batch)
+        for batch, selections in self._select_finite(due, self._score(), now):
             thresholds = [selection.threshold for selection in selections]
             placed, counts = place_exactly(batch, selections, thresholds, self.density)
             optimizer.change_selections(batch, [self._placed(part.name) for part in batch], placed)

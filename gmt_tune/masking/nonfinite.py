@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gmt_tune.masking import native
 
+# Made once, for hundreds are given out in a step: not to be changed
+FLAGS = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
+
 
 def nonfinite_flags(tensors: Sequence[Tensor]) -> list[Tensor]:
     """For each tensor a 0-d bool tensor on its device: whether it holds NaN or infinity. Does not wait."""
@@ -32,7 +35,7 @@ def _is_nonfinite(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
     if (library := native.load_for(tensor)) is not None:
-        return torch.tensor(bool(library.nonfinite_entries(*native.entries(tensor), torch.get_num_threads())))
+        return FLAGS[library.nonfinite_entries(*native.entries(tensor), torch.get_num_threads())]
     # Elsewhere on the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.
     if tensor.device.type == "cpu" and tensor.dtype != torch.float16 and tensor.sum().isfinite():
         return torch.tensor(False)

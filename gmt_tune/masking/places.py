@@ -6,14 +6,15 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from ctypes import byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gmt_tune.masking import native
 from gmt_tune.masking.bits import magnitude_bits
-from gmt_tune.masking.nonfinite import nonfinite_flags
+from gmt_tune.masking.nonfinite import FLAGS, nonfinite_flags
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 
 SEGMENT = 1 << 16  # entries whose places 16 bits tell apart
@@ -55,7 +56,7 @@ class Places:
         if library is not None:
             counts = torch.zeros(segments, dtype=torch.int64)
             self._set_counts(counts)
-            library.count_bits(self.native(), native.pointer(counts), torch.get_num_threads())
+            library.count_bits(byref(self.native()), native.pointer(counts), torch.get_num_threads())
             self._set_counts(counts)
         else:
             found, all_counts = [], [torch.zeros(0, dtype=torch.int64, device=bits.device)]
@@ -71,8 +72,40 @@ class Places:
                 offsets = torch.cat(found)
             else:
                 offsets = torch.empty(self.count, dtype=torch.int16)
-                library.offsets_of_bits(self.native(), native.pointer(offsets), torch.get_num_threads())
+                library.offsets_of_bits(byref(self.native()), native.pointer(offsets), torch.get_num_threads())
             self._stored, self._is_sparse = offsets, True
+
+    @classmethod
+    def of_largest(cls, values: Tensor, smallest: int, most: int) -> Places | None:
+        """The entries whose magnitude has at least these bits; of those that have just these, the first ones.
+
+        Args:
+            values: of the tensor.
+            smallest: bits of the magnitude.
+            most: how many entries to select; those of a larger magnitude are fewer.
+
+        Returns:
+            None where C++ does not serve these values.
+        """
+        if (library := native.load_for(values)) is None:
+            return None
+        places = cls.__new__(cls)
+        places.numel, places._block = values.numel(), _BLOCK["cpu"]
+        counts, ties = torch.empty(2, -(-places.numel // SEGMENT), dtype=torch.int64)
+        given, threads = (*native.entries(values), smallest), torch.get_num_threads()
+        library.count_largest_entries(
+            *given, ctypes.c_int64(most), native.pointer(counts), native.pointer(ties), threads
+        )
+        places._set_counts(counts)
+        n_bytes = -(-places.numel // 8)
+        places._is_sparse = 2 * places.count < n_bytes
+        size, dtype = (places.count, torch.int16) if places._is_sparse else (n_bytes, torch.uint8)
+        places._stored = torch.empty(size, dtype=dtype)
+        stored = native.pointer(places._stored)
+        offsets, bits = (stored, None) if places._is_sparse else (None, stored)
+        starts = native.pointer(places._starts)
+        library.place_largest_entries(*given, starts, native.pointer(ties), offsets, bits, threads)
+        return places
 
     @classmethod
     def of_lookup(cls, lookup: Lookup, count: int, numel: int) -> Places:
@@ -110,12 +143,11 @@ class Places:
         stored = torch.nn.functional.pad(self._stored, (0, short)) if short else self._stored
         return Lookup(stored, self._starts, torch.cat(ranks))
 
-    def native(self) -> Any:
+    def native(self) -> NativePlaces:
         """What C++ is given of places on the CPU; as long as they are neither changed nor gone."""
-        stored = native.pointer(self._stored)
+        stored, starts = self._stored.data_ptr(), self._starts.data_ptr()
         offsets, bits = (stored, None) if self._is_sparse else (None, stored)
-        starts = native.pointer(self._starts)
-        return ctypes.byref(_Native(offsets, bits, starts, self._starts.numel() - 1, self.numel))
+        return NativePlaces(offsets, bits, starts, self._starts.numel() - 1, self.numel)
 
     def bits(self) -> Tensor:
         """At 1 bit per entry, as they were given."""
@@ -133,13 +165,7 @@ class Places:
             at: which of the selected entries, in order.
             index: their flat indices.
         """
-        library = self._library() if native.serves(at) else None
-        if self._is_sparse and library is not None:
-            left = torch.empty(self.count - at.numel(), dtype=torch.int16)
-            old, n = ctypes.c_int64(self.count), ctypes.c_int64(at.numel())
-            library.drop_offsets(native.pointer(self._stored), old, native.pointer(at), n, native.pointer(left))
-            self._stored = left
-        elif self._is_sparse:
+        if self._is_sparse:
             stays = torch.ones(self.count, dtype=torch.bool, device=at.device).index_fill_(0, at, False)
             self._stored = self._stored[stays]
         else:  # each bit is set, so subtracting clears it; bytes wrap
@@ -162,7 +188,7 @@ class Places:
         if (library := self._library()) is not None:
             index = torch.empty(last - first, dtype=torch.int64)
             numbers = ctypes.c_int64(first), ctypes.c_int64(last - first)
-            library.indices(self.native(), *numbers, native.pointer(index), torch.get_num_threads())
+            library.indices(byref(self.native()), *numbers, native.pointer(index), torch.get_num_threads())
             return index
         if not self._is_sparse:
             stop = min(start + self._block, self.numel)
@@ -196,7 +222,7 @@ class Places:
             Whether an entry of the tensor, selected or not, is NaN or infinity: 0-d bool. Does not wait for the device.
         """
         if (found := self._gather_natively(values, out, adds=adds, checks=True)) is not None:
-            return torch.tensor(found)
+            return FLAGS[found]
         (flag,) = nonfinite_flags([values])
         if adds:
             out[: self.count] += self.gather(values)
@@ -209,7 +235,7 @@ class Places:
         library = native.load_for(values, out) if native.serves(self._stored) else None
         if library is None:
             return None
-        given = self.native(), native.pointer(values), native.pointer(out), values.element_size()
+        given = byref(self.native()), native.pointer(values), native.pointer(out), values.element_size()
         return bool(library.gather_entries(*given, adds, checks, torch.get_num_threads()))
 
     def find(self, values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,11 +248,6 @@ class Places:
         Returns:
             Which of the selected entries they are, and their flat indices: 1-d int64, in order.
         """
-        if (library := native.load_for(values)) is not None and native.serves(self._stored):
-            given = self.native(), native.pointer(values), values.element_size(), int(bits)
-            at, index = torch.empty(2, library.find_ties(*given, None, None) + 1, dtype=torch.int64)
-            library.find_ties(*given, native.pointer(at), native.pointer(index))
-            return at[:-1], index[:-1]
         at = (magnitude_bits(values) == bits).nonzero().view(-1)
         index = torch.empty_like(at)
         for _, part, indices in self.chunks():
@@ -253,7 +274,7 @@ class Places:
         filled = [(i, *both) for i, both in enumerate(blocks) if all(part.stop > part.start for part in both)]
         if (library := self._library()) is not None:
             ranks = torch.empty(self.count, dtype=torch.int32)
-            places = (each.native() for each in (self, before))
+            places = (byref(each.native()) for each in (self, before))
             library.ranks_in(*places, native.pointer(ranks), torch.get_num_threads())
             yield from ((part, old, ranks[part]) for _, part, old in filled)
             return
@@ -287,13 +308,8 @@ def take_ranked(values: Tensor, ranks: Tensor, first: int, out: Tensor) -> None:
         torch.index_select(values, 0, (ranks - first).clamp_(min=0), out=out).masked_fill_(ranks < 0, 0)
 
 
-def all_places(numel: int) -> Any:
-    """What C++ is given where all entries of a tensor are selected."""
-    return ctypes.byref(_Native(None, None, None, 0, numel))
-
-
-class _Native(ctypes.Structure):
-    """``Places`` of ``native/places.h``."""
+class NativePlaces(ctypes.Structure):
+    """``Places`` of ``native/places.h``. Without ``starts`` all entries are selected."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("offsets", "bits", "starts")),

@@ -38,12 +38,15 @@ def place_exactly(
     """
     ks = [entries_to_keep(part.numel, density) for part in parts]
     placed = _place_by_kernels(parts, selections, ks)
+    for i in range(len(parts)):
+        if i not in placed and (places := _place_natively(parts[i], selections[i], ks[i])) is not None:
+            placed[i] = places
     others = [i for i in range(len(parts)) if i not in placed]
     bits = pack([selections[i] for i in others], [thresholds[i] for i in others])
     placed |= {i: Places(packed.bits, parts[i].local.numel()) for i, packed in zip(others, bits, strict=True)}
     counts = _sums([placed[i].count for i in range(len(parts))], parts)
     surplus = [count - k for count, k in zip(counts, ks, strict=True)]
-    # Kernels have seen to those of whole tensors
+    # Of whole tensors kernels and C++ have seen to them
     tied = [
         i
         for i, n in enumerate(surplus)
@@ -75,6 +78,13 @@ def _place_by_kernels(parts: Sequence[Part], selections: Sequence[Selection], ks
         i: Places.of_lookup(Lookup(*lookup), count, parts[i].local.numel())
         for i, (count, lookup) in zip(able, found or (), strict=found is not None)
     }
+
+
+def _place_natively(part: Part, selection: Selection, k: int) -> Places | None:
+    """Exactly k entries, where C++ serves and this process has the whole score."""
+    if part.groups or type(selection) is not ThresholdSelection or not isinstance(selection.score, Tensor):
+        return None
+    return Places.of_largest(selection.score, int(selection.smallest()), k)
 
 
 def _drop_highest(

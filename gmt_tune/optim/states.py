@@ -13,6 +13,7 @@ _SMALLEST_QUANTIZED = 4096
 _BLOCKS = {8: 256, 4: 128, "fp8": 256}  # entries that share a scale
 _LARGEST_BLOCK = 256
 STATE_BITS = (32, *_BLOCKS)
+AGES_IN_16_BITS = 1 << 15  # that these tell apart, the last one for all that are older
 PIECE = {"cpu": 1 << 16, "other": 1 << 22}  # entries updated at a time, whole blocks: bounds the passing memory
 
 
@@ -161,6 +162,11 @@ def minus_correction(age: Tensor, beta: float) -> Tensor:
     return torch.expm1(age * (math.log(beta) if beta else -math.inf))
 
 
+def counts_in_16_bits(betas: Sequence[float]) -> bool:
+    """Whether ages of 16 bits will do: from 32,767 on, the bias correction of common betas is 1 in float32."""
+    return max(betas) ** (AGES_IN_16_BITS - 1) < 2**-25
+
+
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
@@ -207,14 +213,15 @@ def is_8bit(state: Tensor) -> bool:
 
 def _nearest_codes(values: Tensor, signed: bool) -> Tensor:
     """What ``torchao.optim.quant_utils.quantize_8bit_with_qmap`` gives, by looking up instead of searching."""
-    lowest, next_from = code_table(signed, values.device)
+    _, lowest, next_from = code_table(signed, values.device)
     upper = (values.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
     return lowest.index_select(0, upper).add_(values >= next_from.index_select(0, upper))
 
 
 @functools.lru_cache(maxsize=8)
-def code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For float32 values with the same upper 16 bits: their lowest code (uint8), and from where on it is the next one.
+def code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The float32 value of each code; and for values with the same upper 16 bits their lowest code (uint8), and from
+    where on it is the next one.
 
     There is no third one, because the codes lie farther apart than such values.
     """
@@ -237,4 +244,4 @@ def code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         middle = (low + high) >> 1
         is_next = code(middle) > lowest
         low, high = torch.where(is_next, low, (middle + 1).minimum(high)), torch.where(is_next, middle, high)
-    return lowest.to(device), torch.where(changes, value(high), math.inf).to(device)
+    return qmap.to(device), lowest.to(device), torch.where(changes, value(high), math.inf).to(device)

@@ -79,25 +79,27 @@ for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
     placing = compile_kernel(place._place_kernel, 8, types, **constants, **own, RUN=RUN)
     assert all(map(wide_loads, (packing, unpacking, drawing, counting, placing))), (constants, "narrow loads")
 
-FLOATS = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
+FLOATS = [tl.float32, tl.bfloat16, tl.float16]
 LOOKUP = {"SEGMENT": SEGMENT, "RUN": RUN}
-NUMBERS = dict.fromkeys(("numel", "count", "size", "segments", "tensors"), "i32") | {"flag": "*i8", "ranks": "*i16"}
+NUMBERS = {"tensors": "i32"}
 for dtype, is_sparse, (adds, checks) in itertools.product(
     [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), [(False, False), (False, True), (True, True)]
 ):
-    types = NUMBERS | {"grad": FLOATS[dtype], "out": FLOATS[dtype], "stored": "*i16" if is_sparse else "*u8"}
-    constants = dict(ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES, **LOOKUP)
-    gathering = compile_kernel(gather._gather_kernel, 4, types, **constants)
+    constants = dict(GRAD=dtype, ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES)
+    gathering = compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=True, **LOOKUP)
     assert wide_loads(gathering) or not (checks or is_sparse), (constants, "narrow loads")
-for dtype, is_sparse, block, lr_on_device in itertools.product(
-    [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), (0, 256), (True, False)
+compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=False, **LOOKUP)
+for dtype, places, block, lr_on_device in itertools.product(
+    [tl.bfloat16] if "few" in sys.argv else FLOATS, ("offsets", "bits", "all"), (0, 256), (True, False)
 ):
     numbers = ("lr", "decay", "weight1", "weight2", "log_beta1", "log_beta2", "eps")
     types = NUMBERS | dict.fromkeys(numbers, "fp32") | {"first_qmap": "*fp32", "second_qmap": "*fp32"}
     types |= {"lr": "*fp32", "decay": "*fp32"} if lr_on_device else {}
-    constants = dict(WEIGHT=dtype, GRAD=dtype, BY_CHANCE=dtype == tl.bfloat16, IS_SPARSE=is_sparse, BLOCK=block)
+    constants = dict(WEIGHT=dtype, GRAD=dtype, BY_CHANCE=dtype == tl.bfloat16, BLOCK=block)
+    constants |= dict(IS_WHOLE=places == "all", IS_SPARSE=places == "offsets")
     constants["STATE"] = tl.uint8 if block else tl.float32
     age = dict(AGE=tl.int32, OLDEST=2**31 - 1) if dtype == tl.float32 else dict(AGE=tl.int16, OLDEST=2**15 - 1)
+    age = dict(AGE=tl.float32, OLDEST=0) if places == "all" else age
     tiles = {"TILE": update.TILE, "TILES": update.TILES}
     updating = compile_kernel(
         update._update_kernel, 8, types, **constants, **age, LR_ON_DEVICE=lr_on_device, **tiles, **LOOKUP

@@ -99,6 +99,22 @@ def test_thresholds_and_packing(without, dtype, n, kind):
     assert [bool(flag) for flag in nonfinite_flags([x])] == [not x.isfinite().all()]
 
 
+@pytest.mark.parametrize("n", [1, 100, 65_536, 200_001])
+@pytest.mark.parametrize("k", [1, 7, 5_000, 60_000, 200_001])
+@pytest.mark.parametrize("levels", [2, 40, 1 << 20])  # of values: few tie everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_places_of_the_largest_are_exactly_k_the_first_of_ties(n, k, levels, dtype):
+    torch.manual_seed(k)
+    values = torch.randint(levels, (n,)).to(dtype) * (1 - 2 * torch.randint(2, (n,)).to(dtype))
+    k = min(k, n, int(values.count_nonzero()) or 1)
+    order = values.abs().float().sort(descending=True, stable=True)
+    smallest = max(1, int(order.values[k - 1].to(dtype).view(torch.int16 if dtype == torch.bfloat16 else torch.int32)))
+    mask = torch.zeros(n, dtype=torch.bool).index_fill_(0, order.indices[:k], True) & (values != 0)
+    places, wanted = Places.of_largest(values, smallest, k), Places(pack_selection(mask), n)
+    assert places.count == wanted.count == int(mask.sum()) and torch.equal(places.bits(), wanted.bits())
+    assert torch.equal(places._stored, wanted._stored) and torch.equal(places._starts, wanted._starts)
+
+
 @pytest.mark.parametrize("script", ["exit 1", "echo 'no such flag' >&2; exit 2"])
 def test_without_a_compiler_that_works_a_warning_says_so_once(tmp_path, monkeypatch, script):
     compiler = tmp_path / "broken"

@@ -12,6 +12,7 @@ import os
 import runpy
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -81,27 +82,68 @@ def test_gathered_entries_are_those_of_the_mask_and_added_up(size, dtype, launch
     places = Places(pack_selection(mask), n)
     assert (places.lookup.ranks is None) == (size in ("offsets", "very few"))
     first, second = (torch.randn(n).to(dtype) for _ in range(2))
-    values, flag = by_kernels.gather(places, first, places.count + 3)
+    assert by_kernels.can_gather(places, first)
+    waiting, size = by_kernels.Waiting(), places.count + 3
+    values, flag = waiting.add(places, first, None, size)
+    waiting.run()
     assert torch.equal(values, nn.functional.pad(first[mask], (0, 3))) and not flag
     values[-1] = 7  # padding stays as it is where entries are added
     second[n // 3] = torch.inf
-    added, flag = by_kernels.gather(places, second, places.count + 3, (values, flag))
+    added, flag = waiting.add(places, second, (values, flag), size)
+    waiting.run()
     wanted = first[mask] + second[mask]
     assert torch.equal(added[:-3], wanted) and added[-3:].tolist() == [0, 0, 7] and bool(flag)
-    again = by_kernels.gather(places, first, places.count + 3, (added, flag))
-    assert bool(again[1]), "a flag that is set stays"
+    assert added is values
+    waiting.add(places, first, (added, flag), size)
+    waiting.add(places, -first, (added, flag), size)  # one behind the other
     assert launches["gather_"] == 3
+    waiting.run()
+    assert bool(flag), "a flag that is set stays"
+    assert torch.equal(added[:-3], wanted + first[mask] - first[mask])
+    assert launches["gather_"] == 4
+    unread = torch.full((size,), 3, dtype=dtype)
+    by_kernels.gather_([by_kernels.Gather(places, first, unread)])
+    assert torch.equal(unread, nn.functional.pad(first[mask], (0, 3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_gradients_are_gathered_in_a_launch_each_kind(dtype, launches, monkeypatch):
+    """Also those at an address that is odd, and as many as wait for each other at most."""
+    torch.manual_seed(0)
+    sizes = [1, 300, 5_000, 70_001, SEGMENT]
+    masks = [torch.rand(n) < density for n, density in zip(sizes, (1.0, 0.5, 0.05, 0.03, 0.3), strict=True)]
+    places = [Places(pack_selection(mask), n) for mask, n in zip(masks, sizes, strict=True)]
+    gradients = [torch.randn(n).to(dtype) for n in sizes[:-1]] + [torch.randn(SEGMENT + 1).to(dtype)[1:]]
+    gradients[2][7] = torch.nan
+    waiting = by_kernels.Waiting()
+    found = [waiting.add(p, g, None, p.count) for p, g in zip(places, gradients, strict=True)]
+    assert launches["gather_"] == 0
+    waiting.run()
+    assert launches["gather_"] == 3  # bits; offsets; bits at an odd address
+    for (values, _), mask, gradient in zip(found, masks, gradients, strict=True):
+        assert torch.equal(values.view(torch.uint8), gradient[mask].view(torch.uint8))
+    assert [bool(flag) for _, flag in found] == [False, False, True, False, False]
+    monkeypatch.setattr(by_kernels, "_TOGETHER", 2 * gradients[3].nbytes - 1)
+    waiting.add(places[3], gradients[3], None, places[3].count)
+    assert launches["gather_"] == 3
+    waiting.add(places[3], gradients[3], None, places[3].count)
+    assert launches["gather_"] == 4
+    waiting.run()
+    assert launches["gather_"] == 4
 
 
 def test_nan_and_infinities_are_seen_wherever_they_are():
     places = Places(pack_selection(torch.arange(40_000) % 50 == 7), 40_000)
     for dtype in DTYPES:
-        for at, bad in ((0, torch.nan), (39_999, -torch.inf), (16_384, torch.inf), (20_001, torch.nan)):
+        gathers, wanted = [], []
+        for at, bad in ((0, torch.nan), (39_999, -torch.inf), (16_384, torch.inf), (20_001, torch.nan), (5, 0.0)):
             gradient = torch.full((40_000,), torch.finfo(dtype).max, dtype=dtype)
-            assert not by_kernels.gather(places, gradient, 800)[1]
             gradient[at] = bad
-            assert by_kernels.gather(places, gradient, 800)[1], (at, bad)
-            assert not by_kernels.gather(places, gradient, 800, checks=False)[1]
+            flag = torch.zeros((), dtype=torch.bool)
+            gathers.append(by_kernels.Gather(places, gradient, torch.empty(800, dtype=dtype), flag))
+            wanted.append(bad != 0)
+        by_kernels.gather_(gathers)
+        assert [bool(gather.flag) for gather in gathers] == wanted
 
 
 def test_more_than_four_billion_entries_are_addressed():
@@ -113,8 +155,9 @@ def test_more_than_four_billion_entries_are_addressed():
     starts = torch.full((-(-n // SEGMENT) + 1,), 1)
     starts[0] = 0
     lookup = Lookup(torch.tensor([5, 0, 7, 999], dtype=torch.int16), starts, None)
+    places: Any = types.SimpleNamespace(lookup=lookup, count=4)
     out = torch.empty(4, dtype=torch.bfloat16)
-    gather.gather_(gradient, lookup, 4, out, None, adds=False)
+    gather.gather_([by_kernels.Gather(places, gradient, out)])
     assert out.tolist() == [3, 0, 7, gradient[-1].item()]
 
 
@@ -298,8 +341,43 @@ def test_updates_equal_those_of_torch(dtype, state_bits, betas, launches):
                 largest = torch.maximum(largest, states.to_floats(old[key]).abs())
                 assert ((a - b).abs() <= largest * 2**-23).all()
         off = (w.double() - want_w.double()).abs() / (want_w.double().abs() + 0.01)
-        assert off.max() == 0 if is_exact else (off > 1e-6).double().mean() < 1e-4
+        # A GPU rounds what is multiplied and added once
+        assert off.max() == 0 if is_exact and IS_INTERPRETED else (off > 1e-6).double().mean() < 1e-4
     assert moves > 0.5 * sum(places.count for *_, places in found) > 5000
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_tensors_are_updated_as_torch_does(dtype, state_bits, launches):
+    group = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+    def members() -> list[tuple]:
+        torch.manual_seed(0)
+        found = []
+        for step, shape in ((1.0, (577,)), (30.0, (32, 256)), (2.0, (3, 1))):
+            weight, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+            state = {"step": torch.tensor(step)}
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                values = torch.randn(shape) * 0.1
+                state[key] = states.zeros(shape, state_bits, signed=signed, device=weight.device)
+                state[key].copy_(values if signed else values.square())
+            found.append((weight, gradient, state, None))
+        return found
+
+    by_torch, found, before = members(), members(), members()
+    for weight, gradient, state, _ in by_torch:
+        moments = [state["exp_avg"].view(-1)], [state["exp_avg_sq"].view(-1)]
+        flat = [weight.view(-1)], [gradient.view(-1)]
+        states.adamw_(*flat, [state["step"]], *moments, group, stochastic_round=False)
+    assert by_kernels.update_(found, group, stochastic_round=False) == []
+    assert launches["update_"] == (1 if state_bits == 32 else 2)
+    for (w, _, state, _), (want_w, _, want, _), (old_w, *_) in zip(found, by_torch, before, strict=True):
+        assert (w != old_w).float().mean() > 0.3
+        assert ((w.double() - want_w.double()).abs() / (want_w.double().abs() + 0.01) > 1e-6).double().mean() < 1e-3
+        assert torch.equal(state["step"], want["step"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            off = (states.to_floats(state[key]) - states.to_floats(want[key])).abs()
+            assert (off > 1e-6).float().mean() < 1e-3, key
 
 
 def selection_of_places(places: Places) -> torch.Tensor:
@@ -345,7 +423,7 @@ def test_stochastic_rounding_takes_a_neighbour_by_chance_and_repeats_itself():
 @pytest.mark.parametrize("key", ["refresh 7, accumulation 1, torch.bfloat16", "saliency"])
 def test_whole_steps_equal_the_dense_oracle(key, launches):
     oracle_tests["test_equals_dense_tensors_with_a_mask"](key)
-    assert launches["gather_"] > 30 and launches["update_"] == 9
+    assert launches["gather_"] > 8 and launches["update_"] == 18  # selected entries, the dense norm
     assert launches["place_"] > 0 and launches["carry"] > 0
 
 
@@ -353,4 +431,4 @@ def test_whole_steps_equal_the_dense_oracle(key, launches):
 @pytest.mark.parametrize("state_bits", [8])
 def test_quantized_steps_equal_the_dense_oracle(state_bits, launches):
     oracle_tests["test_quantized_moments_equal_the_oracles_through_the_same_classes"](state_bits)
-    assert launches["update_"] == 8 and launches["gather_"] == 8
+    assert launches["update_"] == 16 and launches["gather_"] == 8

@@ -16,6 +16,12 @@ def moments_of(size: int, bits: int) -> list[torch.Tensor]:
     return [states.zeros((size,), bits, signed=signed, device=torch.device("cpu")) for signed in (True, False)]
 
 
+def update_(entries, grads, places, age, exp_avg, exp_avg_sq, stochastic_round=False, group=GROUP) -> bool:
+    """Of one tensor: whether it was done."""
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step" if places is None else "age": age}
+    return not native.update_([(entries, grads, state, places)], group, stochastic_round=stochastic_round)
+
+
 @pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradients_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [32, 8])
@@ -38,7 +44,7 @@ def test_moments_are_the_same_bit_for_bit(weights_in, gradients_in, bits, n, den
         wanted_ages += 1
         if not density:
             ages += 1
-        assert native.update_(own, grads, places, ages, m, v, GROUP, None)
+        assert update_(own, grads, places, ages, m, v)
         some = torch.zeros(size, dtype=weights_in)
         some[:count] = wanted[mask]
         states.adamw_([some], [grads], [wanted_ages], [wanted_m], [wanted_v], GROUP, stochastic_round=False)
@@ -65,7 +71,8 @@ def test_bf16_weights_are_rounded_by_chance():
     def updated(seed: int) -> torch.Tensor:
         weights, (m, v) = start.clone(), moments_of(n, 32)
         ages, grads = torch.zeros(n, dtype=torch.int16), torch.ones(n, dtype=torch.bfloat16)
-        assert native.update_(weights, grads, places, ages, m, v, group, seed)
+        torch.manual_seed(seed)
+        assert update_(weights, grads, places, ages, m, v, True, group)
         return weights
 
     weights = updated(1)
@@ -79,7 +86,7 @@ def test_the_ages_of_long_runs_stay_at_the_largest():
     weights, (m, v) = torch.ones(4), moments_of(4, 32)
     ages = torch.full((4,), torch.iinfo(torch.int16).max, dtype=torch.int16)
     places = Places(pack_selection(torch.ones(4, dtype=torch.bool)), 4)
-    assert native.update_(weights, torch.ones(4), places, ages, m, v, GROUP, None)
+    assert update_(weights, torch.ones(4), places, ages, m, v)
     assert ages.unique().tolist() == [torch.iinfo(torch.int16).max] and weights.isfinite().all()
 
 
@@ -97,12 +104,13 @@ def test_what_it_cannot_do_it_leaves_alone(changes):
     first, second = moments_of(8, 32)
     given = dict(entries=torch.ones(8), grads=torch.ones(8), age=torch.zeros(8, dtype=torch.int16))
     given |= dict(exp_avg=first, exp_avg_sq=second, places=Places(pack_selection(torch.ones(8, dtype=torch.bool)), 8))
-    assert native.update_(**given, group=GROUP, seed=None)
+    assert update_(**given)
     first.zero_()
-    assert not native.update_(**{**given, **changes}, group=GROUP, seed=None)
+    assert not update_(**{**given, **changes})
     assert first.count_nonzero() == 0
 
 
 def test_structures_are_as_large_as_those_of_the_source():
     # A field more or less would shift what comes behind it
-    assert ctypes.sizeof(native._Group) == 5 * 4 + 4 + 3 * 8 and ctypes.sizeof(native._Moment) == 6 * 8
+    assert ctypes.sizeof(native._Group) == 5 * 4 + 4 + 2 * 8
+    assert ctypes.sizeof(native._Tensor) == 5 * 8 + 4 * 8 + 2 * 6 * 8 + 2 * 8 + 2 * 4

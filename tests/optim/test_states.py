@@ -11,7 +11,7 @@ from gmt_tune.optim import states
 def test_codes_are_those_that_torchao_searches_for(signed):
     torch.manual_seed(0)
     qmap = states.zeros((4096,), 8, signed=signed, device=torch.device("cpu")).qmap
-    _, next_from = states.code_table(signed, torch.device("cpu"))
+    *_, next_from = states.code_table(signed, torch.device("cpu"))
     changes = next_from[next_from.isfinite()]
     assert len(changes) > 200
     beside = [torch.nextafter(changes, torch.tensor(end)) for end in (-2.0, 2.0)]

@@ -1,4 +1,6 @@
 // What is done with many entries on the CPU, in one pass each: see gmt_tune.masking.places and nonfinite.
+#include <algorithm>
+
 #include "places.h"
 
 namespace {
@@ -67,21 +69,73 @@ void count(const Word* values, int64_t n, Word low, Word high, int64_t* counts, 
   counts[0] = at_low, counts[1] = at_high, *largest = most;
 }
 
+// A bit for each of at most 64 values: whether its magnitude has at least these bits.
+template <typename Word, Word kMagnitude>
+uint64_t at_least(const Word* values, int64_t n, Word smallest) {
+  uint8_t kept[64] = {};
+  for (int64_t j = 0; j < n; ++j) kept[j] = (values[j] & kMagnitude) >= smallest;
+  uint64_t bits = 0;
+  for (int64_t j = 0; j < 64; j += 8) {
+    uint64_t word;
+    std::memcpy(&word, kept + j, 8);
+    bits |= (word * 0x0102040810204080 >> 56) << j;  // its bytes' lowest bits, in order
+  }
+  return bits;
+}
+
 template <typename Word, Word kMagnitude>
 void pack(const Word* values, int64_t n, Word smallest, uint8_t* bits, int threads) {
-  constexpr int64_t kBlock = 1 << 14;
-#pragma omp parallel for num_threads(threads) if (n > kBlock)
-  for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t stop = n - first < kBlock ? n : first + kBlock;
-    for (int64_t i = first; i < stop; i += 64) {
-      uint8_t kept[64] = {};
-      const int64_t here = stop - i < 64 ? stop - i : 64;
-      for (int64_t j = 0; j < here; ++j) kept[j] = (values[i + j] & kMagnitude) >= smallest;
-      for (int64_t j = 0; j < here; j += 8) {
-        uint64_t word;
-        std::memcpy(&word, kept + j, 8);
-        bits[(i + j) / 8] = uint8_t(word * 0x0102040810204080 >> 56);  // its bytes' lowest bits, in order
-      }
+#pragma omp parallel for num_threads(threads) if (n > 1 << 14)
+  for (int64_t i = 0; i < n; i += 64) {
+    const int64_t here = n - i < 64 ? n - i : 64;
+    const uint64_t kept = at_least<Word, kMagnitude>(values + i, here, smallest);
+    std::memcpy(bits + i / 8, &kept, (here + 7) / 8);
+  }
+}
+
+constexpr int64_t kAllTies = -1;
+
+// For each segment how many entries to keep, and how many of those that tie at the smallest magnitude, the first ones.
+template <typename Word, Word kMagnitude>
+void count_largest(const Word* values, int64_t n, Word smallest, int64_t most, int64_t* counts, int64_t* ties,
+                   int threads) {
+  const int64_t segments = (n + (int64_t(1) << kSegmentBits) - 1) >> kSegmentBits;
+#pragma omp parallel for num_threads(threads) reduction(- : most) if (segments > 1)
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    const int64_t first = segment << kSegmentBits, size = std::min(n - first, int64_t(1) << kSegmentBits);
+    int64_t at_and_above[2], largest;
+    count<Word, kMagnitude>(values + first, size, smallest, Word(smallest + 1), at_and_above, &largest, 1);
+    ties[segment] = at_and_above[0] - at_and_above[1], counts[segment] = at_and_above[1];
+    most -= at_and_above[1];
+  }
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    const int64_t kept = std::max(std::min(ties[segment], most), int64_t(0));
+    counts[segment] += kept, most -= kept;
+    ties[segment] = kept == ties[segment] ? kAllTies : kept;
+  }
+}
+
+// Those entries, by their offsets or as bits.
+template <typename Word, Word kMagnitude>
+void place_largest(const Word* values, int64_t n, Word smallest, const int64_t* starts, const int64_t* ties,
+                   uint16_t* offsets, uint8_t* bits, int threads) {
+#pragma omp parallel for num_threads(threads) if (n >> kSegmentBits > 0)
+  for (int64_t base = 0; base < n; base += int64_t(1) << kSegmentBits) {
+    const int64_t segment = base >> kSegmentBits, stop = std::min(n, base + (int64_t(1) << kSegmentBits));
+    const Word lowest = ties[segment] == 0 ? smallest + 1 : smallest;
+    int64_t ties_left = ties[segment], to = starts[segment];
+    for (int64_t i = base; i < stop; i += 64) {
+      const int64_t here = std::min(stop - i, int64_t(64));
+      uint64_t kept = at_least<Word, kMagnitude>(values + i, here, lowest);
+      if (ties[segment] > 0)
+        for (uint64_t left = kept; left != 0; left &= left - 1) {
+          const int j = __builtin_ctzll(left);
+          if ((values[i + j] & kMagnitude) == smallest && --ties_left < 0) kept ^= uint64_t(1) << j;
+        }
+      if (bits != nullptr)
+        std::memcpy(bits + i / 8, &kept, (here + 7) / 8);
+      else
+        for (; kept != 0; kept &= kept - 1) offsets[to++] = uint16_t(i + __builtin_ctzll(kept));
     }
   }
 }
@@ -184,31 +238,26 @@ int64_t pick_between(const uint32_t* values, int64_t n, uint32_t low, uint32_t h
   return found;
 }
 
-// Of the values of selected entries, those whose magnitude has these bits: their numbers and flat indices; returns how
-// many these are. Without memory for them they are counted alone.
-int64_t find_ties(const Places* places, const void* values, int bytes, uint32_t magnitude, int64_t* at, int64_t* index) {
-  const int64_t count = places->count();
-  int64_t found = 0, located[kChunk];
-  for (int64_t first = 0; first < count; first += kChunk) {
-    const int64_t n = count - first < kChunk ? count - first : kChunk;
-    if (at != nullptr) places->locate(first, n, located);
-    for (int64_t j = 0; j < n; ++j) {
-      if (at != nullptr) at[found] = first + j, index[found] = located[j];
-      found += bytes == 2 ? (static_cast<const uint16_t*>(values)[first + j] & 0x7fff) == magnitude
-                          : (static_cast<const uint32_t*>(values)[first + j] & 0x7fffffff) == magnitude;
-    }
-  }
-  return found;
+// For each segment, how many of its bfloat16 (2 bytes) or float32 (4) values to keep, whose magnitude has at least these
+// bits: `most` in all, of those that tie the first ones. And how many such ties, for what places them.
+void count_largest_entries(const void* values, int64_t n, int bytes, uint32_t smallest, int64_t most, int64_t* counts,
+                           int64_t* ties, int threads) {
+  if (bytes == 2)
+    count_largest<uint16_t, 0x7fff>(static_cast<const uint16_t*>(values), n, uint16_t(smallest), most, counts, ties,
+                                    threads);
+  else
+    count_largest<uint32_t, 0x7fffffff>(static_cast<const uint32_t*>(values), n, smallest, most, counts, ties, threads);
 }
 
-// Offsets without those whose numbers, in order, are given.
-void drop_offsets(const uint16_t* offsets, int64_t count, const int64_t* dropped, int64_t n, uint16_t* left) {
-  int64_t from = 0;
-  for (int64_t i = 0; i <= n; ++i) {
-    const int64_t stop = i < n ? dropped[i] : count;
-    std::memcpy(left, offsets + from, (stop - from) * sizeof(uint16_t));
-    left += stop - from, from = stop + 1;
-  }
+// Where these are: as 1 bit for each entry, or without memory for that as offsets in their segments.
+void place_largest_entries(const void* values, int64_t n, int bytes, uint32_t smallest, const int64_t* starts,
+                           const int64_t* ties, uint16_t* offsets, uint8_t* bits, int threads) {
+  if (bytes == 2)
+    place_largest<uint16_t, 0x7fff>(static_cast<const uint16_t*>(values), n, uint16_t(smallest), starts, ties, offsets,
+                                    bits, threads);
+  else
+    place_largest<uint32_t, 0x7fffffff>(static_cast<const uint32_t*>(values), n, smallest, starts, ties, offsets, bits,
+                                        threads);
 }
 
 // For each entry that is selected now, its number among those that were before, or -1.

@@ -176,6 +176,7 @@ class NativeKeys:
     def __init__(self, tensor: Tensor, library: CDLL) -> None:
         self._given, self._library = native.entries(tensor), library
         self._is_float32 = tensor.dtype == torch.float32
+        self._counted = {KEYS: 0}
         self.largest = 0
 
     def count(self, keys: Sequence[int]) -> list[int]:
@@ -183,11 +184,11 @@ class NativeKeys:
         bounds = self._smallest(keys[0]), self._smallest(keys[-1])
         self._library.count_entries(*self._given, *bounds, counts, byref(largest), torch.get_num_threads())
         self.largest = largest.value >> 16 if self._is_float32 else largest.value
+        self._counted.update(zip(keys, counts, strict=False))
         return counts[: len(keys)]
 
     def candidates(self, key: int) -> Tensor:
-        at_key, above = self.count([key, key + 1])
-        picked = torch.empty(at_key - above, dtype=torch.int32)
+        picked = torch.empty(self._counted[key] - self._counted[key + 1], dtype=torch.int32)
         bounds = self._smallest(key), self._smallest(key + 1)
         self._library.pick_between(*self._given[:2], *bounds, native.pointer(picked), torch.get_num_threads())
         return picked
