@@ -116,9 +116,7 @@ class CompactAdamW(CompactOptimizer):
         for batch in states.batches(sizes, parts[0].local.device if parts else None):
             self._turn([parts[i] for i in batch], [before[i] for i in batch], [selections[i] for i in batch])
 
-    def _turn(
-        self, parts: list[Part], before: list[PlacedSelection | None], selections: list[PlacedSelection]
-    ) -> None:
+    def _turn(self, parts: list[Part], before: list[PlacedSelection | None], selections: list[PlacedSelection]) -> None:
         """Change some selections: what is new lies beside what was until all of these are changed."""
         turns: list[by_kernels.Turn] = []
         ages = []
