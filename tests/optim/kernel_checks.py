@@ -424,6 +424,7 @@ def test_stochastic_rounding_takes_a_neighbour_by_chance_and_repeats_itself():
 def test_whole_steps_equal_the_dense_oracle(key, launches):
     oracle_tests["test_equals_dense_tensors_with_a_mask"](key)
     assert launches["gather_"] > 8 and launches["update_"] == 18  # selected entries, the dense norm
+    assert launches["place_"] > 0 and launches["carry"] > 0
 
 
 @interpreted
