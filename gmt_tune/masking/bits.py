@@ -47,8 +47,9 @@ def smallest_selected_bits(threshold: Tensor, dtype: torch.dtype) -> Tensor:
         0-d int32 tensor on the threshold's device; does not wait for it.
     """
     rounded = threshold.detach().to(dtype)
-    too_low = rounded.to(torch.float32) < threshold.to(torch.float32)
-    bits = magnitude_bits(rounded).to(torch.int32) + too_low
+    bits = magnitude_bits(rounded).to(torch.int32)
+    if threshold.dtype != dtype:
+        bits += rounded.to(torch.float32) < threshold.to(torch.float32)
     bits = torch.where(threshold.isnan(), INFINITY_BITS[dtype] + 1, bits)
     return bits.clamp(min=1).to(torch.int32)
 
