@@ -218,7 +218,7 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
         "launches": (40, *inside("launches")),
         "training of 8b, 8-bit": (
             150,
-            *training("train_8b", "llama3_1_8b", *eight_bits, "--batch-size=2", "--warmup=10", "--steps=10"),
+            *training("train_8b", "llama3_1_8b", *eight_bits, "--batch-size=2", "--warmup=10", "--steps=6"),
         ),
         "training of smollm2, 8-bit": (
             120,
