@@ -210,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.optimizers:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(measure, (name, args))
+        speeds = ", ".join(f"{line['tokens_per_second']:,.0f}" for line in measured)
+        print(f"{name}: {speeds} tokens/s", file=sys.stderr, flush=True)
         estimate = estimate_of(name, args)
         lines += [{**line, "estimated_gib": estimate} for line in measured]
-        speeds = ", ".join(f"{line['tokens_per_second']:,.0f}" for line in measured)
-        print(f"{name}: {speeds} tokens/s", file=sys.stderr)
     is_cuda = torch.device(args.device).type == "cuda"
     hardware = torch.cuda.get_device_name(args.device) if is_cuda else f"CPU ({platform.machine()})"
     command = " ".join(["python benchmarks/gpu_training.py", *(sys.argv[1:] if argv is None else argv)])
