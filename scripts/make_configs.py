@@ -98,7 +98,8 @@ def _compact(model: Model, card: str, **more) -> Config:
 
 COMPACT = (
     "Gradients and optimizer states exist for the selected entries alone, and the other weights stand still "
-    "(docs/compact.md). The memory is an estimate; that of Llama 3.1 8B agrees with a run on a GPU. The density is 0.1 where that fits the card, else 0.05."
+    "(docs/compact.md). The memory is an estimate; that of Llama 3.1 8B agrees with a run on a GPU. "
+    "The density is 0.1 where that fits the card, else 0.05."
 )
 TP = {"tensor_parallel": True, "devices": 8}
 PAPER = "The GMT paper (Li et al., AAAI 2025, arXiv 2406.15330) trains this model on this data."
