@@ -93,7 +93,7 @@ class CompactAdamW(CompactOptimizer):
             self._take(part, part.local.new_empty(0), flag if held is None else flag | held[1])
             return
         places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        gathered = None if part.local.is_cpu else by_kernels.gather(places, part.local, size, held)
+        gathered = by_kernels.gather(places, part.local, size, held)
         if gathered is None:
             values = _padded(places, part.local, size) if held is None else held[0]
             flag = places.gather_checked(part.local, values, adds=held is not None)
@@ -266,9 +266,9 @@ class CompactAdamW(CompactOptimizer):
         held = [self.state[p] for p in parameters]
         own = [own_entries(p) for p in parameters]
         members = list(zip(own, grads, held, all_places, strict=True))
-        left = native.update_(members, group, stochastic_round=self.bf16_stochastic_round)
-        by_torch = by_kernels.update_([members[i] for i in left], group, stochastic_round=self.bf16_stochastic_round)
-        left = [left[i] for i in by_torch]
+        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        not_native = native.update_([members[i] for i in left], group, stochastic_round=self.bf16_stochastic_round)
+        left = [left[i] for i in not_native]
         for batch in states.batches({i: grads[i].numel() for i in left}, own[0].device if own else None):
             for i in batch:
                 age = held[i]["age"]
