@@ -184,6 +184,12 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
         file = scratch / f"{name}.json"
         return [python, HERE / "compact.py", *on_device, *options, "--json", file], file
 
+    def recipe(name: str, config: str, *options: str) -> tuple[list, Path]:
+        if rehearse:
+            options = ("--tiny", "--steps=3")
+        file = scratch / f"{name}.json"
+        return [python, HERE / "recipe_memory.py", config, *options, "--json", file], file
+
     def tests(file: str, workers: int) -> tuple[list, Path]:
         marked = ["-k", "test_mask_equals_full_sort or test_equals_dense"] if rehearse else ["-m", "needs_gpu"]
         options = ["-q", "-n", min(workers, os.cpu_count() or 1), "--dist", "worksteal", "--durations", "8"]
@@ -191,12 +197,14 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
 
     own = ["memory floor", "gmt-tune", "gmt-tune, scope global", "gmt-tune, saliency", "gmt-tune, random"]
     fast = [f"--method={method}" for method in own]
+    eight_bits = ["--optimizers", "AdamW8bit", "CompactAdamW"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
     return {
         "device": (60, *inside("device")),
         "tests of the mask": (120, *tests("tests/masking/test_gpu.py", 6)),
         "tests of the recipes": (150, *tests("tests/recipes/test_gpu.py", 10)),
-        "tests of compact steps": (60, *tests("tests/optim/test_gpu.py", 4)),
+        "tests of compact steps": (120, *tests("tests/optim/test_gpu.py", 4)),
+        "8b on a card of 24 gb": (150, *recipe("recipe_8b", "llama3_1/8B_gmt_compact", "--limit-gib=22.5")),
         "compact steps of smollm2": (90, *compact("compact_smollm2", "--model=smollm2_135m", "--dtype=bf16")),
         "selection of smollm2": (
             40,
@@ -209,12 +217,12 @@ def commands(device: str, rehearse: bool, scratch: Path) -> dict[str, tuple[int,
         "sharded": (50, *inside("sharded", *torchrun)),
         "launches": (40, *inside("launches")),
         "training of 8b, 8-bit": (
-            110,
-            *training("train_8b", "llama3_1_8b", "--optimizers=AdamW8bit", "--batch-size=2", "--warmup=2", "--steps=6"),
+            150,
+            *training("train_8b", "llama3_1_8b", *eight_bits, "--batch-size=2", "--warmup=10", "--steps=6"),
         ),
         "training of smollm2, 8-bit": (
             120,
-            *training("train_smollm2", "smollm2_135m", "--optimizers=AdamW8bit", "--batch-size=16", "--seq-len=1024"),
+            *training("train_smollm2", "smollm2_135m", *eight_bits, "--batch-size=16", "--seq-len=1024", "--warmup=10"),
         ),
         "selection of 8b, fp32": (
             50,
@@ -262,6 +270,7 @@ def markdown(lines: list[dict]) -> str:
     """What ``gpu.jsonl`` holds, as tables."""
     import compact
     import gpu_training
+    import recipe_memory
     import selection
 
     text = []
@@ -279,7 +288,14 @@ def markdown(lines: list[dict]) -> str:
         else:
             text.append(f"`{(found.get('environment') or found['setting'])['command']}`\n")
             if "rows" in found:
-                text.append((compact if "refresh_every" in found else selection).table(found["rows"]))
+                whose = (
+                    recipe_memory
+                    if "config" in found["rows"][0]
+                    else compact
+                    if "refresh_every" in found
+                    else selection
+                )
+                text.append(whose.table(found["rows"]))
             else:
                 text.append(gpu_training.table(found["lines"]))
     return "\n".join(text)

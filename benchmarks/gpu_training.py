@@ -5,8 +5,9 @@
     python benchmarks/gpu_training.py --model tiny         a tiny one, to try the command out, on the CPU if need be
     python benchmarks/gpu_training.py --json result.json   the numbers in a file too
 
-Each optimizer has a process of its own, in which steps without the mask come first and those with it follow. It trains
-on random tokens as the recipe does: torchtune's model, chunked loss and activation checkpointing. The first steps, in
+Each optimizer has a process of its own, in which steps without the mask come first and those with it follow.
+``CompactAdamW`` has steps with its mask alone, of density 0.05, and is set beside the first of the others. It trains on
+random tokens as the recipe does: torchtune's model, chunked loss and activation checkpointing. The first steps, in
 which torchao's optimizers compile themselves, are not timed. Peak memory is that of CUDA's allocator; it is counted on
 a GPU alone, and stands beside what `gmt-tune memory` says of the same settings, its reserve left out.
 """
@@ -26,9 +27,10 @@ from pathlib import Path
 
 import torch
 
-from gmt_tune import GradientMask
+from gmt_tune import CompactAdamW, GradientMask
 
-OPTIMIZERS = ("AdamW", "AdamW8bit", "AdamW4bit")
+OPTIMIZERS = ("AdamW", "AdamW8bit", "AdamW4bit", "CompactAdamW")
+COMPACT = {"density": 0.05, "refresh_every": 10}  # --warmup of so many steps gives each tensor its turn
 # Builder, its arguments, and the config whose settings the estimate begins with
 MODELS: dict[str, tuple[str, dict, str | None]] = {
     "smollm2_135m": ("gmt_tune.models.smollm2.smollm2_135m", {}, "smollm2/135M_gmt_single_device"),
@@ -66,9 +68,11 @@ def build_model(name: str, device: torch.device):
 
 
 def build_optimizer(name: str, parameters) -> torch.optim.Optimizer:
-    """As the configs have it: fused AdamW, or torchao's with stochastic rounding."""
+    """As the configs have it: fused AdamW, or 8 or 4 bits with stochastic rounding."""
     if name == "AdamW":
         return torch.optim.AdamW(parameters, lr=2e-5, fused=True)
+    if name == "CompactAdamW":
+        return CompactAdamW(parameters, lr=2e-5, state_bits=8, bf16_stochastic_round=True)
     import torchao.optim
 
     return getattr(torchao.optim, name)(parameters, lr=2e-5, bf16_stochastic_round=True)
@@ -99,10 +103,11 @@ def measure(optimizer_name: str, args: argparse.Namespace) -> list[dict]:
     vocab_size = model.tok_embeddings.weight.shape[0]
     tokens = torch.randint(vocab_size, (args.accumulation, args.batch_size, args.seq_len), device=device)
     lines = []
-    for density in (None, args.density):
+    own = {"density": args.density} if optimizer_name != "CompactAdamW" else COMPACT
+    for policy in (None, own) if optimizer_name != "CompactAdamW" else (own,):
         mask = None
-        if density is not None:
-            mask = GradientMask(model.named_parameters(), density=density, dense=["*norm*"])
+        if policy is not None:
+            mask = GradientMask(model.named_parameters(), dense=["*norm*"], **policy)
             mask.register(optimizer)
         seconds = []
         for step in range(args.warmup + args.steps):
@@ -123,7 +128,7 @@ def measure(optimizer_name: str, args: argparse.Namespace) -> list[dict]:
         lines.append(
             {
                 "optimizer": optimizer_name,
-                "density": density,
+                "density": None if policy is None else policy["density"],
                 "seconds": seconds,
                 "tokens_per_second": tokens.numel() / statistics.median(seconds),
                 "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if is_cuda else None,
@@ -133,8 +138,18 @@ def measure(optimizer_name: str, args: argparse.Namespace) -> list[dict]:
     return lines
 
 
-def estimated_gib(optimizer_name: str, args: argparse.Namespace) -> float | None:
-    """What ``gmt-tune memory`` says of these settings, without its reserve; None for a model without a config."""
+def estimated_gib(config: str, overrides: list[str]) -> float | None:
+    """What ``gmt-tune memory`` says of a config, without its reserve; None where it does not say."""
+    command = [Path(sys.executable).parent / "gmt-tune", "memory", "--json", "--config", config, *overrides]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        print(f"no estimate: {process.stderr.strip()}", file=sys.stderr)
+        return None
+    return sum(row["device_bytes"] for row in json.loads(process.stdout)["rows"] if row["name"] != "reserve") / 2**30
+
+
+def estimate_of(optimizer_name: str, args: argparse.Namespace) -> float | None:
+    """Of the settings of this run; None for a model without a config."""
     config = MODELS[args.model][2]
     if config is None:
         return None
@@ -145,18 +160,14 @@ def estimated_gib(optimizer_name: str, args: argparse.Namespace) -> float | None
         "enable_activation_checkpointing": True,
         "optimizer._component_": ("torch" if optimizer_name == "AdamW" else "torchao") + f".optim.{optimizer_name}",
     }
+    dropped = []
     if optimizer_name == "AdamW":
         settings["optimizer.fused"] = True
         dropped = ["~optimizer.bf16_stochastic_round"]
-    else:
-        dropped = []
-    command = [Path(sys.executable).parent / "gmt-tune", "memory", "--json", "--config", config]
-    command += [f"{key}={value}" for key, value in settings.items()] + dropped
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        print(f"no estimate: {process.stderr.strip()}", file=sys.stderr)
-        return None
-    return sum(row["device_bytes"] for row in json.loads(process.stdout)["rows"] if row["name"] != "reserve") / 2**30
+    elif optimizer_name == "CompactAdamW":
+        settings["optimizer._component_"] = "gmt_tune.CompactAdamW"
+        settings |= {"optimizer.state_bits": 8, **{f"gradient_mask.{key}": value for key, value in COMPACT.items()}}
+    return estimated_gib(config, [f"{key}={value}" for key, value in settings.items()] + dropped)
 
 
 def table(lines: list[dict]) -> str:
@@ -167,7 +178,7 @@ def table(lines: list[dict]) -> str:
     ]
     plain = {line["optimizer"]: line for line in lines if line["density"] is None}
     for line in lines:
-        base = plain[line["optimizer"]]
+        base = plain.get(line["optimizer"], lines[0])
         speed = f"{line['tokens_per_second'] / base['tokens_per_second'] - 1:+.1%}" if line is not base else ""
         peak = more = "not counted"
         if line["peak_gib"] is not None:
@@ -199,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.optimizers:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(measure, (name, args))
-        estimate = estimated_gib(name, args)
+        estimate = estimate_of(name, args)
         lines += [{**line, "estimated_gib": estimate} for line in measured]
         speeds = ", ".join(f"{line['tokens_per_second']:,.0f}" for line in measured)
         print(f"{name}: {speeds} tokens/s", file=sys.stderr)

@@ -447,9 +447,8 @@ class GradientMask:
         for batch, selections in self._select_finite(due, self._score(), now):
             thresholds = [selection.threshold for selection in selections]
             placed, counts = place_exactly(batch, selections, thresholds, self.density)
-            for part, selection in zip(batch, placed, strict=True):
-                optimizer.change_selection(part, self._placed(part.name), selection)
-                self._selections[part.name] = selection
+            optimizer.change_selections(batch, [self._placed(part.name) for part in batch], placed)
+            self._selections.update(zip((part.name for part in batch), placed, strict=True))
             self.statistics.record(batch, counts, thresholds)
         for name in names:
             self._steps[name] = self._steps.get(name, 0) + 1

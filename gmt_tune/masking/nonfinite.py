@@ -112,7 +112,7 @@ def _together(flags: Sequence[Tensor]) -> Tensor:
 
 def _start_copy(flags: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """A copy of CUDA flags in pinned memory, and what waits until it is there."""
-    on_host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+    on_host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
     on_host.copy_(flags, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(flags.device))

@@ -1,7 +1,7 @@
 """Optimizers as hooks meet them: inside wrappers, with closures, with more than one hook to remove, and compact."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from gmt_tune.masking.selection import PlacedSelection
 class CompactOptimizer(Optimizer):
     """An optimizer that keeps gradients and states of selected entries alone; a mask decides which these are.
 
-    The mask calls ``add_gradient`` and ``change_selection``, in backward passes and right before a step; a
+    The mask calls ``add_gradient`` and ``change_selections``, in backward passes and right before a step; a
     checkpoint ``load_compact_state``; the rest is for training loops, which do not find the gradients of most
     parameters in ``grad``.
 
@@ -31,8 +31,13 @@ class CompactOptimizer(Optimizer):
         """Take in, from one backward pass, what a gradient has at the selected entries; None before the first turn."""
         raise NotImplementedError
 
-    def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
-        """Take in a whole gradient that got a new selection. States of entries that stay selected stay."""
+    def change_selections(
+        self,
+        parts: Sequence[Part],
+        before: Sequence[PlacedSelection | None],
+        selections: Sequence[PlacedSelection],
+    ) -> None:
+        """Take in whole gradients that got a new selection. States of entries that stay selected stay."""
         raise NotImplementedError
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:

@@ -107,13 +107,27 @@ class Places:
         library.place_largest_entries(*given, starts, native.pointer(ties), offsets, bits, threads)
         return places
 
+    @classmethod
+    def of_lookup(cls, lookup: Lookup, count: int, numel: int) -> Places:
+        """What kernels have found, of so many selected ones among all entries. Does not wait for the device."""
+        places = cls.__new__(cls)
+        places.numel, places._block, places.count = numel, _BLOCK["other"], count
+        places._is_sparse, places._starts, places.lookup = lookup.ranks is None, lookup.starts, lookup
+        places._stored = lookup.stored if places._is_sparse else lookup.stored[: -(-numel // 8)]
+        return places
+
     def _set_counts(self, counts: Tensor) -> None:
         """Take in how many entries of each segment are selected."""
         self._starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        per_block = self._block // SEGMENT
-        self._ends = [*self._starts[per_block:-1:per_block].tolist(), int(self._starts[-1])] if self.numel else []
+        for name in ("lookup", "_ends"):
+            self.__dict__.pop(name, None)
         self.count: int = self._ends[-1] if self._ends else 0
-        self.__dict__.pop("lookup", None)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """How many are selected before the end of each block; waits for the device when it is first asked for."""
+        per_block = self._block // SEGMENT
+        return [*self._starts[per_block:-1:per_block].tolist(), int(self._starts[-1])] if self.numel else []
 
     @functools.cached_property
     def lookup(self) -> Lookup:

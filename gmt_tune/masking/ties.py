@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.parts import Part, sum_counts, sum_over_ranks
-from gmt_tune.masking.places import Places
+from gmt_tune.masking.places import RUN, SEGMENT, Lookup, Places
 from gmt_tune.masking.scores import entries_to_keep
+from gmt_tune.masking.search.devices import kernels_for, try_triton
 from gmt_tune.masking.search.entries import Product
 from gmt_tune.masking.selection import PlacedSelection, Selection, ThresholdSelection, pack
 
@@ -23,6 +24,9 @@ def place_exactly(
 ) -> tuple[list[PlacedSelection], list[Tensor]]:
     """Selections without the ties that are too many, kept by the places of their entries. Waits for the device.
 
+    On a GPU in a few launches and one wait for all tensors together, but for what is sharded: of that, only the places
+    are found so, and ties are dropped tensor by tensor.
+
     Args:
         parts: of gradients; all ranks give the same ones.
         selections: of each, as scores make them. Those that rank nothing are kept as they are.
@@ -32,30 +36,55 @@ def place_exactly(
     Returns:
         The selections, and how many entries of each whole gradient they have, 0-d int64.
     """
-    at_once = [_place_at_once(*each, density) for each in zip(parts, selections, strict=True)]
-    rest = [i for i, places in enumerate(at_once) if places is None]
-    packed = dict(zip(rest, pack([selections[i] for i in rest], [thresholds[i] for i in rest]), strict=True))
-    own = [each or Places(packed[i].bits, parts[i].local.numel()) for i, each in enumerate(at_once)]
-    counts = sum_counts([_number(places.count, part) for places, part in zip(own, parts, strict=True)], parts)
-    surplus = [int(count) - entries_to_keep(part.numel, density) for count, part in zip(counts, parts, strict=True)]
-    tied = [i for i, n in enumerate(surplus) if n > 0 and isinstance(selections[i], ThresholdSelection)]
-    ties = [_ties(selections[i], own[i]) for i in tied]
+    ks = [entries_to_keep(part.numel, density) for part in parts]
+    placed = _place_by_kernels(parts, selections, ks)
+    for i in range(len(parts)):
+        if i not in placed and (places := _place_natively(parts[i], selections[i], ks[i])) is not None:
+            placed[i] = places
+    others = [i for i in range(len(parts)) if i not in placed]
+    bits = pack([selections[i] for i in others], [thresholds[i] for i in others])
+    placed |= {i: Places(packed.bits, parts[i].local.numel()) for i, packed in zip(others, bits, strict=True)}
+    counts = _sums([placed[i].count for i in range(len(parts))], parts)
+    surplus = [count - k for count, k in zip(counts, ks, strict=True)]
+    # Of whole tensors kernels and C++ have seen to them
+    tied = [
+        i
+        for i, n in enumerate(surplus)
+        if n > 0 and isinstance(selections[i], ThresholdSelection) and (i in others or parts[i].groups)
+    ]
+    ties = [_ties(selections[i], placed[i]) for i in tied]
     dropped = _drop_highest([parts[i] for i in tied], ties, [surplus[i] for i in tied])
     for i, (at, index) in zip(tied, dropped, strict=True):
-        own[i].drop_(at, index)
-        counts[i] = counts[i] - surplus[i]
-    placed = [
-        PlacedSelection(places, part.local.shape, threshold)
-        for places, part, threshold in zip(own, parts, thresholds, strict=True)
+        placed[i].drop_(at, index)
+        counts[i] -= surplus[i]
+    chosen = [
+        PlacedSelection(placed[i], part.local.shape, threshold)
+        for i, (part, threshold) in enumerate(zip(parts, thresholds, strict=True))
     ]
-    return placed, counts
+    return chosen, _numbers(counts, parts)
 
 
-def _place_at_once(part: Part, selection: Selection, density: float) -> Places | None:
+def _place_by_kernels(parts: Sequence[Part], selections: Sequence[Selection], ks: Sequence[int]) -> dict[int, Places]:
+    """Where the selected entries of this process are, by position, as far as kernels serve; of whole tensors k."""
+    ranked = {i: s for i, s in enumerate(selections) if type(s) is ThresholdSelection and s.score.numel()}
+    kernels = kernels_for([s.score for s in ranked.values()])
+    able = {i: s for i, s in ranked.items() if kernels is not None and kernels.can_pack(s.score)}
+    if not able:
+        return {}
+    given = zip(*((s.score, s.threshold, s.search) for s in able.values()), strict=True)
+    rooms = [parts[i].local.numel() if parts[i].groups else ks[i] for i in able]
+    found = try_triton(kernels.place_thresholds, *given, rooms, SEGMENT, RUN)  # type: ignore[union-attr]
+    return {
+        i: Places.of_lookup(Lookup(*lookup), count, parts[i].local.numel())
+        for i, (count, lookup) in zip(able, found or (), strict=found is not None)
+    }
+
+
+def _place_natively(part: Part, selection: Selection, k: int) -> Places | None:
     """Exactly k entries, where C++ serves and this process has the whole score."""
     if part.groups or type(selection) is not ThresholdSelection or not isinstance(selection.score, Tensor):
         return None
-    return Places.of_largest(selection.score, int(selection.smallest()), entries_to_keep(part.numel, density))
+    return Places.of_largest(selection.score, int(selection.smallest()), k)
 
 
 def _drop_highest(
@@ -78,8 +107,8 @@ def _last_kept(
     """Of parts whose other entries are on other ranks, the index in the whole of the last tie that stays."""
     parts, surplus = [parts[i] for i in members], [surplus[i] for i in members]
     whole = [_index_in_whole(ties[i][1], part) for i, part in zip(members, parts, strict=True)]
-    totals = sum_counts([_number(index.numel(), part) for index, part in zip(whole, parts, strict=True)], parts)
-    left = [int(total) - n for total, n in zip(totals, surplus, strict=True)]
+    totals = _sums([index.numel() for index in whole], parts)
+    left = [total - n for total, n in zip(totals, surplus, strict=True)]
     # Digit by digit, as thresholds are found
     last = [0] * len(parts)
     for size in (_DIGIT * _DIGIT, _DIGIT, 1):
@@ -115,5 +144,17 @@ def _index_in_whole(index: Tensor, part: Part) -> Tensor:
     return whole
 
 
-def _number(value: int, part: Part) -> Tensor:
-    return torch.tensor(value, dtype=torch.int64, device=part.local.device)
+def _sums(values: Sequence[int], parts: Sequence[Part]) -> list[int]:
+    """Counts of the whole gradients from those of their parts; waits for the device only where these are sharded."""
+    if not any(part.groups for part in parts):
+        return list(values)
+    return [int(total) for total in sum_counts(_numbers(values, parts), parts)]
+
+
+def _numbers(values: Sequence[int], parts: Sequence[Part]) -> list[Tensor]:
+    """0-d int64, each on the device of its part; does not wait for it."""
+    numbers = torch.tensor(
+        values, dtype=torch.int64, device="cpu", pin_memory=any(part.local.is_cuda for part in parts)
+    )
+    rows = {device: numbers.to(device, non_blocking=True).unbind() for device in {part.local.device for part in parts}}
+    return [rows[part.local.device][i] for i, part in enumerate(parts)]

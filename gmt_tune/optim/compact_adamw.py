@@ -1,7 +1,8 @@
 """CompactAdamW: AdamW that pays only for what a GradientMask selects."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +81,8 @@ class CompactAdamW(CompactOptimizer):
         self.max_grad_norm = max_grad_norm
         # Selected entries of gradients that wait for the step, and whether the gradients were not finite anywhere
         self._taken: dict[Any, tuple[Part, Tensor]] = {}
+        # By device: autograd has a thread for each
+        self._waiting: dict[torch.device, by_kernels.Waiting] = defaultdict(by_kernels.Waiting)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     # ------------------------------------------------------------------ what a mask calls
@@ -93,32 +96,64 @@ class CompactAdamW(CompactOptimizer):
             self._take(part, part.local.new_empty(0), flag if held is None else flag | held[1])
             return
         places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        gathered = by_kernels.gather(places, part.local, size, held)
-        if gathered is None:
+        if by_kernels.can_gather(places, part.local):
+            gathered = self._waiting[part.local.device].add(places, part.local, held, size)
+        else:
+            self._gather_waiting()  # a kernel that has failed may still be to add to the same entries
             values = _padded(places, part.local, size) if held is None else held[0]
             flag = places.gather_checked(part.local, values, adds=held is not None)
             gathered = values, flag if held is None else flag | held[1]
         self._take(part, *gathered)
 
     @torch.no_grad()
-    def change_selection(self, part: Part, before: PlacedSelection | None, selection: PlacedSelection) -> None:
-        p: Any = part.parameter
-        if self.state[p]:
-            self._check_fits(part, before)
-        device = part.local.device
-        self._take(part, self._gather(part, selection), torch.zeros((), dtype=torch.bool, device=device))
-        p.grad = None
-        state, size = self.state[p], states.padded_size(selection.places.count, self.state_bits)
-        kept = list(selection.places.ranks_in(before.places)) if state and before is not None else []
+    def change_selections(
+        self,
+        parts: Sequence[Part],
+        before: Sequence[PlacedSelection | None],
+        selections: Sequence[PlacedSelection],
+    ) -> None:
+        sizes = {i: states.padded_size(new.places.count, self.state_bits) for i, new in enumerate(selections)}
+        for batch in states.batches(sizes, parts[0].local.device if parts else None):
+            self._turn([parts[i] for i in batch], [before[i] for i in batch], [selections[i] for i in batch])
+
+    def _turn(self, parts: list[Part], before: list[PlacedSelection | None], selections: list[PlacedSelection]) -> None:
+        """Change some selections: what is new lies beside what was until all of these are changed."""
+        turns: list[by_kernels.Turn] = []
+        ages = []
+        devices = {part.local.device for part in parts}
+        flags = {device: torch.zeros(len(parts), dtype=torch.bool, device=device).unbind() for device in devices}
+        gathered = self._gather(parts, selections)
+        for i, (part, old, new) in enumerate(zip(parts, before, selections, strict=True)):
+            p: Any = part.parameter
+            if self.state[p]:
+                self._check_fits(part, old)
+            self._take(part, gathered[i], flags[part.local.device][i])
+            p.grad = None
+            turns.append((self.state[p], None if old is None else old.places, new.places, gathered[i]))
+            ages.append(self._age_dtype(p))
+        for i in by_kernels.carry_(turns, self.state_bits, ages):
+            self._carry_(*turns[i], ages[i])
+
+    def _carry_(
+        self, state: dict[str, Any], before: Places | None, places: Places, gradient: Tensor, age_dtype: torch.dtype
+    ) -> None:
+        """As :func:`by_kernels.carry_`, by torch."""
+        size, device = gradient.numel(), gradient.device
+        kept = list(places.ranks_in(before)) if state and before is not None else []
         new = torch.empty if sum(part.stop - part.start for part, *_ in kept) == size else torch.zeros
         for key in _STATES:
-            values = new(size, dtype=self._age_dtype(p) if key == "age" else torch.float32, device=device)
+            values = new(size, dtype=age_dtype if key == "age" else torch.float32, device=device)
             for part_of_new, near, rank in kept:
                 held, first = states.read_near(state[key], near)
                 take_ranked(held, rank, first, out=values[part_of_new])
-            self._set_state(p, key, values)
+            self._set_state(state, key, values)
+
+    def _gather_waiting(self) -> None:
+        for waiting in self._waiting.values():
+            waiting.run()
 
     def nonfinite(self) -> list[tuple[Part, Tensor]]:
+        self._gather_waiting()
         return list(self._taken.values())
 
     @torch.no_grad()
@@ -138,21 +173,29 @@ class CompactAdamW(CompactOptimizer):
             return torch.zeros(size, dtype=age_dtype, device=device)
         return states.zeros((size,), self.state_bits, signed=key == "exp_avg", device=device)
 
-    def _set_state(self, p: Any, key: str, values: Tensor) -> None:
+    def _set_state(self, held: dict[str, Any], key: str, values: Tensor) -> None:
         """Hold a state of selected entries in float32 or an age: as it is, or quantized."""
-        state = self.state[p].get(key)
+        state = held.get(key)
         if state is None or state.shape != values.shape:
             state = self._new_state(key, values.numel(), values.dtype, values.device)
         if type(state) is Tensor:
             state = values
         else:
             states.fill_(state, values)
-        self.state[p][key] = state
+        held[key] = state
 
-    def _gather(self, part: Part, selection: PlacedSelection) -> Tensor:
-        places, size = selection.places, states.padded_size(selection.places.count, self.state_bits)
-        gathered = by_kernels.gather(places, part.local, size, checks=False)
-        return _gather(places, part.local, size) if gathered is None else gathered[0]
+    def _gather(self, parts: Sequence[Part], selections: Sequence[PlacedSelection]) -> list[Tensor]:
+        """The selected entries of gradients, with zeros behind them up to the size of their states."""
+        gathered, waiting = [], []
+        for part, places in zip(parts, (selection.places for selection in selections), strict=True):
+            size = states.padded_size(places.count, self.state_bits)
+            if by_kernels.can_gather(places, part.local):
+                gathered.append(part.local.new_empty(size))
+                waiting.append(by_kernels.Gather(places, part.local, gathered[-1]))
+            else:
+                gathered.append(_gather(places, part.local, size))
+        by_kernels.gather_(waiting)
+        return gathered
 
     def _take(self, part: Part, values: Tensor, flag: Tensor) -> None:
         self._taken[part.parameter] = replace(part, grad=values, local=values), flag
@@ -191,6 +234,7 @@ class CompactAdamW(CompactOptimizer):
             raise RuntimeError(
                 "CompactAdamW updates what a mask selects: call mask.register(optimizer) before its step"
             )
+        self._gather_waiting()
         taken, self._taken = self._taken, {}
         selections: dict[Any, Any] = {p: next(filter(None, (mask.selection(p) for mask in masks)), None) for p in taken}
         for p, (part, _) in taken.items():
@@ -211,10 +255,12 @@ class CompactAdamW(CompactOptimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self._waiting.clear()
         self._taken.clear()
         super().zero_grad(set_to_none)
 
     def scale_gradients_(self, factor: Tensor | float) -> None:
+        self._gather_waiting()
         for part, _ in self._taken.values():
             # With fsdp_cpu_offload, gradients are on the CPU and what they are divided by is not
             part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
@@ -251,24 +297,24 @@ class CompactAdamW(CompactOptimizer):
                 )
 
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
-        norms = [torch.linalg.vector_norm(part.local, dtype=torch.float32) for part in parts]
+        norms = torch._foreach_norm([part.local for part in parts], 2, dtype=torch.float32)
         squares = sum_over_ranks([norm.square().view(1) for norm in norms], parts)
         self.grad_norm = torch.cat([square.to(squares[0].device) for square in squares]).sum().sqrt()
         if max_norm == math.inf:  # which measures alone
             return
         factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        by_device: dict[torch.device, list[Tensor]] = {}
         for part in parts:
-            part.local.mul_(factor.to(part.local.device))
+            by_device.setdefault(part.local.device, []).append(part.local)
+        for device, tensors in by_device.items():
+            torch._foreach_mul_(tensors, factor.to(device))
 
     def _update_selected(
         self, parameters: list[Any], grads: list[Tensor], all_places: list[Places], group: dict
     ) -> None:
         held = [self.state[p] for p in parameters]
         own = [own_entries(p) for p in parameters]
-        members = list(zip(own, grads, held, all_places, strict=True))
-        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
-        not_native = native.update_([members[i] for i in left], group, stochastic_round=self.bf16_stochastic_round)
-        left = [left[i] for i in not_native]
+        left = self._update_at_once(list(zip(own, grads, held, all_places, strict=True)), group)
         for batch in states.batches({i: grads[i].numel() for i in left}, own[0].device if own else None):
             for i in batch:
                 age = held[i]["age"]
@@ -285,15 +331,21 @@ class CompactAdamW(CompactOptimizer):
                 state["step"] = torch.zeros((), device=own_entries(p).device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = self._new_buffer(p, key == "exp_avg")
-            state["step"] += 1
+        if held:
+            torch._foreach_add_([state["step"] for state in held], 1)
         own = [own_entries(p) for p in parameters]
-        members = [(*each, None) for each in zip(own, grads, held, strict=True)]
-        left = native.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        left = self._update_at_once([(*each, None) for each in zip(own, grads, held, strict=True)], group)
         weights = [own[i].reshape(-1) for i in left]
         self._adamw_(weights, [grads[i].reshape(-1) for i in left], "step", [held[i] for i in left], group)
         for i, values in zip(left, weights, strict=True):
             if not own[i].is_contiguous():
                 own[i].copy_(values.view(own[i].shape))
+
+    def _update_at_once(self, members: list[Any], group: dict) -> list[int]:
+        """Update what Triton and C++ serve; returns the positions of the others."""
+        left = by_kernels.update_(members, group, stochastic_round=self.bf16_stochastic_round)
+        rest = [members[i] for i in left]
+        return [left[i] for i in native.update_(rest, group, stochastic_round=self.bf16_stochastic_round)]
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
         first, second = ([own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))

@@ -38,6 +38,21 @@ def zeros(shape: Sequence[int], state_bits: int | str, *, signed: bool, device: 
     return kind.zeros(shape, signed, block, device, dtype=torch.float32)
 
 
+def empty(size: int, state_bits: int | str, *, signed: bool, device: torch.device) -> Tensor:
+    """A 1-d moment with any values, of 32 or 8 bits as :func:`zeros` has it. Only the first waits for the device."""
+    if state_bits == 32 or size < _SMALLEST_QUANTIZED or size % _BLOCKS[8]:
+        return torch.empty(size, device=device)
+    example: Any = _example(signed, device)
+    codes = torch.empty(size, dtype=torch.uint8, device=device)
+    scale = torch.empty(size // _BLOCKS[8], device=device)
+    return type(example)(codes, scale, example.qmap, signed, example.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _example(signed: bool, device: torch.device) -> Tensor:
+    return zeros((_SMALLEST_QUANTIZED,), 8, signed=signed, device=device)
+
+
 def to_floats(state: Tensor) -> Tensor:
     """A moment in float32, or an age; the same memory where it is not quantized."""
     return state if type(state) is Tensor else state.dequantize()

@@ -26,10 +26,12 @@ def test_measures_each_optimizer_with_and_without_the_mask(benchmark):
     with torch.compiler.set_stance("force_eager"):  # torchao's updates compile for 20 s a shape
         for optimizer in benchmark.OPTIMIZERS:
             lines += benchmark.measure(optimizer, args)
+    compact = lines.pop()
+    assert compact["optimizer"] == "CompactAdamW" and compact["density"] == 0.05 and compact["tokens_per_second"] > 0
     for plain, masked in zip(lines[::2], lines[1::2], strict=True):
         assert plain["kept"] is None and 0.05 < masked["kept"] < 0.3
         assert len(masked["seconds"]) == 2 and masked["tokens_per_second"] > 0 and masked["peak_gib"] is None
-    assert len(benchmark.table(lines).splitlines()) == 2 + len(lines)
+    assert len(benchmark.table([*lines, compact]).splitlines()) == 3 + len(lines)
 
 
 def test_the_table_compares_with_the_line_without_a_mask(benchmark):
@@ -46,6 +48,7 @@ def test_the_table_compares_with_the_line_without_a_mask(benchmark):
 @pytest.mark.parametrize("model", ["smollm2_135m", "llama3_2_1b", "llama3_1_8b"])
 def test_estimates_are_those_of_the_models_config(benchmark, model):
     args = SimpleNamespace(model=model, batch_size=2, seq_len=2048, accumulation=2)
-    estimates = [benchmark.estimated_gib(name, args) for name in ("AdamW", "AdamW8bit")]
+    estimates = [benchmark.estimate_of(name, args) for name in ("AdamW", "AdamW8bit", "CompactAdamW")]
     entries = {"smollm2_135m": 0.135, "llama3_2_1b": 1.24, "llama3_1_8b": 8.03}[model] * 1e9 / 2**30
     assert estimates[0] - estimates[1] == pytest.approx(2 * entries, rel=0.1)  # states of 4 and of 2 bytes an entry
+    assert estimates[1] - estimates[2] > 2 * entries  # and gradients of 2

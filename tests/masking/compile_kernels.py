@@ -17,10 +17,10 @@ from triton.compiler import ASTSource
 from gmt_tune.masking.draws import ROUNDS
 from gmt_tune.masking.places import RUN, SEGMENT
 from gmt_tune.masking.search.entries import Product
-from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, narrow, pack, sample
+from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, narrow, pack, place, sample
 from gmt_tune.masking.search.kernels.tables import make_table
 from gmt_tune.masking.search.triton import BINS
-from gmt_tune.optim.kernels import gather, update
+from gmt_tune.optim.kernels import carry, gather, update
 
 backend, arch = sys.argv[1].split(":")
 TARGET = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
@@ -73,30 +73,42 @@ for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
     packing = compile_kernel(pack._pack_kernel, 8, **constants, **own)
     unpacking = compile_kernel(apply_packed._apply_packed_kernel, 8, FIRST_INT=constants["FIRST_INT"], **own)
     drawing = compile_kernel(draw._draw_kernel, 8, FIRST_INT=constants["FIRST_INT"], ROUNDS=ROUNDS, **own)
-    assert all(map(wide_loads, (packing, unpacking, drawing))), (constants, "narrow loads")
+    own = {"TILE": place.TILE, "SEGMENT": SEGMENT, "SEGMENTS": place.CHUNK // SEGMENT}
+    counting = compile_kernel(place._count_kernel, 8, **constants, **own)
+    types = NOT_INT64_POINTERS | {"tensors": "i32"}
+    placing = compile_kernel(place._place_kernel, 8, types, **constants, **own, RUN=RUN)
+    assert all(map(wide_loads, (packing, unpacking, drawing, counting, placing))), (constants, "narrow loads")
 
-FLOATS = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}
+FLOATS = [tl.float32, tl.bfloat16, tl.float16]
 LOOKUP = {"SEGMENT": SEGMENT, "RUN": RUN}
-NUMBERS = dict.fromkeys(("numel", "count", "size", "segments", "tensors"), "i32") | {"flag": "*i8", "ranks": "*i16"}
+NUMBERS = {"tensors": "i32"}
 for dtype, is_sparse, (adds, checks) in itertools.product(
     [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), [(False, False), (False, True), (True, True)]
 ):
-    types = NUMBERS | {"grad": FLOATS[dtype], "out": FLOATS[dtype], "stored": "*i16" if is_sparse else "*u8"}
-    constants = dict(ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES, **LOOKUP)
-    gathering = compile_kernel(gather._gather_kernel, 4, types, **constants)
+    constants = dict(GRAD=dtype, ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES)
+    gathering = compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=True, **LOOKUP)
     assert wide_loads(gathering) or not (checks or is_sparse), (constants, "narrow loads")
-for dtype, is_sparse, block, lr_on_device in itertools.product(
-    [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), (0, 256), (True, False)
+compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=False, **LOOKUP)
+for dtype, places, block, lr_on_device in itertools.product(
+    [tl.bfloat16] if "few" in sys.argv else FLOATS, ("offsets", "bits", "all"), (0, 256), (True, False)
 ):
     numbers = ("lr", "decay", "weight1", "weight2", "log_beta1", "log_beta2", "eps")
     types = NUMBERS | dict.fromkeys(numbers, "fp32") | {"first_qmap": "*fp32", "second_qmap": "*fp32"}
     types |= {"lr": "*fp32", "decay": "*fp32"} if lr_on_device else {}
-    constants = dict(WEIGHT=dtype, GRAD=dtype, BY_CHANCE=dtype == tl.bfloat16, IS_SPARSE=is_sparse, BLOCK=block)
+    constants = dict(WEIGHT=dtype, GRAD=dtype, BY_CHANCE=dtype == tl.bfloat16, BLOCK=block)
+    constants |= dict(IS_WHOLE=places == "all", IS_SPARSE=places == "offsets")
     constants["STATE"] = tl.uint8 if block else tl.float32
     age = dict(AGE=tl.int32, OLDEST=2**31 - 1) if dtype == tl.float32 else dict(AGE=tl.int16, OLDEST=2**15 - 1)
+    age = dict(AGE=tl.float32, OLDEST=0) if places == "all" else age
     tiles = {"TILE": update.TILE, "TILES": update.TILES}
     updating = compile_kernel(
         update._update_kernel, 8, types, **constants, **age, LR_ON_DEVICE=lr_on_device, **tiles, **LOOKUP
     )
     assert wide_loads(updating, r"v[24]"), (constants, "narrow loads")  # of bfloat16, 4 entries a thread
+kinds = list(itertools.product((True, False), (True, False), (0, 256)))  # now, before, block
+for is_sparse, was_sparse, block in [(True, False, 256), (False, True, 0)] if "few" in sys.argv else kinds:
+    types = NUMBERS | {"first_qmap": "*fp32", "second_qmap": "*fp32"}
+    constants = dict(IS_SPARSE=is_sparse, WAS_SPARSE=was_sparse, BLOCK=block, STATE=tl.uint8 if block else tl.float32)
+    tiles = {"TILE": carry.TILE, "TILES": carry.TILES, "AGE": tl.int32 if block else tl.int16}
+    compile_kernel(carry._carry_kernel, 8, types, **constants, **tiles, **LOOKUP)
 print("compiled")

@@ -7,9 +7,17 @@ import pytest
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts that go up with each launch from now on, by the name of what launches. Imports Triton."""
-    from gmt_tune.optim.kernels import gather, update
+    from gmt_tune.masking.search import triton
+    from gmt_tune.optim.kernels import carry, gather, update
 
-    counts = {"gather_": 0, "update_": 0}
+    launching = (
+        (gather, "gather_"),
+        (update, "update_"),
+        (carry, "carry"),
+        (triton, "count_by_segment"),
+        (triton, "place_"),
+    )
+    counts = {name: 0 for _, name in launching}
 
     def counted(name, launch):
         @functools.wraps(launch)
@@ -19,6 +27,6 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return count
 
-    for module, name in ((gather, "gather_"), (update, "update_")):
+    for module, name in launching:
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     return counts

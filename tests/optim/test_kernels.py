@@ -13,6 +13,7 @@ from torch import nn
 
 from gmt_tune import CompactAdamW, GradientMask
 from gmt_tune.masking.search import devices
+from gmt_tune.optim import states
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -22,11 +23,42 @@ pytestmark = pytest.mark.skipif(
 
 def test_kernels_do_what_torch_does():
     """In a process of its own: the interpreter replaces the compiler when Triton is imported."""
-    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     process = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
     assert " passed" in process.stdout and "skipped" not in process.stdout
+
+
+@pytest.mark.parametrize("failing", ["place", "carry"])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_a_turn_whose_kernel_cannot_be_launched_is_made_by_torch(monkeypatch, failing, state_bits):
+    from gmt_tune.masking import ties
+    from gmt_tune.masking.search import triton as kernels
+    from gmt_tune.optim import by_kernels
+
+    found = []
+    module = ties if failing == "place" else by_kernels
+    for is_served in (False, True):
+        monkeypatch.setattr(devices, "_failures", [])
+        torch.manual_seed(0)
+        p, q = (nn.Parameter(torch.randn(300, 200)) for _ in range(2))
+        optimizer = CompactAdamW([p, q], lr=0.1, state_bits=state_bits)
+        GradientMask([("p", p), ("q", q)], 0.1).register(optimizer)
+        with warnings.catch_warnings(record=True) as caught, monkeypatch.context() as patched:
+            warnings.simplefilter("always")
+            for step in range(3):
+                (p * torch.randn(300, 200) + q * torch.randn(300, 200)).sum().backward()
+                if is_served and step == 1:
+                    patched.setattr(module, "kernels_for", lambda members: None if devices._failures else kernels)
+                    patched.setattr(by_kernels, "can_gather", lambda *arguments: False)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert sum("Triton is installed but does not work here" in str(w.message) for w in caught) == is_served
+        moments = [states.to_floats(optimizer.state[each][key]) for each in (p, q) for key in ("exp_avg", "exp_avg_sq")]
+        found.append([p.detach(), q.detach(), *moments, optimizer.state[p]["age"]])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert found[0][-1].max() == 3
 
 
 @pytest.mark.parametrize("failing", ["gather", "update"])

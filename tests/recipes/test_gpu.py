@@ -14,6 +14,13 @@ pytestmark = pytest.mark.needs_gpu
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}
 ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+COMPACT = dict(
+    optimizer={"_component_": "gmt_tune.CompactAdamW", "lr": 1e-3, "state_bits": 8, "bf16_stochastic_round": True},
+    gradient_mask={**MASK, "refresh_every": 4, "dense": ["*norm*"]},
+    dtype="bf16",
+    gradient_accumulation_steps=2,
+    clip_grad_norm=1.0,
+)
 
 PARITY = {
     "fp32, accumulation, clipping": dict(optimizer=ADAMW, gradient_accumulation_steps=2, clip_grad_norm=0.5),
@@ -30,6 +37,7 @@ RESUME = {
         optimizer={**ADAMW_8BIT, "bf16_stochastic_round": True},
         dtype="bf16",
     ),
+    "compact, inside a refresh interval": COMPACT,
     "random, optimizer in backward": dict(gradient_mask={**MASK, "score": "random"}, optimizer_in_bwd=True),
 }
 
@@ -66,10 +74,14 @@ def test_resumed_run_equals_uninterrupted_one(variant, tmp_path, tiny_config, ru
     assert_same_weights(final_weights(tmp_path), wanted)
 
 
-def test_one_rank_under_torchrun_equals_one_process(tmp_path, tiny_config, run_tune, final_weights, logged_metrics):
+@pytest.mark.parametrize("kind", ["dense", "compact"])
+def test_one_rank_under_torchrun_equals_one_process(
+    kind, tmp_path, tiny_config, run_tune, final_weights, logged_metrics
+):
     """NCCL and FSDP2, whose selection takes the way of sharded gradients."""
+    changes = COMPACT if kind == "compact" else dict(gradient_mask=MASK, optimizer=ADAMW, dtype="bf16")
     for name, launcher in (("alone", []), ("torchrun", ["--nproc_per_node", "1"])):
-        config = tiny_config(tmp_path / name, gradient_mask=MASK, optimizer=ADAMW, device="cuda", dtype="bf16")
+        config = tiny_config(tmp_path / name, device="cuda", **changes)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
         run_tune("run", *launcher, "gmt_full_finetune", "--config", f"{name}.yaml", cwd=tmp_path)
     assert logged_metrics(tmp_path / "alone")[-1]["loss"] == logged_metrics(tmp_path / "torchrun")[-1]["loss"]

@@ -30,6 +30,7 @@ from gmt_tune.masking.search.kernels.count import count_in_windows, zero_counts
 from gmt_tune.masking.search.kernels.draw import apply_draws_
 from gmt_tune.masking.search.kernels.narrow import narrow_windows
 from gmt_tune.masking.search.kernels.pack import pack_
+from gmt_tune.masking.search.kernels.place import count_by_segment, place_
 from gmt_tune.masking.search.kernels.sample import sample_windows
 from gmt_tune.masking.search.kernels.tables import ALIGNMENT, Table, is_covered, make_table, to_device
 
@@ -126,6 +127,50 @@ def pack_thresholds(
     for members, table, smallest in _thresholds_by_kind(scores, thresholds, scores, searches):
         pack_(table, smallest, [packed[i] for i in members])
     return packed
+
+
+def place_thresholds(
+    scores: Sequence[Tensor | Product],
+    thresholds: Sequence[Tensor],
+    searches: Sequence[Search | None],
+    ks: Sequence[int],
+    segment: int,
+    run: int,
+) -> list[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]:
+    """Where the entries are that thresholds select, without the ties that are too many. Waits for the device once.
+
+    Args:
+        scores: which ``can_pack``, none empty.
+        ks: how many entries of each may be selected: more than are above its threshold.
+        segment, run: as of :mod:`gmt_tune.masking.places`.
+
+    Returns:
+        For each, how many entries are selected, and what its ``Lookup`` holds.
+    """
+    counted = []
+    for members, table, smallest in _thresholds_by_kind(scores, thresholds, scores, searches):
+        counted.append((members, table, smallest, *count_by_segment(table, smallest, segment)))
+    placed: list[Any] = [None] * len(scores)
+    for members, table, smallest, sums, totals in counted:
+        all_kept, device = [], smallest.device
+        for i, above, tied in zip(members, *totals.tolist(), strict=True):
+            all_kept.append(min(tied, max(0, ks[i] - above)))
+            placed[i] = _room_for(above + all_kept[-1], scores[i].numel(), device, segment, run)
+        with on_device(device):
+            place_(table, smallest, sums, all_kept, [placed[i][1] for i in members], segment, run)
+    return placed
+
+
+def _room_for(
+    count: int, numel: int, device: torch.device, segment: int, run: int
+) -> tuple[int, tuple[Tensor, Tensor, Tensor | None]]:
+    """Memory for so many entries' places: 16 bits each or 1 bit for each entry, whichever is less."""
+    segments = -(-numel // segment)
+    starts = torch.empty(segments + 1, dtype=torch.int64, device=device)
+    if 2 * count < -(-numel // 8):
+        return count, (torch.empty(count, dtype=torch.int16, device=device), starts, None)
+    bits = torch.empty(-(-numel // run) * (run // 8), dtype=torch.uint8, device=device)
+    return count, (bits, starts, torch.empty(segments * (segment // run), dtype=torch.int16, device=device))
 
 
 def apply_packed_selections_(grads: Sequence[Tensor], packed: Sequence[Tensor]) -> list[Tensor]:

@@ -82,6 +82,45 @@ def locate(
 
 
 @triton.jit
+def find(index, stored, starts, ranks, IS_SPARSE: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr):
+    """The number of each flat index among the selected entries, int64, and whether it is selected at all.
+
+    The other way round from :func:`locate`, whose arguments these are: 16 bits are searched, bits are counted.
+    """
+    segment = index // SEGMENT
+    within = (index % SEGMENT).to(tl.int32)
+    first = tl.load(starts + segment)
+    if IS_SPARSE:
+        stored = stored.to(tl.pointer_type(tl.int16))
+        length = (tl.load(starts + segment + 1) - first).to(tl.int32)
+        longest = tl.max(length, 0)
+        step = tl.full([], 1, tl.int32)
+        while step * 2 <= longest:
+            step *= 2
+        rank = within * 0  # how many are before
+        while step > 0:
+            later = rank + step
+            inside = later <= length
+            value = tl.load(stored + first + later - 1, mask=inside, other=0).to(tl.int32) & (SEGMENT - 1)
+            rank = tl.where(inside & (value < within), later, rank)
+            step = step >> 1
+        inside = rank < length
+        value = tl.load(stored + first + rank, mask=inside, other=0).to(tl.int32) & (SEGMENT - 1)
+        there = inside & (value == within)
+    else:
+        words = stored.to(tl.pointer_type(tl.int32)) + index // RUN * (RUN // 32)
+        rank = tl.load(ranks + index // RUN).to(tl.int32) & (SEGMENT - 1)
+        last = (within % RUN) // 32
+        for i in tl.static_range(RUN // 32):
+            word = tl.load(words + i).to(tl.uint32, bitcast=True)
+            bit = (within % 32).to(tl.uint32)
+            word = tl.where(i == last, word & ((1 << bit) - 1), word)
+            rank += tl.where(i <= last, _set_bits(word), 0)
+        there = (tl.load(words + last) >> (within % 32)) & 1 != 0
+    return first + rank, there
+
+
+@triton.jit
 def _sums(word):
     """Numbers of set bits: in each 2, 4 and 8 bits of 32-bit words, and in all."""
     twos = word - ((word >> 1) & 0x55555555)

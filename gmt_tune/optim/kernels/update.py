@@ -25,6 +25,7 @@ from torch import Tensor
 from gmt_tune.masking.places import RUN, SEGMENT, Lookup
 from gmt_tune.masking.search.kernels.tables import ALIGNMENT, to_device
 from gmt_tune.optim.kernels.locate import last_at_most, locate
+from gmt_tune.optim.kernels.moments import read, write
 from gmt_tune.optim.kernels.tiles import load, rounded, store
 
 TILE = 1 << 10  # entries that a program holds at a time, whole blocks of states: 4 a thread of 8 warps
@@ -36,13 +37,14 @@ _AGES = {torch.int16: tl.int16, torch.int32: tl.int32}
 
 @dataclass
 class Selected:
-    """One tensor's selected entries, and what is known of them: all 1-d but the weight.
+    """One tensor's selected entries, or all of a tensor, and what is known of them.
 
     Attributes:
         weight: contiguous.
-        grad, exp_avg, exp_avg_sq, age: of the selected entries, and padding behind them. Moments are float32 tensors
-            or both ``OptimState8bit``.
-        lookup: where they are in the weight.
+        grad, exp_avg, exp_avg_sq: of the selected entries, and padding behind them. Moments are float32 tensors or
+            both ``OptimState8bit``.
+        age: of each of them; of all of a tensor 0-d float32, which counts this update already.
+        lookup: where they are in the weight; None for all of a tensor.
         count: how many they are, above 0.
     """
 
@@ -51,7 +53,7 @@ class Selected:
     exp_avg: Any
     exp_avg_sq: Any
     age: Tensor
-    lookup: Lookup
+    lookup: Lookup | None
     count: int
 
     @property
@@ -62,7 +64,8 @@ class Selected:
         """Those of the same one are updated together."""
         dtypes = self.weight.dtype, self.grad.dtype, self.age.dtype
         block = self.exp_avg.block_size if self.is_quantized else 0
-        return self.weight.device, *dtypes, self.lookup.ranks is None, block
+        places = "all" if self.lookup is None else "offsets" if self.lookup.ranks is None else "bits"
+        return self.weight.device, *dtypes, places, block
 
 
 def can_update(member: Selected) -> bool:
@@ -71,14 +74,19 @@ def can_update(member: Selected) -> bool:
     if {type(moment).__name__ for moment in moments} not in ({"Tensor"}, {"OptimState8bit"}):
         return False
     codes = [moment.codes if member.is_quantized else moment for moment in moments]
-    flat = [member.grad, *codes, member.age, member.lookup.stored]
+    flat, age = [member.grad, *codes], member.age
+    if member.lookup is None:
+        is_known = age.dtype == torch.float32 and age.device == member.weight.device
+    else:
+        is_known = age.dtype in _AGES and age.numel() == member.grad.numel()
+        flat += [age, member.lookup.stored]
     return (
-        member.weight.dtype in _DTYPES
+        is_known
+        and member.weight.dtype in _DTYPES
         and member.grad.dtype in _DTYPES
-        and member.age.dtype in _AGES
         and member.weight.is_contiguous()
         and all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in flat)
-        and {tensor.numel() for tensor in (member.grad, *codes)} == {member.age.numel()}
+        and {tensor.numel() for tensor in codes} == {member.grad.numel()}
         and (not member.is_quantized or TILE % moments[0].block_size == 0)
     )
 
@@ -100,47 +108,6 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
-def _read(pointer, scale, qmap, start, room, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """A tile of a moment in float32."""
-    if BLOCK == 0:
-        values = load(pointer + start, room, 0.0, TILE)
-    else:
-        codes = load(pointer + start, room, 0, TILE).to(tl.int32)
-        blocks = tl.arange(0, TILE // BLOCK)
-        scales = tl.load(scale + start // BLOCK + blocks, mask=blocks * BLOCK < room, other=0.0)
-        scaled = tl.reshape(tl.load(qmap + codes), (TILE // BLOCK, BLOCK)) * scales[:, None]
-        values = tl.reshape(scaled, (TILE,))
-    return values
-
-
-@triton.jit
-def _write(pointer, scale, qmap, values, start, room, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Overwrite a tile of a moment: whole blocks, where it is in 8 bits."""
-    if BLOCK == 0:
-        store(pointer + start, values, room, TILE)
-    else:
-        rows = tl.reshape(values, (TILE // BLOCK, BLOCK))
-        # Of magnitudes as integers, NaN is the largest, and stays
-        largest = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-        scales = tl.where(largest < 1e-12, 1e-12, largest)
-        blocks = tl.arange(0, TILE // BLOCK)
-        tl.store(scale + start // BLOCK + blocks, scales, mask=blocks * BLOCK < room)
-        codes = _nearest_codes(tl.reshape(tl.div_rn(rows, tl.broadcast_to(scales[:, None], rows.shape)), (TILE,)), qmap)
-        store(pointer + start, codes.to(tl.uint8), room, TILE)
-
-
-@triton.jit
-def _nearest_codes(values, qmap):
-    """As ``torchao.optim.quant_utils.quantize_8bit_with_qmap`` searches for them."""
-    codes = tl.where(values >= tl.load(qmap + 128), 128, 0)
-    for i in tl.static_range(1, 8):
-        codes = tl.where(values >= tl.load(qmap + codes + (128 >> i)), codes + (128 >> i), codes)
-    upper = tl.minimum(codes + 1, 255)
-    below = tl.load(qmap + codes)
-    return tl.where(values - below >= (tl.load(qmap + upper) - below) * 0.5, upper, codes)
-
-
-@triton.jit
 def _round_by_chance(values, random):
     """float32 that bfloat16 can hold, of which random bits choose the upper or the lower one."""
     bits = values.to(tl.int32, bitcast=True)
@@ -153,8 +120,8 @@ def _round_by_chance(values, random):
 def _update_kernel(
     table, tensors, first_qmap, second_qmap, seed, lr, decay, weight1, weight2, log_beta1, log_beta2, eps,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, AGE: tl.constexpr, OLDEST: tl.constexpr,
-    IS_SPARSE: tl.constexpr, BLOCK: tl.constexpr, BY_CHANCE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
-    SEGMENT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_SPARSE: tl.constexpr, BLOCK: tl.constexpr, BY_CHANCE: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     tensor = table + last_at_most(table, chunk * 0, tensors.to(tl.int64) - 1, chunk)
@@ -164,7 +131,7 @@ def _update_kernel(
     segments = tl.load(tensor + 3 * tensors)
     weight = tl.load(tensor + 4 * tensors).to(tl.pointer_type(WEIGHT))
     grad = tl.multiple_of(tl.load(tensor + 5 * tensors).to(tl.pointer_type(GRAD)), 16)
-    age = tl.multiple_of(tl.load(tensor + 6 * tensors).to(tl.pointer_type(AGE)), 16)
+    age = tl.load(tensor + 6 * tensors).to(tl.pointer_type(AGE))
     stored = tl.multiple_of(tl.load(tensor + 7 * tensors).to(tl.pointer_type(tl.int16)), 16)
     starts = tl.load(tensor + 8 * tensors).to(tl.pointer_type(tl.int64))
     ranks = tl.load(tensor + 9 * tensors).to(tl.pointer_type(tl.int16))
@@ -179,15 +146,21 @@ def _update_kernel(
         start = (chunk - first_chunk) * (TILE * TILES) + i * TILE
         if start < count:
             room = tl.minimum(size - start, TILE).to(tl.int32)
-            index, there = locate(start, count, stored, starts, ranks, segments, IS_SPARSE, SEGMENT, RUN, TILE)
+            if IS_WHOLE:
+                index = start + tl.arange(0, TILE)
+                there = index < count
+                ages = tl.load(age)
+            else:
+                index, there = locate(start, count, stored, starts, ranks, segments, IS_SPARSE, SEGMENT, RUN, TILE)
+                own = tl.multiple_of(age, 16) + start
+                ages = tl.minimum(load(own, room, 0, TILE).to(tl.int32), OLDEST - 1) + 1
+                store(own, ages.to(AGE), room, TILE)
             w = tl.load(weight + index, mask=there, other=0.0).to(tl.float32)
             g = load(grad + start, room, 0.0, TILE).to(tl.float32)
-            ages = tl.minimum(load(age + start, room, 0, TILE).to(tl.int32), OLDEST - 1) + 1
-            store(age + start, ages.to(AGE), room, TILE)
-            m = _lerp(_read(first, first_scale, first_qmap, start, room, BLOCK, TILE), g, weight1)
-            v = _lerp(_read(second, second_scale, second_qmap, start, room, BLOCK, TILE), g * g, weight2)
-            _write(first, first_scale, first_qmap, m, start, room, BLOCK, TILE)
-            _write(second, second_scale, second_qmap, v, start, room, BLOCK, TILE)
+            m = _lerp(read(first, first_scale, first_qmap, start, room, BLOCK, TILE), g, weight1)
+            v = _lerp(read(second, second_scale, second_qmap, start, room, BLOCK, TILE), g * g, weight2)
+            write(first, first_scale, first_qmap, m, start, room, BLOCK, TILE)
+            write(second, second_scale, second_qmap, v, start, room, BLOCK, TILE)
             # Below zero, as expm1 gives both corrections
             minus_correction1 = _expm1(ages.to(tl.float32) * log_beta1)
             minus_correction2 = _expm1(ages.to(tl.float32) * log_beta2)
@@ -208,7 +181,7 @@ def update_(members: Sequence[Selected], group: dict[str, Any], *, stochastic_ro
         group: the optimizer's parameter group; ``lr`` may be a tensor on their device or on the CPU.
         stochastic_round: round bfloat16 weights by chance, of which PyTorch's generator of the device is the source.
     """
-    device, weight_dtype, grad_dtype, age_dtype, is_sparse, block = members[0].kind()
+    device, weight_dtype, grad_dtype, age_dtype, places, block = members[0].kind()
     (beta1, beta2), lr = group["betas"], group["lr"]
     decay = 1 - lr * group["weight_decay"]
     lr_on_device = isinstance(lr, Tensor) and lr.device == device
@@ -223,15 +196,17 @@ def update_(members: Sequence[Selected], group: dict[str, Any], *, stochastic_ro
     _update_kernel[(chunks[-1],)](
         table, len(members), *qmaps, seed, lr, decay, 1.0 - beta1, 1.0 - beta2, _log(beta1), _log(beta2),
         float(group["eps"]), WEIGHT=_DTYPES[weight_dtype], GRAD=_DTYPES[grad_dtype],
-        STATE=tl.uint8 if block else tl.float32, AGE=_AGES[age_dtype], OLDEST=torch.iinfo(age_dtype).max,
-        IS_SPARSE=is_sparse, BLOCK=block, BY_CHANCE=by_chance, LR_ON_DEVICE=lr_on_device, SEGMENT=SEGMENT, RUN=RUN,
+        STATE=tl.uint8 if block else tl.float32, AGE=_AGES.get(age_dtype, tl.float32),
+        OLDEST=torch.iinfo(age_dtype).max if age_dtype in _AGES else 0,
+        IS_WHOLE=places == "all", IS_SPARSE=places == "offsets", BLOCK=block, BY_CHANCE=by_chance,
+        LR_ON_DEVICE=lr_on_device, SEGMENT=SEGMENT, RUN=RUN,
         TILE=TILE, TILES=TILES, num_warps=8,
     )  # fmt: skip
 
 
 def _row(member: Selected) -> list[int]:
     """A row of the table, behind the number of the first chunk."""
-    stored, starts, ranks = member.lookup
+    stored, starts, ranks = member.lookup or (member.weight, member.weight, None)
     tensors = [member.weight, member.grad, member.age, stored, starts, starts if ranks is None else ranks]
     moments = [member.exp_avg, member.exp_avg_sq]
     tensors += [moment.codes for moment in moments] if member.is_quantized else moments

@@ -132,7 +132,7 @@ def make_table(sets: Sequence[Sequence[Tensor | Product]], scores: Sequence[Any]
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """An int64 tensor, copied from pinned memory so that the host does not wait for the device."""
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
