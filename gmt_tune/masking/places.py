@@ -54,7 +54,7 @@ class Places:
         self._stored, self._is_sparse = bits, False
         library = self._library()
         if library is not None:
-            counts = torch.zeros(segments, dtype=torch.int64)
+            counts = torch.zeros(segments, dtype=torch.int64, device="cpu")
             self._set_counts(counts)
             library.count_bits(byref(self.native()), native.pointer(counts), torch.get_num_threads())
             self._set_counts(counts)
@@ -71,7 +71,7 @@ class Places:
             if library is None:
                 offsets = torch.cat(found)
             else:
-                offsets = torch.empty(self.count, dtype=torch.int16)
+                offsets = torch.empty(self.count, dtype=torch.int16, device="cpu")
                 library.offsets_of_bits(byref(self.native()), native.pointer(offsets), torch.get_num_threads())
             self._stored, self._is_sparse = offsets, True
 
@@ -91,7 +91,7 @@ class Places:
             return None
         places = cls.__new__(cls)
         places.numel, places._block = values.numel(), _BLOCK["cpu"]
-        counts, ties = torch.empty(2, -(-places.numel // SEGMENT), dtype=torch.int64)
+        counts, ties = torch.empty(2, -(-places.numel // SEGMENT), dtype=torch.int64, device="cpu")
         given, threads = (*native.entries(values), smallest), torch.get_num_threads()
         library.count_largest_entries(
             *given, ctypes.c_int64(most), native.pointer(counts), native.pointer(ties), threads
@@ -100,7 +100,7 @@ class Places:
         n_bytes = -(-places.numel // 8)
         places._is_sparse = 2 * places.count < n_bytes
         size, dtype = (places.count, torch.int16) if places._is_sparse else (n_bytes, torch.uint8)
-        places._stored = torch.empty(size, dtype=dtype)
+        places._stored = torch.empty(size, dtype=dtype, device="cpu")
         stored = native.pointer(places._stored)
         offsets, bits = (stored, None) if places._is_sparse else (None, stored)
         starts = native.pointer(places._starts)
@@ -186,7 +186,7 @@ class Places:
     def _index(self, number: int, first: int, last: int) -> Tensor:
         start = number * self._block
         if (library := self._library()) is not None:
-            index = torch.empty(last - first, dtype=torch.int64)
+            index = torch.empty(last - first, dtype=torch.int64, device="cpu")
             numbers = ctypes.c_int64(first), ctypes.c_int64(last - first)
             library.indices(byref(self.native()), *numbers, native.pointer(index), torch.get_num_threads())
             return index
@@ -273,7 +273,7 @@ class Places:
         blocks = zip(self._blocks(), before._blocks(), strict=True)
         filled = [(i, *both) for i, both in enumerate(blocks) if all(part.stop > part.start for part in both)]
         if (library := self._library()) is not None:
-            ranks = torch.empty(self.count, dtype=torch.int32)
+            ranks = torch.empty(self.count, dtype=torch.int32, device="cpu")
             places = (byref(each.native()) for each in (self, before))
             library.ranks_in(*places, native.pointer(ranks), torch.get_num_threads())
             yield from ((part, old, ranks[part]) for _, part, old in filled)

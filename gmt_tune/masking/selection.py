@@ -117,7 +117,7 @@ class ThresholdSelection(Selection):
         smallest = self.smallest()
         score = self.score
         if isinstance(score, Tensor) and (library := native.load_for(score)) is not None:
-            packed = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8)
+            packed = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
             given = *native.entries(score), int(smallest), native.pointer(packed)
             library.pack_entries(*given, torch.get_num_threads())
             return PackedSelection(packed, score.shape, threshold)
@@ -276,7 +276,7 @@ class WholeSelection(Selection):
 
     def __init__(self, part: Part, is_selected: bool = True) -> None:
         self._local, self.is_selected = part.local, is_selected
-        self.count: Tensor = torch.tensor(part.numel if is_selected else 0)
+        self.count: Tensor = torch.tensor(part.numel if is_selected else 0, device="cpu")
 
     def mask(self) -> Tensor:
         return torch.full(self._local.shape, self.is_selected, device=self._local.device)

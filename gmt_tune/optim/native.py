@@ -55,7 +55,7 @@ def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_roun
     Returns:
         Positions of the members that are still to be updated.
     """
-    seeds = torch.randint(1 << 62, (len(members),)).tolist() if stochastic_round else [-1] * len(members)
+    seeds = torch.randint(1 << 62, (len(members),), device="cpu").tolist() if stochastic_round else [-1] * len(members)
     seen = {i: _tensor(*member, seed) for i, (member, seed) in enumerate(zip(members, seeds, strict=True))}
     given = {i: tensor for i, tensor in seen.items() if tensor is not None}
     betas, lr = group["betas"], float(group["lr"])
@@ -88,7 +88,7 @@ def _tensor(entries: Tensor, grads: Tensor, state: dict[str, Any], places: Place
 @functools.lru_cache(maxsize=8)
 def _corrections(beta: float) -> Tensor:
     """Of each age from 0 on."""
-    return states.minus_correction(torch.arange(states.AGES_IN_16_BITS, dtype=torch.float32), beta)
+    return states.minus_correction(torch.arange(states.AGES_IN_16_BITS, dtype=torch.float32, device="cpu"), beta)
 
 
 def _moment(state: Tensor, signed: bool) -> tuple | None:

@@ -228,8 +228,9 @@ def code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tens
     from torchao.optim import subclass_8bit
     from torchao.optim.quant_utils import quantize_8bit_with_qmap
 
-    qmap = torch.tensor(subclass_8bit.get_qmap_signed() if signed else subclass_8bit.get_qmap_unsigned())
-    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
+    codes = subclass_8bit.get_qmap_signed() if signed else subclass_8bit.get_qmap_unsigned()
+    qmap = torch.tensor(codes, device="cpu")
+    upper = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
 
     def code(steps: Tensor) -> Tensor:
         return quantize_8bit_with_qmap(value(steps), qmap)

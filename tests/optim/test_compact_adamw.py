@@ -311,3 +311,31 @@ def test_wrong_arguments_and_uses_are_answered_in_a_sentence():
 
     with pytest.raises(TypeError, match="Halves overrides apply_"):
         Halves([("p", p)], 0.5).register(optimizer)
+
+
+def test_the_default_device_of_a_process_is_not_that_of_its_tensors():
+    """It can be a GPU while these are on the CPU. Tensors that nobody can read show where it is asked."""
+    found = []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(300, 400).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+        other = nn.Parameter(torch.randn(200, 300))
+        gradients = [torch.randn(300, 400) for _ in range(6)]
+        torch.set_default_device(default)
+        try:
+            optimizers = [
+                CompactAdamW(weights, state_bits=8, bf16_stochastic_round=True, max_grad_norm=1.0),
+                torch.optim.SGD([other], lr=0.1),
+            ]
+            for optimizer in optimizers:
+                named = [(str(i), p) for i, p in enumerate(optimizer.param_groups[0]["params"])]
+                GradientMask(named, 0.05, refresh_every=3).register(optimizer)
+            for gradient in gradients:
+                sum((p * gradient[: p.shape[0], : p.shape[1]]).sum() for p in (*weights, other)).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        finally:
+            torch.set_default_device(None)
+        found.append([p.detach() for p in (*weights, other)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

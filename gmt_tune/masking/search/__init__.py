@@ -67,10 +67,10 @@ def _search_on_cpu(sets: Sequence[Set], ks: Sequence[int]) -> list[Found]:
     thresholds: dict[int, Tensor] = {}
     for dtype in set(dtypes):
         members = [i for i, d in enumerate(dtypes) if d == dtype]
-        values = from_bits(torch.tensor([ranks[i].bits for i in members]), dtype).unbind()
+        values = from_bits(torch.tensor([ranks[i].bits for i in members], device="cpu"), dtype).unbind()
         thresholds.update(zip(members, values, strict=True))
-    counts = torch.tensor([rank.selected for rank in ranks], dtype=torch.int64).unbind()
-    flags = torch.tensor([rank.nonfinite for rank in ranks], dtype=torch.bool).unbind()
+    counts = torch.tensor([rank.selected for rank in ranks], dtype=torch.int64, device="cpu").unbind()
+    flags = torch.tensor([rank.nonfinite for rank in ranks], dtype=torch.bool, device="cpu").unbind()
     found = []
     for i, one in enumerate(sets):
         if len(one) == 1:

@@ -68,8 +68,8 @@ class KeyBlock:
     """Scratch memory (4 MB) that holds the keys of at most BLOCK entries, and counts them."""
 
     def __init__(self) -> None:
-        self._keys = torch.empty(BLOCK, dtype=torch.int16)
-        self._hits = torch.empty(BLOCK, dtype=torch.int16)
+        self._keys = torch.empty(BLOCK, dtype=torch.int16, device="cpu")
+        self._hits = torch.empty(BLOCK, dtype=torch.int16, device="cpu")
 
     def load(self, tensors: Iterable[Tensor]) -> None:
         """Make the keys of these entries, and pad them to whole rows with -1, which no count sees."""
@@ -106,7 +106,7 @@ class KeyBlock:
         groups = words.sum(1).nonzero().view(-1)
         at = words.index_select(0, groups).view(-1).nonzero().view(-1)
         first = ((groups.index_select(0, at >> GROUP_BITS) << GROUP_BITS) + (at & (GROUP - 1))) << 2
-        near = (first[:, None] + torch.arange(4)).view(-1)
+        near = (first[:, None] + torch.arange(4, device="cpu")).view(-1)
         hits = self.hits.index_select(0, near).bool()
         near.clamp_(max=tensor.numel() - 1)  # only the padding, which has no hits, lies beyond
         return magnitude_bits(tensor.reshape(-1).index_select(0, near)).masked_select(hits)
@@ -188,7 +188,7 @@ class NativeKeys:
         return counts[: len(keys)]
 
     def candidates(self, key: int) -> Tensor:
-        picked = torch.empty(self._counted[key] - self._counted[key + 1], dtype=torch.int32)
+        picked = torch.empty(self._counted[key] - self._counted[key + 1], dtype=torch.int32, device="cpu")
         bounds = self._smallest(key), self._smallest(key + 1)
         self._library.pick_between(*self._given[:2], *bounds, native.pointer(picked), torch.get_num_threads())
         return picked
@@ -258,14 +258,14 @@ def search(k: int, n: int, guess: Guess, count: Callable[[list[int]], list[int]]
 
 def guess_keys(entries: Sequence[Entries], ks: Sequence[int]) -> list[Guess]:
     """A guess for each set of entries, from a few random ones; all sets together, a bit at a time."""
-    rows = torch.full((len(entries), SAMPLE), -1, dtype=torch.int16)
+    rows = torch.full((len(entries), SAMPLE), -1, dtype=torch.int16, device="cpu")
     ranks = []
     for row, e, k in zip(rows, entries, ks, strict=True):
         bits = (sample := e.sample(SAMPLE)[:SAMPLE]).view(INT_DTYPE[e.dtype])
         row[: bits.numel()] = bits >> 16 if e.dtype == torch.float32 else bits
         row[: bits.numel()] &= 0x7FFF
         ranks.append(min(sample.numel(), max(1, round(k * sample.numel() / e.numel))))
-    ranks = torch.tensor(ranks, dtype=torch.int16)[:, None]
+    ranks = torch.tensor(ranks, dtype=torch.int16, device="cpu")[:, None]
     hits = torch.empty_like(rows)
 
     def count(keys: Tensor) -> Tensor:

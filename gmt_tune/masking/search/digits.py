@@ -183,7 +183,7 @@ def kth_bits(read: Callable[[], Iterable[Tensor]], k: int, dtype: torch.dtype) -
         k: rank from the top.
         dtype: of the tensors.
     """
-    prefix = torch.zeros(1, dtype=torch.int64)
+    prefix = torch.zeros(1, dtype=torch.int64, device="cpu")
     for level in LEVELS[dtype]:
         counts: Any = sum(count_digits(tensor, prefix[0], level) for tensor in read())
         prefix = _descend(counts[None], prefix.to(counts.device), k)[1]

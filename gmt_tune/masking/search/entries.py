@@ -110,5 +110,6 @@ def _at(tensor: Tensor, index: tuple[Tensor, ...]) -> Tensor:
 def _positions(n: int, m: int) -> Tensor:
     """m random positions below n, in ascending order, one in each of m equal parts; always the same ones."""
     generator = torch.Generator().manual_seed(n)
-    parts = torch.arange(m, dtype=torch.float64) + torch.rand(m, dtype=torch.float64, generator=generator)
+    within = torch.rand(m, dtype=torch.float64, generator=generator, device="cpu")
+    parts = torch.arange(m, dtype=torch.float64, device="cpu") + within
     return (parts * (n / m)).to(torch.int64).clamp_(max=n - 1)
