@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmt_tune import GradientMask, mask_grads_
+from gmt_tune.integrations.torchtune.process_group import leave
 
 SHAPES = {
     "odd": (7, 5),
@@ -405,7 +406,7 @@ def main(output_file: str) -> None:
     results["launches"] = len(launches)
     if rank == 0:
         torch.save(results, output_file)
-    dist.destroy_process_group()
+    leave()  # without which the process can abort at its end
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torchao.optim import AdamW4bit, AdamW8bit
 from gmt_tune import CompactAdamW, GradientMask
 from gmt_tune.integrations.torchtune.checkpoint import state
 from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
+from gmt_tune.integrations.torchtune.process_group import leave
 from gmt_tune.masking.packing import pack_selection, unpack_selection
 from gmt_tune.masking.tracker import SelectionTracker
 from gmt_tune.optim.states import to_floats
@@ -169,7 +170,7 @@ def main(folder: Path) -> None:
                         filled.fill()
                         training.check_bits(filled)
             dist.barrier()
-            dist.destroy_process_group()
+            leave()  # without which the process can abort
         while turn == "save" and len(list(folder.glob("*/.metadata"))) < len(MESHES) * len(OPTIMIZERS):
             time.sleep(0.05)
 
