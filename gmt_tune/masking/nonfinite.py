@@ -38,7 +38,7 @@ def _is_nonfinite(tensor: Tensor) -> Tensor:
         return FLAGS[library.nonfinite_entries(*native.entries(tensor), torch.get_num_threads())]
     # Elsewhere on the CPU the sum is cheapest. It is not finite if an entry is not; but it can also overflow.
     if tensor.device.type == "cpu" and tensor.dtype != torch.float16 and tensor.sum().isfinite():
-        return torch.tensor(False, device="cpu")
+        return FLAGS[0]
     return ~torch.stack(tensor.aminmax()).isfinite().all()  # both are NaN if an entry is
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmt_tune.masking.parts import is_sharded
 from gmt_tune.masking.places import Places
 from gmt_tune.masking.search.devices import kernels_for, try_triton
 from gmt_tune.optim import states
@@ -181,9 +180,7 @@ def _by_kind(members: Sequence[Member], served: Sequence[int]) -> list[tuple[lis
         count = weight.numel() if places is None else places.count
         if count == 0:
             continue
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if places is None and is_sharded(moments[0]):
-            moments = moments[0].to_local(), moments[1].to_local()
+        moments = states.own(state["exp_avg"]), states.own(state["exp_avg_sq"])
         age, lookup = (state["step"], None) if places is None else (state["age"], places.lookup)
         selected = Selected(weight, grad, *moments, age, lookup, count)
         if can_update(selected):

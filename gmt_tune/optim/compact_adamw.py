@@ -348,7 +348,7 @@ class CompactAdamW(CompactOptimizer):
         return [left[i] for i in native.update_(rest, group, stochastic_round=self.bf16_stochastic_round)]
 
     def _adamw_(self, weights: list[Tensor], grads: list[Tensor], age: str, held: list[dict], group: dict) -> None:
-        first, second = ([own_entries(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))
+        first, second = ([states.own(state[key]).view(-1) for state in held] for key in ("exp_avg", "exp_avg_sq"))
         ages, rounds = [state[age] for state in held], self.bf16_stochastic_round
         states.adamw_(weights, grads, ages, first, second, group, stochastic_round=rounds)
 

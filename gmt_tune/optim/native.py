@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking import native
-from gmt_tune.masking.parts import own_entries
 from gmt_tune.masking.places import NativePlaces, Places
 from gmt_tune.optim import states
 
@@ -58,10 +57,11 @@ def update_(members: Sequence[Member], group: dict[str, Any], *, stochastic_roun
     seeds = torch.randint(1 << 62, (len(members),), device="cpu").tolist() if stochastic_round else [-1] * len(members)
     seen = {i: _tensor(*member, seed) for i, (member, seed) in enumerate(zip(members, seeds, strict=True))}
     given = {i: tensor for i, tensor in seen.items() if tensor is not None}
-    betas, lr = group["betas"], float(group["lr"])
+    betas = group["betas"]
     library = native.load(_SOURCE) if given and states.counts_in_16_bits(betas) else None
     if library is None:
         return list(range(len(members)))
+    lr = float(group["lr"])  # waits for the device where it is on one
     corrections = (_corrections(beta).data_ptr() for beta in betas)
     numbers = _Group(lr, 1 - lr * group["weight_decay"], *(1 - beta for beta in betas), group["eps"], *corrections)
     tensors = (_Tensor * len(given))(*given.values())
@@ -76,7 +76,7 @@ def _tensor(entries: Tensor, grads: Tensor, state: dict[str, Any], places: Place
     is_float = entries.dtype in native.FLOATS and grads.dtype in native.FLOATS
     if not is_float or age.dtype not in (torch.int16, torch.float32) or not native.serves(entries, grads, age):
         return None
-    moments = _moment(own_entries(state["exp_avg"]), True), _moment(own_entries(state["exp_avg_sq"]), False)
+    moments = _moment(states.own(state["exp_avg"]), True), _moment(states.own(state["exp_avg_sq"]), False)
     if None in moments:
         return None
     found = NativePlaces(None, None, None, 0, entries.numel()) if places is None else places.native()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmt_tune.masking.parts import is_sharded
+
 # Small tensors keep 32 bits, as with bitsandbytes and torchao
 _SMALLEST_QUANTIZED = 4096
 _BLOCKS = {8: 256, 4: 128, "fp8": 256}  # entries that share a scale
@@ -51,6 +53,11 @@ def empty(size: int, state_bits: int | str, *, signed: bool, device: torch.devic
 @functools.lru_cache(maxsize=8)
 def _example(signed: bool, device: torch.device) -> Tensor:
     return zeros((_SMALLEST_QUANTIZED,), 8, signed=signed, device=device)
+
+
+def own(state: Any) -> Any:
+    """What this process holds of a moment, in the same memory: ``detach`` would copy torchao's table of codes."""
+    return state.to_local() if is_sharded(state) else state
 
 
 def to_floats(state: Tensor) -> Tensor:

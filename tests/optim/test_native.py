@@ -114,3 +114,11 @@ def test_structures_are_as_large_as_those_of_the_source():
     # A field more or less would shift what comes behind it
     assert ctypes.sizeof(native._Group) == 5 * 4 + 4 + 2 * 8
     assert ctypes.sizeof(native._Tensor) == 5 * 8 + 4 * 8 + 2 * 6 * 8 + 2 * 8 + 2 * 4
+
+
+def test_a_learning_rate_on_a_device_is_not_read_where_c_plus_plus_serves_nothing():
+    """Reading it would wait for the device in each step."""
+    group = {"lr": torch.tensor(0.1, device="meta"), "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    assert native.update_([], group, stochastic_round=False) == []
+    member = (torch.ones(3, device="meta"), torch.ones(3, device="meta"), {"step": torch.ones(())}, None)
+    assert native.update_([member], group, stochastic_round=False) == [0]
