@@ -26,6 +26,8 @@ import torch
 from gpu_training import estimated_gib
 from selection import RESULTS, environment, save
 
+from gmt_tune.errors import UserError
+
 BIN = Path(sys.executable).parent
 TINY = {
     "model._component_": "torchtune.models.llama3_1.llama3_1",
@@ -143,11 +145,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="for the model and what is saved; default: a temporary one")
     parser.add_argument("--json", type=Path, help="where to write the numbers; default: benchmarks/results/")
     args = parser.parse_args(argv)
+    if args.limit_gib is not None and args.tiny:
+        parser.error("--limit-gib limits a GPU, and --tiny runs on the CPU: leave one of them out")
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("this PyTorch sees no GPU: --tiny tries the command out on the CPU")
     tiny = [f"{key}={value}" for key, value in TINY.items()] if args.tiny else []
     device = "cpu" if args.tiny else "cuda"
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        inputs = write_model(Path(scratch), tiny, args.configs[0], device)
+        try:
+            inputs = write_model(Path(scratch), tiny, args.configs[0], device)
+        except UserError as error:
+            parser.error(str(error))
         for config in args.configs:
             own = [*tiny, f"max_steps_per_epoch={args.steps}", "epochs=1"]
             if "low_memory" not in config:
