@@ -13,21 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gmt_tune.masking.places import RUN, SEGMENT, Lookup
-from gmt_tune.masking.search.kernels.tables import ALIGNMENT, to_device
+from gmt_tune.masking.search.kernels.tables import to_device
 from gmt_tune.optim.kernels.locate import find, last_at_most, locate
-from gmt_tune.optim.kernels.moments import write
+from gmt_tune.optim.kernels.moments import AGES, are_known, block_of, tensors_of, write
 from gmt_tune.optim.kernels.tiles import store
 
 TILE = 1 << 10  # entries that a program holds at a time, whole blocks of states: 4 a thread of 8 warps
 TILES = 4
-
-_AGES = {torch.int16: tl.int16, torch.int32: tl.int32}
 
 
 @dataclass
@@ -49,24 +46,15 @@ class States:
 
     def kind(self) -> tuple:
         """Those of the same one are carried over together."""
-        return self.age.device, self.age.dtype, self.block, self.lookup.ranks is None
-
-    @property
-    def block(self) -> int:
-        return 0 if type(self.exp_avg) is Tensor else self.exp_avg.block_size
+        return self.age.device, self.age.dtype, block_of(self.exp_avg), self.lookup.ranks is None
 
     def is_known(self) -> bool:
         """Whether the dtypes, states and memory are those that the kernel knows."""
         moments = self.exp_avg, self.exp_avg_sq
-        if {type(moment).__name__ for moment in moments} not in ({"Tensor"}, {"OptimState8bit"}):
-            return False
-        flat = [*((moment.codes if self.block else moment) for moment in moments), self.age]
         return (
-            self.age.dtype in _AGES
-            and all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in flat)
-            and self.lookup.stored.data_ptr() % ALIGNMENT == 0
-            and {tensor.numel() for tensor in flat} == {self.age.numel()}
-            and (not self.block or TILE % self.block == 0)
+            self.age.dtype in AGES
+            and are_known(moments, [self.age, self.lookup.stored], TILE)
+            and {moment.numel() for moment in moments} == {self.age.numel()}
         )
 
 
@@ -147,7 +135,7 @@ def carry(pairs: Sequence[tuple[States | None, States]]) -> None:
     example = pairs[0][1]
     qmaps = (example.exp_avg.qmap, example.exp_avg_sq.qmap) if block else (table, table)
     _carry_kernel[(chunks[-1],)](
-        table, len(pairs), *qmaps, STATE=tl.uint8 if block else tl.float32, AGE=_AGES[age_dtype], BLOCK=block,
+        table, len(pairs), *qmaps, STATE=tl.uint8 if block else tl.float32, AGE=AGES[age_dtype], BLOCK=block,
         IS_SPARSE=is_sparse, WAS_SPARSE=was_sparse, SEGMENT=SEGMENT, RUN=RUN, TILE=TILE, TILES=TILES, num_warps=8,
     )  # fmt: skip
 
@@ -155,8 +143,5 @@ def carry(pairs: Sequence[tuple[States | None, States]]) -> None:
 def _row(states: States) -> list[int]:
     """Addresses of one side."""
     stored, starts, ranks = states.lookup
-    moments = [states.exp_avg, states.exp_avg_sq]
     tensors = [stored, starts, starts if ranks is None else ranks, states.age]
-    tensors += [moment.codes for moment in moments] if states.block else moments
-    tensors += [moment.scale for moment in moments] if states.block else moments
-    return [tensor.data_ptr() for tensor in tensors]
+    return [tensor.data_ptr() for tensor in (*tensors, *tensors_of([states.exp_avg, states.exp_avg_sq]))]

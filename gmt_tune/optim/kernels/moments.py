@@ -1,9 +1,48 @@
 """Tiles of Adam's moments: float32, or in 8 bits, read and written as torchao does it, bit for bit."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from gmt_tune.masking.search.kernels.tables import ALIGNMENT
 from gmt_tune.optim.kernels.tiles import load, store
+
+AGES = {torch.int16: tl.int16, torch.int32: tl.int32}
+
+
+def block_of(moment: Any) -> int:
+    """Entries that share a scale; 0 for float32."""
+    return 0 if type(moment) is Tensor else moment.block_size
+
+
+def are_known(moments: Sequence[Any], beside: Sequence[Tensor], tile: int) -> bool:
+    """Whether kernels can read moments, float32 or both ``OptimState8bit``, and what lies beside them.
+
+    Args:
+        moments: of as many entries each.
+        beside: tensors whose memory must be readable in the same way.
+        tile: entries that a program holds at a time.
+    """
+    if {type(moment).__name__ for moment in moments} not in ({"Tensor"}, {"OptimState8bit"}):
+        return False
+    block = block_of(moments[0])
+    flat = [*_entries(moments), *beside]
+    return (not block or tile % block == 0) and all(
+        tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in flat
+    )
+
+
+def tensors_of(moments: Sequence[Any]) -> list[Tensor]:
+    """What a row of a table has of moments: their entries, and the scales of these or the same again."""
+    return [*_entries(moments), *(moment.scale if block_of(moment) else moment for moment in moments)]
+
+
+def _entries(moments: Sequence[Any]) -> list[Tensor]:
+    return [moment.codes if block_of(moment) else moment for moment in moments]
 
 
 @triton.jit

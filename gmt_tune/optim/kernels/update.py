@@ -23,16 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from gmt_tune.masking.places import RUN, SEGMENT, Lookup
-from gmt_tune.masking.search.kernels.tables import ALIGNMENT, to_device
+from gmt_tune.masking.search.kernels.tables import to_device
 from gmt_tune.optim.kernels.locate import last_at_most, locate
-from gmt_tune.optim.kernels.moments import read, write
+from gmt_tune.optim.kernels.moments import AGES, are_known, block_of, read, tensors_of, write
 from gmt_tune.optim.kernels.tiles import load, rounded, store
 
 TILE = 1 << 10  # entries that a program holds at a time, whole blocks of states: 4 a thread of 8 warps
 TILES = 4
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_AGES = {torch.int16: tl.int16, torch.int32: tl.int32}
 
 
 @dataclass
@@ -56,38 +55,28 @@ class Selected:
     lookup: Lookup | None
     count: int
 
-    @property
-    def is_quantized(self) -> bool:
-        return type(self.exp_avg) is not Tensor
-
     def kind(self) -> tuple:
         """Those of the same one are updated together."""
         dtypes = self.weight.dtype, self.grad.dtype, self.age.dtype
-        block = self.exp_avg.block_size if self.is_quantized else 0
         places = "all" if self.lookup is None else "offsets" if self.lookup.ranks is None else "bits"
-        return self.weight.device, *dtypes, places, block
+        return self.weight.device, *dtypes, places, block_of(self.exp_avg)
 
 
 def can_update(member: Selected) -> bool:
     """Whether its dtypes, states and memory are those that the kernel knows."""
-    moments = member.exp_avg, member.exp_avg_sq
-    if {type(moment).__name__ for moment in moments} not in ({"Tensor"}, {"OptimState8bit"}):
-        return False
-    codes = [moment.codes if member.is_quantized else moment for moment in moments]
-    flat, age = [member.grad, *codes], member.age
+    moments, beside, age = (member.exp_avg, member.exp_avg_sq), [member.grad], member.age
     if member.lookup is None:
         is_known = age.dtype == torch.float32 and age.device == member.weight.device
     else:
-        is_known = age.dtype in _AGES and age.numel() == member.grad.numel()
-        flat += [age, member.lookup.stored]
+        is_known = age.dtype in AGES and age.numel() == member.grad.numel()
+        beside += [age, member.lookup.stored]
     return (
         is_known
         and member.weight.dtype in _DTYPES
         and member.grad.dtype in _DTYPES
         and member.weight.is_contiguous()
-        and all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in flat)
-        and {tensor.numel() for tensor in codes} == {member.grad.numel()}
-        and (not member.is_quantized or TILE % moments[0].block_size == 0)
+        and are_known(moments, beside, TILE)
+        and {moment.numel() for moment in moments} == {member.grad.numel()}
     )
 
 
@@ -196,8 +185,8 @@ def update_(members: Sequence[Selected], group: dict[str, Any], *, stochastic_ro
     _update_kernel[(chunks[-1],)](
         table, len(members), *qmaps, seed, lr, decay, 1.0 - beta1, 1.0 - beta2, _log(beta1), _log(beta2),
         float(group["eps"]), WEIGHT=_DTYPES[weight_dtype], GRAD=_DTYPES[grad_dtype],
-        STATE=tl.uint8 if block else tl.float32, AGE=_AGES.get(age_dtype, tl.float32),
-        OLDEST=torch.iinfo(age_dtype).max if age_dtype in _AGES else 0,
+        STATE=tl.uint8 if block else tl.float32, AGE=AGES.get(age_dtype, tl.float32),
+        OLDEST=torch.iinfo(age_dtype).max if age_dtype in AGES else 0,
         IS_WHOLE=places == "all", IS_SPARSE=places == "offsets", BLOCK=block, BY_CHANCE=by_chance,
         LR_ON_DEVICE=lr_on_device, SEGMENT=SEGMENT, RUN=RUN,
         TILE=TILE, TILES=TILES, num_warps=8,
@@ -208,9 +197,7 @@ def _row(member: Selected) -> list[int]:
     """A row of the table, behind the number of the first chunk."""
     stored, starts, ranks = member.lookup or (member.weight, member.weight, None)
     tensors = [member.weight, member.grad, member.age, stored, starts, starts if ranks is None else ranks]
-    moments = [member.exp_avg, member.exp_avg_sq]
-    tensors += [moment.codes for moment in moments] if member.is_quantized else moments
-    tensors += [moment.scale for moment in moments] if member.is_quantized else moments
+    tensors += tensors_of([member.exp_avg, member.exp_avg_sq])
     return [member.count, member.grad.numel(), starts.numel() - 1, *(tensor.data_ptr() for tensor in tensors)]
 
 
