@@ -118,6 +118,6 @@ def _places(n: int, kept: int) -> int:
 
 def _bytes(state: Any) -> int:
     """Memory of a tensor, or of those that torchao's classes are made of."""
-    if type(state) is not torch.Tensor:
+    if states.is_quantized(state):
         return sum(_bytes(getattr(state, name)) for name in state.__tensor_flatten__()[0])
     return state.numel() * state.element_size()

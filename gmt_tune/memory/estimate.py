@@ -422,6 +422,11 @@ def _seq_len(cfg: DictConfig, model: nn.Module) -> tuple[int, bool]:
     return min(ASSUMED_SEQ_LEN, getattr(model, "max_seq_len", ASSUMED_SEQ_LEN)), True
 
 
+def sequence_length(cfg: DictConfig) -> int:
+    """Tokens of a full row of a config's data."""
+    return _seq_len(cfg, _meta_model(cfg, torch.bfloat16))[0]
+
+
 def _rope_bytes(model: nn.Module) -> int:
     """Rotary tables, which recipes compute on the device in fp32: a cosine and a sine for each position and pair."""
     ropes = [m for m in model.modules() if hasattr(m, "rope_init")]

@@ -60,6 +60,14 @@ def mask_bits_bytes(numels: Iterable[int]) -> int:
     return sum((numel + 7) // 8 for numel in numels)
 
 
+def compiled_scratch_bytes(state: str) -> int:
+    """Bytes for each entry of a tensor that torchao's compiled update of it needs, by the class of its states.
+
+    Seen in the code that inductor generates: quantizing to 4 bits takes several kernels, with float32 between them.
+    """
+    return 24 if state == "OptimState4bit" else 0
+
+
 def step_scratch_bytes(component: Callable, options: dict, largest: int, dtype: torch.dtype, total: int) -> int:
     """Bytes that an optimizer's step needs for a moment, estimated from the entries of the largest tensor and of all.
 

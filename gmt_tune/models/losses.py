@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gmt_tune.errors import UserError
 
@@ -55,7 +56,7 @@ class LinearCrossEntropyLoss(nn.Module):
             self._labels = None
 
     def _loss(self, hidden: Tensor, weight: Any) -> Tensor:
-        if type(weight) not in (Tensor, nn.Parameter):
+        if isinstance(weight, DTensor):
             raise UserError(
                 "LinearCrossEntropyLoss needs the whole output layer, which tensor parallelism cuts: set "
                 "loss._component_=torchtune.modules.loss.CEWithChunkedOutputLoss"

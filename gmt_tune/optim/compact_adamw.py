@@ -178,10 +178,10 @@ class CompactAdamW(CompactOptimizer):
         state = held.get(key)
         if state is None or state.shape != values.shape:
             state = self._new_state(key, values.numel(), values.dtype, values.device)
-        if type(state) is Tensor:
-            state = values
-        else:
+        if states.is_quantized(state):
             states.fill_(state, values)
+        else:
+            state = values
         held[key] = state
 
     def _gather(self, parts: Sequence[Part], selections: Sequence[PlacedSelection]) -> list[Tensor]:

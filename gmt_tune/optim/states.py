@@ -60,14 +60,19 @@ def own(state: Any) -> Any:
     return state.to_local() if is_sharded(state) else state
 
 
+def is_quantized(state: Tensor) -> bool:
+    """Whether a moment is of one of torchao's classes, which are made of several tensors."""
+    return hasattr(state, "__tensor_flatten__")
+
+
 def to_floats(state: Tensor) -> Tensor:
     """A moment in float32, or an age; the same memory where it is not quantized."""
-    return state if type(state) is Tensor else state.dequantize()
+    return state.dequantize() if is_quantized(state) else state  # type: ignore[operator]
 
 
 def read(state: Tensor, part: slice) -> Tensor:
     """Entries of a moment in float32, whole blocks: the same memory where it is, else as torchao dequantizes them."""
-    if type(state) is Tensor:
+    if not is_quantized(state):
         return state[part]
     if not is_8bit(state):
         return state[part].dequantize()
@@ -78,7 +83,7 @@ def read(state: Tensor, part: slice) -> Tensor:
 
 def read_near(state: Tensor, near: slice) -> tuple[Tensor, int]:
     """Entries of a moment in float32, those of a range and maybe some around it; and the number of the first one."""
-    if type(state) is Tensor:
+    if not is_quantized(state):
         return state[near], near.start
     start = near.start // _LARGEST_BLOCK * _LARGEST_BLOCK
     stop = min(-(-near.stop // _LARGEST_BLOCK) * _LARGEST_BLOCK, state.numel())
@@ -89,7 +94,7 @@ def write(state: Tensor, part: slice, values: Tensor) -> None:
     """Overwrite entries of a moment, whole blocks, as torchao quantizes them; ``values`` may be what ``read`` gave."""
     if not is_8bit(state):
         held = state[part]
-        if type(state) is not Tensor or held.data_ptr() != values.data_ptr():
+        if is_quantized(state) or held.data_ptr() != values.data_ptr():
             held.copy_(values)
         return
     kind: Any = state
@@ -215,7 +220,7 @@ def _piece(tensor: Tensor) -> int:
 
 
 def is_8bit(state: Tensor) -> bool:
-    return type(state) is not Tensor and type(state).__name__ == "OptimState8bit"
+    return is_quantized(state) and type(state).__name__ == "OptimState8bit"
 
 
 def _nearest_codes(values: Tensor, signed: bool) -> Tensor:

@@ -51,16 +51,20 @@ def entries(values: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64, int]:
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL | None:
+def load(source: Path, more_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The library built from a source file, once for all processes of a user; None, with a warning, where it cannot be.
 
     Loops run on as many threads as they are given, those of PyTorch.
+
+    Args:
+        source: a file in C++.
+        more_flags: of the compiler, behind ours.
     """
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "g++", "c++", "clang++"])), None)
     if compiler is None:
         _warn("there is no C++ compiler")
         return None
-    flags = [*_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    flags = [*_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), []), *more_flags]
     key = hashlib.sha256(source.read_bytes() + _HEADER.read_bytes() + " ".join([compiler, *flags]).encode())
     target = _cache() / f"{source.stem}_{key.hexdigest()[:16]}.so"
     try:

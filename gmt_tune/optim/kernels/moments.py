@@ -10,13 +10,14 @@ from torch import Tensor
 
 from gmt_tune.masking.search.kernels.tables import ALIGNMENT
 from gmt_tune.optim.kernels.tiles import load, store
+from gmt_tune.optim.states import is_8bit, is_quantized
 
 AGES = {torch.int16: tl.int16, torch.int32: tl.int32}
 
 
 def block_of(moment: Any) -> int:
     """Entries that share a scale; 0 for float32."""
-    return 0 if type(moment) is Tensor else moment.block_size
+    return moment.block_size if is_quantized(moment) else 0
 
 
 def are_known(moments: Sequence[Any], beside: Sequence[Tensor], tile: int) -> bool:
@@ -27,7 +28,7 @@ def are_known(moments: Sequence[Any], beside: Sequence[Tensor], tile: int) -> bo
         beside: tensors whose memory must be readable in the same way.
         tile: entries that a program holds at a time.
     """
-    if {type(moment).__name__ for moment in moments} not in ({"Tensor"}, {"OptimState8bit"}):
+    if any(is_quantized(moment) != is_8bit(moment) or is_8bit(moment) != is_8bit(moments[0]) for moment in moments):
         return False
     block = block_of(moments[0])
     flat = [*_entries(moments), *beside]
