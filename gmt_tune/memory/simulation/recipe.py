@@ -205,19 +205,15 @@ class _Run:
         if getattr(function, "__name__", "") != "single_param_adam":
             return function if function is not None else (lambda function: function)
 
-        def update(p: Any, grad: Any, step: Any, exp_avg: Any, *args: Any) -> None:
-            scratch = compiled_scratch_bytes(type(own(exp_avg)).__name__) * own(p).numel()
+        def update(*args: Any) -> None:
+            p, grad, step, exp_avg, *others = (arg.to_local() if hasattr(arg, "to_local") else arg for arg in args)
+            scratch = compiled_scratch_bytes(type(exp_avg).__name__) * p.numel()
             torch.empty(scratch, dtype=torch.uint8, device=p.device)
             with self._gpu.ignoring():
-                function(p, grad, step, exp_avg, *args)
+                function(p, grad, step, exp_avg, *others)
             self._gpu.launch("compiled single_param_adam")
 
         return update
-
-
-def own(tensor: Any) -> Any:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _plain_tensors(held: Any) -> Iterator[Tensor]:
