@@ -361,7 +361,8 @@ def without_simulation(function: Callable) -> Callable:
 @contextlib.contextmanager
 def _without_values(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Let FakeTensorMode forget what numbers are in tensors: it would copy them to the device in truth."""
-    values = [(t, t.constant) for t in tensors if getattr(t, "constant", None) is not None]
+    known: list[Any] = [t for t in tensors if getattr(t, "constant", None) is not None]
+    values = [(t, t.constant) for t in known]
     for t, _ in values:
         t.constant = None
     try:
@@ -373,7 +374,7 @@ def _without_values(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def _number(value: Tensor) -> bool | int | float:
     """A 0-d tensor's value where it is known, as that of a number which was made a tensor, and else 0."""
-    if (constant := getattr(value, "constant", None)) is not None:
+    if (constant := getattr(value, "constant", None)) is not None:  # FakeTensorMode's
         return without_simulation(constant.item)()
     return False if value.dtype == torch.bool else 0.0 if value.is_floating_point() else 0
 
