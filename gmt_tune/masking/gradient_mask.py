@@ -321,11 +321,8 @@ class GradientMask:
         if not self.statistics.numel:
             return {}
         metrics = {"mask/density": self.statistics.density, "mask/seconds": self.seconds}
-        if self.statistics.thresholds:
-            by_device: dict[torch.device, list[Tensor]] = {}
-            for threshold in self.statistics.thresholds.values():
-                by_device.setdefault(threshold.device, []).append(threshold.detach().float())
-            thresholds = torch.cat([torch.stack(group).cpu() for group in by_device.values()])
+        if numbers := self.statistics.read().thresholds:
+            thresholds = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu")
             metrics["mask/threshold_min"] = thresholds.min().item()
             metrics["mask/threshold_median"] = thresholds.median().item()
             metrics["mask/threshold_max"] = thresholds.max().item()
@@ -442,7 +439,7 @@ class GradientMask:
         uncounted = {name: p for name, p in zip(names, masked, strict=True) if name not in self.statistics.numel}
         parts = [part_of(p, name) for name, p in uncounted.items()]
         own = [placed.places.count if (placed := self._placed(name)) else 0 for name in uncounted]
-        counts = sum_counts([torch.tensor(n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
+        counts = sum_counts([torch.full((), n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
         self.statistics.record(parts, counts, [None] * len(parts))
         for batch, selections in self._select_finite(due, self._score(), now):
             thresholds = [selection.threshold for selection in selections]
