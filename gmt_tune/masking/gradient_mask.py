@@ -24,6 +24,8 @@ from gmt_tune.masking.optimizers import (
     after_closure,
     changes_no_weight,
     check_has_hooks,
+    outside_graphs,
+    owner_of,
     unwrap_optimizer,
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
@@ -214,8 +216,8 @@ class GradientMask:
         hooks = self._take_turns(optimizer) if isinstance(optimizer, CompactOptimizer) else []
         self._optimizers.add(optimizer)
         return HookHandles(
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(outside_graphs(self._before_step)),
+            optimizer.register_step_post_hook(outside_graphs(self._after_step)),
             *hooks,
         )
 
@@ -567,5 +569,5 @@ class GradientMask:
 def registered_masks(optimizer: Optimizer) -> list[GradientMask]:
     """The masks that act in the steps of an optimizer."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    owners = map(owner_of, hooks)
     return [owner for owner in owners if isinstance(owner, GradientMask)]

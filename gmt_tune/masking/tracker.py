@@ -19,6 +19,8 @@ from gmt_tune.masking.optimizers import (
     after_closure,
     changes_no_weight,
     check_has_hooks,
+    outside_graphs,
+    owner_of,
     unwrap_optimizer,
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
@@ -74,9 +76,9 @@ class SelectionTracker:
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
         hooks = optimizer._optimizer_step_pre_hooks.values()
-        if any(getattr(hook, "__self__", None) is self for hook in hooks):
+        if any(owner_of(hook) is self for hook in hooks):
             raise ValueError(f"this tracker watches the {type(optimizer).__name__} already: register it once")
-        return optimizer.register_step_pre_hook(self._before_step)
+        return optimizer.register_step_pre_hook(outside_graphs(self._before_step))
 
     def metrics(self) -> dict[str, float]:
         """Over all masked entries, at the last tracked step; waits for the device.

@@ -14,7 +14,7 @@ from torchtune import utils
 from gmt_tune.errors import UserError
 from gmt_tune.masking.host import to_host
 from gmt_tune.masking.nonfinite import nonfinite_flags
-from gmt_tune.masking.optimizers import CompactOptimizer
+from gmt_tune.masking.optimizers import CompactOptimizer, outside_graphs
 
 log = utils.get_logger("INFO")
 
@@ -94,9 +94,8 @@ class FiniteCheck:
         self._steps_in_backward, self._optimizers = steps_in_backward, optimizers
         if steps_in_backward:
             for optimizer in optimizers:
-                optimizer.register_step_pre_hook(self._note_gradients)
+                optimizer.register_step_pre_hook(outside_graphs(self._note_gradients))
 
-    @torch.compiler.disable
     def _note_gradients(self, optimizer: Optimizer, args, kwargs) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
