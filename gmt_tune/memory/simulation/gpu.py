@@ -102,6 +102,8 @@ class SimulatedGPU(contextlib.ExitStack):
 
     def read(self, what: str, *, of_launch: int | None = None) -> None:
         """Count that the host waits for the device: for all that was launched, or up to a number of launches."""
+        if self._ignores:
+            return
         is_late = of_launch is not None and of_launch < self._launched
         (self.late_reads if is_late else self.reads)[f"{what} at {_caller()}"] += 1
 
@@ -321,7 +323,11 @@ class _Watch(TorchDispatchMode):
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if name in ("_to_copy", "copy_"):
             self._see_copy(name, args, kwargs, result)
-        if name not in _VIEWS and func.namespace != "prim" and (on_device or any(x.device.type == "cuda" for x in outputs)):
+        if (
+            name not in _VIEWS
+            and func.namespace != "prim"
+            and (on_device or any(x.device.type == "cuda" for x in outputs))
+        ):
             gpu.launch(name)
         for output in outputs:
             gpu.track(output)

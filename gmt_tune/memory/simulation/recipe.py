@@ -192,7 +192,9 @@ class _Run:
             "reference model": [] if reference is None else [*reference.parameters(), *reference.buffers()],
             "gradients": gradients,
             "optimizer states": states_of,
-            "gradient mask": [] if mask is None else [vars(s.places) if hasattr(s, "places") else s.bits for s in mask._selections.values()],
+            "gradient mask": []
+            if mask is None
+            else [vars(s.places) if hasattr(s, "places") else s.bits for s in mask._selections.values()],
         }
         for name, owners in held.items():
             storages = {t.untyped_storage() for t in _plain_tensors(owners)}
@@ -265,13 +267,15 @@ def simulated_ranks(world_size: int) -> Iterator[None]:
         "barrier": lambda *args, **kwargs: None,
         "init_process_group": lambda *args, **kwargs: None,
     }
-    base: Any = sys.modules["torchtune_recipes_full_finetune_distributed"]
+    base = sys.modules.get("torchtune_recipes_full_finetune_distributed")  # where a recipe is run
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, variables))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(dist, name, answer))
-        stack.enter_context(mock.patch.object(base, "init_process_group", answers["init_process_group"]))
-        stack.enter_context(mock.patch.object(base, "init_device_mesh", without_simulation(base.init_device_mesh)))
+        if base is not None:
+            stack.enter_context(mock.patch.object(base, "init_process_group", answers["init_process_group"]))
+            make_mesh = without_simulation(base.init_device_mesh)  # type: ignore[attr-defined]
+            stack.enter_context(mock.patch.object(base, "init_device_mesh", make_mesh))
         try:
             yield
         finally:
