@@ -115,7 +115,7 @@ class _Run:
         recipe_class = module["GMTFullDPORecipe" if name == "gmt_full_dpo" else "GMTFullFinetuneRecipe"]
         with SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
             self._gpu = gpu
-            gpu.enter_context(mock.patch.object(torch, "compile", self._compile))
+            gpu.enter_context(mock.patch.object(torch, "compile", simulated_compile(gpu)))
             # Nothing is read or written
             gpu.enter_context(mock.patch.object(RunCheckpoints, "find", lambda *args: self._cfg.checkpointer))
             gpu.enter_context(mock.patch.object(RunCheckpoints, "check_space", lambda *args: None))
@@ -202,8 +202,10 @@ class _Run:
         self._found.parts["activations and working memory"] = sum(left.values())
         self._found.phase = _phase()
 
-    def _compile(self, function: Any = None, **options: Any) -> Any:
-        """In place of ``torch.compile``: of torchao's optimizers, what the compiled step needs; all else as it is."""
+def simulated_compile(gpu: SimulatedGPU) -> Callable[..., Any]:
+    """In place of ``torch.compile``: of torchao's optimizers, what the compiled step needs; all else as it is."""
+
+    def compile(function: Any = None, **options: Any) -> Any:
         if getattr(function, "__name__", "") != "single_param_adam":
             return function if function is not None else (lambda function: function)
 
@@ -211,11 +213,13 @@ class _Run:
             p, grad, step, exp_avg, *others = (arg.to_local() if hasattr(arg, "to_local") else arg for arg in args)
             scratch = compiled_scratch_bytes(type(exp_avg).__name__) * p.numel()
             torch.empty(scratch, dtype=torch.uint8, device=p.device)
-            with self._gpu.ignoring():
+            with gpu.ignoring():
                 function(p, grad, step, exp_avg, *others)
-            self._gpu.launch("compiled single_param_adam")
+            gpu.launch("compiled single_param_adam")
 
         return update
+
+    return compile
 
 
 def _plain_tensors(held: Any) -> Iterator[Tensor]:
