@@ -274,6 +274,8 @@ class SimulatedGPU(contextlib.ExitStack):
             return row
 
         yield FakeTensor, "tolist", to_list
+        for owner in (torch.optim.optimizer, torch.utils._foreach_utils):  # or they loop where a GPU would not
+            yield owner, "_foreach_supported_types", [*owner._foreach_supported_types, FakeTensor]
         yield torch, "tensor", make_tensor
         yield torch, "empty", functools.partial(make, torch.empty)
         yield torch, "empty_like", functools.partial(make, torch.empty_like)
