@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import traceback
 import weakref
 from collections import Counter
@@ -19,6 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -274,8 +277,9 @@ class SimulatedGPU(contextlib.ExitStack):
             return row
 
         yield FakeTensor, "tolist", to_list
-        for owner in (torch.optim.optimizer, torch.utils._foreach_utils):  # or they loop where a GPU would not
-            yield owner, "_foreach_supported_types", [*owner._foreach_supported_types, FakeTensor]
+        for owner in (sys.modules[Optimizer.__module__], _foreach_utils):  # or they loop where a GPU would not
+            types = [*owner._foreach_supported_types, FakeTensor]  # type: ignore[attr-defined]
+            yield owner, "_foreach_supported_types", types
         yield torch, "tensor", make_tensor
         yield torch, "empty", functools.partial(make, torch.empty)
         yield torch, "empty_like", functools.partial(make, torch.empty_like)
