@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchtune import config, rlhf, training
 
 from gmt_tune.integrations.torchtune.config.public import config_to_log
+from gmt_tune.integrations.torchtune.run.data import to_device
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config, check_preference_row
@@ -97,7 +98,7 @@ class GMTFullDPORecipe(MaskedRecipe):
         running, num_tokens = 0, 0
         for epoch in range(self.epochs_run, self.total_epochs):  # both loops begin later in a resumed run
             for batch, completes_step in self._epoch_batches(epoch):
-                num_tokens += torch.tensor(batch[0].numel(), device=self._device)
+                num_tokens += torch.full((), batch[0].numel(), device=self._device)
 
                 # Every micro-batch has as many pairs: the mean over the step is the mean of their means.
                 numbers = self._numbers_of_pairs(batch)
@@ -119,7 +120,7 @@ class GMTFullDPORecipe(MaskedRecipe):
                             # With those that the epoch before has left over: divide by what is there
                             scale = self._gradient_accumulation_steps / len(self._micro_batches)
                             running = running * scale
-                            self._scale_gradients(torch.tensor(scale))
+                            self._scale_gradients(torch.full((), scale, device=self._device))
                         if self._check_finite(running[0], num_tokens):
                             grad_norm = self._clip_gradients()
                             # The gradient mask is the optimizer's step pre-hook: it acts inside this call,
@@ -133,8 +134,8 @@ class GMTFullDPORecipe(MaskedRecipe):
                     if self._lr_scheduler is not None:
                         self._lr_scheduler.step()
 
-                    loss_to_log, *means = (running / self.world_size).tolist()
-                    self._log_step(loss_to_log, num_tokens.item(), grad_norm, dict(zip(numbers, means, strict=True)))
+                    mean_loss, *means = (running / self.world_size).unbind()
+                    self._log_step(mean_loss, num_tokens, grad_norm, dict(zip(numbers, means, strict=True)))
                     self._finish_step()
                     running, num_tokens = 0, 0
 
@@ -146,7 +147,7 @@ class GMTFullDPORecipe(MaskedRecipe):
         Args:
             batch: tokens and labels, [2 x pairs, sequence] each: all chosen answers, then all rejected ones.
         """
-        tokens_BS, labels_BS = (part.to(self._device) for part in batch)
+        tokens_BS, labels_BS = to_device(batch, self._device)
         with self.activations_handling_ctx:
             policy = self._log_probs(self._model, tokens_BS, labels_BS)
         with torch.no_grad():
@@ -186,7 +187,7 @@ class GMTFullDPORecipe(MaskedRecipe):
         def sums_of(batch: tuple[Tensor, Tensor], rows: int) -> dict[str, Tensor]:
             numbers = self._numbers_of_pairs(batch)
             sums = {f"val_{name}": number[:rows].double().sum() for name, number in numbers.items()}
-            return {**sums, "pairs": torch.tensor(rows, device=self._device)}
+            return {**sums, "pairs": torch.full((), rows, device=self._device)}
 
         return self._validation.run(self._model, sums_of, self._device)
 

@@ -4,10 +4,11 @@ import sys
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config, utils
+from torchtune import config
 
 from gmt_tune.integrations.torchtune.config.public import config_to_log
 from gmt_tune.integrations.torchtune.run.chunks import fill_chunks
+from gmt_tune.integrations.torchtune.run.data import to_device
 from gmt_tune.integrations.torchtune.run.entry import parse, run_recipe
 from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
 from gmt_tune.integrations.torchtune.run.validation import tokens_in_loss
@@ -50,8 +51,9 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
 
         - Validation (``dataset_val``, ``run_val_every_n_steps``, ``batch_size_val``).
 
-        - Numbers that go wrong (``on_nonfinite``). A loss or gradient that is not finite ends the run before
-          any weight changes (``error``), or that step is left out and counted (``skip``).
+        - Numbers that go wrong (``on_nonfinite``). A loss or gradient that is not finite ends the run before anything
+          is saved, validated or logged (``error``), on the CPU before any weight changes; or that step is left out and
+          counted (``skip``), for which the host waits for the device once a step.
 
         - Evaluation (``evaluation``). A component made with the tokenizer is called with the model before the
           first and after the last step; what it returns is printed and logged.
@@ -70,7 +72,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         running_loss, num_tokens = 0, 0
         for epoch in range(self.epochs_run, self.total_epochs):  # both loops begin later in a resumed run
             for batch, completes_step in self._epoch_batches(epoch):
-                utils.batch_to_device(batch, self._device)
+                batch = to_device(batch, self._device)
 
                 # The loss is a mean over tokens: weigh it by their number, so that micro-batches of
                 # different lengths add up to the mean over all tokens of the step.
@@ -105,7 +107,9 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
                     if self._lr_scheduler is not None:
                         self._lr_scheduler.step()
 
-                    self._log_step((running_loss.item() / num_tokens).item(), num_tokens.item(), grad_norm)
+                    # PyTorch divides a number by a tensor so, as torchtune does here; nothing waits for the device
+                    mean_loss = running_loss.float() * num_tokens.reciprocal()
+                    self._log_step(mean_loss, num_tokens, grad_norm)
                     self._finish_step()
                     running_loss, num_tokens = 0, 0
 
@@ -135,7 +139,7 @@ class GMTFullFinetuneRecipe(MaskedRecipe):
         """The mean loss over all tokens of ``dataset_val``."""
 
         def sums_of(batch: dict, rows: int) -> dict[str, torch.Tensor]:
-            utils.batch_to_device(batch, self._device)
+            batch = to_device(batch, self._device)
             batch["labels"][rows:] = self._loss_fn.ignore_index
             tokens = tokens_in_loss(batch["labels"], self._loss_fn.ignore_index)
             return {"val_loss": self._loss(batch).double() * tokens, "tokens": tokens}

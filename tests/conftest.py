@@ -32,12 +32,19 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _has_cuda_build() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
 # By mark: whether what the test needs is there, and what to do where it is not.
 NEEDS = {
     "needs_chromium": (
         lambda: chromium.EXECUTABLE is not None,
         "no Chromium is installed: apt-get install -y --no-install-recommends chromium",
     ),
+    "fake_cuda": (_has_cuda_build, "this is no build of PyTorch for CUDA: tests/fake_cuda/requirements.txt"),
     "needs_gpu": (_has_gpu, "PyTorch sees no CUDA device"),
     "needs_mount": (_can_mount, "no tmpfs can be mounted here: run as root"),
 }

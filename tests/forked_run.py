@@ -18,6 +18,11 @@ BREAK = "TEST_BREAK_GRADIENT"
 # The same in an entry that is not selected, before a compact optimizer takes the selected ones.
 BREAK_UNSELECTED = "TEST_BREAK_UNSELECTED"
 
+# Variable that lets numbers be read as on a GPU: behind the next step.
+READ_LATE = "TEST_READ_LATE"
+# Variable that asks for a stop: "rank step", of that rank right before the numbers of that step are summed up.
+STOP_AT = "TEST_STOP_AT"
+
 # Variable that asks a rank to die while it writes its part of a checkpoint: "rank name".
 DIE_IN_SAVE = "TEST_DIE_IN_SAVE"
 # Variable that asks for a kill: "rank n folder", of that rank right before its n-th change to what is in a folder.
@@ -57,6 +62,10 @@ def _run(arguments: list[str], log: str, folder: str, environment: dict[str, str
         _break_gradient(*environment[BREAK].split())
     if BREAK_UNSELECTED in environment:
         _break_unselected(*environment[BREAK_UNSELECTED].split())
+    if READ_LATE in environment:
+        _read_late()
+    if STOP_AT in environment:
+        _stop_at(*environment[STOP_AT].split())
     if DIE_IN_SAVE in environment:
         _die_in_save(*environment[DIE_IN_SAVE].split())
     if KILL in environment:
@@ -105,6 +114,33 @@ def _break_unselected(rank: str, step: str, name: str, value: str) -> None:
         return begin(self)
 
     MaskedRecipe._begin_training = beginning
+
+
+def _read_late() -> None:
+    from gmt_tune.integrations.torchtune.run.recipe_setup import RecipeSetup
+
+    begin = RecipeSetup.__init__
+
+    def beginning(self, cfg):
+        begin(self, cfg)
+        self._reads_late = True
+
+    RecipeSetup.__init__ = beginning
+
+
+def _stop_at(rank: str, step: str) -> None:
+    from gmt_tune.integrations.torchtune.run.masked_recipe import MaskedRecipe
+
+    reduce = MaskedRecipe._reduce
+
+    def stopping(self, *args):
+        if self.rank == int(rank) and self.global_step + 1 == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self._stop.received:  # a thread notes it
+                time.sleep(0.001)
+        return reduce(self, *args)
+
+    MaskedRecipe._reduce = stopping
 
 
 def _die_in_save(rank: str, name: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking.checks import check_density, check_dtype, check_scope, check_score
+from gmt_tune.masking.host import to_host
 from gmt_tune.masking.nonfinite import raise_for_flags
 from gmt_tune.masking.parts import Part, make_parts, nonfinite_gradients, part_of
 from gmt_tune.masking.scores import make_score
@@ -14,9 +15,17 @@ from gmt_tune.masking.search import find_thresholds
 from gmt_tune.masking.selection import Selection, WholeSelection, apply_
 
 
+@dataclass(frozen=True)
+class MaskNumbers:
+    """What :class:`MaskStatistics` holds, on the host: by name, thresholds, and numbers of entries that stayed."""
+
+    thresholds: dict[str, float]
+    selected: dict[str, int]
+
+
 @dataclass
 class MaskStatistics:
-    """What one masking did. Holds 0-d tensors on the device; reading a property waits for the device.
+    """What one masking did. Holds 0-d tensors on the device; :meth:`read` and ``density`` wait for the device.
 
     Attributes:
         thresholds: name (or position) of each tensor to its 0-d threshold; empty for score "random".
@@ -27,6 +36,16 @@ class MaskStatistics:
     thresholds: dict[str, Tensor] = field(default_factory=dict)
     selected: dict[str, Tensor] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
+    _numbers: MaskNumbers | None = field(default=None, init=False, repr=False, compare=False)  # once they were read
+
+    def read(self) -> MaskNumbers:
+        """All numbers on the host, in one transfer per device, and once until the next masking."""
+        if self._numbers is None:
+            values = to_host([*self.thresholds.values(), *self.selected.values()])
+            thresholds = dict(zip(self.thresholds, values, strict=False))
+            selected = dict(zip(self.selected, map(int, values[len(thresholds) :]), strict=True))
+            self._numbers = MaskNumbers(thresholds, selected)
+        return self._numbers
 
     def copy(self) -> "MaskStatistics":
         """The same numbers in a value of its own."""
@@ -34,12 +53,14 @@ class MaskStatistics:
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop what is known of some gradients."""
+        self._numbers = None
         for name in names:
             for numbers in (self.thresholds, self.selected, self.numel):
                 numbers.pop(name, None)
 
     def record(self, parts: Sequence[Part], counts: Sequence[Tensor], thresholds: Sequence[Tensor | None]) -> None:
         """Take in what was selected of some gradients."""
+        self._numbers = None
         for part, count, threshold in zip(parts, counts, thresholds, strict=True):
             self.selected[part.name] = count
             self.numel[part.name] = part.numel
@@ -50,11 +71,7 @@ class MaskStatistics:
     def density(self) -> float:
         """Fraction of the masked tensors' entries that stayed; 1.0 where nothing was masked."""
         total = sum(self.numel.values())
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for count in self.selected.values():
-            by_device.setdefault(count.device, []).append(count)
-        kept = sum(int(torch.stack(counts).sum()) for counts in by_device.values())
-        return kept / total if total else 1.0
+        return sum(self.read().selected.values()) / total if total else 1.0
 
 
 def kth_largest_magnitude(tensor: Tensor, k: int) -> Tensor:

@@ -24,6 +24,8 @@ from gmt_tune.masking.optimizers import (
     after_closure,
     changes_no_weight,
     check_has_hooks,
+    outside_graphs,
+    owner_of,
     unwrap_optimizer,
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
@@ -214,8 +216,8 @@ class GradientMask:
         hooks = self._take_turns(optimizer) if isinstance(optimizer, CompactOptimizer) else []
         self._optimizers.add(optimizer)
         return HookHandles(
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(outside_graphs(self._before_step)),
+            optimizer.register_step_post_hook(outside_graphs(self._after_step)),
             *hooks,
         )
 
@@ -321,11 +323,8 @@ class GradientMask:
         if not self.statistics.numel:
             return {}
         metrics = {"mask/density": self.statistics.density, "mask/seconds": self.seconds}
-        if self.statistics.thresholds:
-            by_device: dict[torch.device, list[Tensor]] = {}
-            for threshold in self.statistics.thresholds.values():
-                by_device.setdefault(threshold.device, []).append(threshold.detach().float())
-            thresholds = torch.cat([torch.stack(group).cpu() for group in by_device.values()])
+        if numbers := self.statistics.read().thresholds:
+            thresholds = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu")
             metrics["mask/threshold_min"] = thresholds.min().item()
             metrics["mask/threshold_median"] = thresholds.median().item()
             metrics["mask/threshold_max"] = thresholds.max().item()
@@ -442,7 +441,7 @@ class GradientMask:
         uncounted = {name: p for name, p in zip(names, masked, strict=True) if name not in self.statistics.numel}
         parts = [part_of(p, name) for name, p in uncounted.items()]
         own = [placed.places.count if (placed := self._placed(name)) else 0 for name in uncounted]
-        counts = sum_counts([torch.tensor(n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
+        counts = sum_counts([torch.full((), n, device=p.local.device) for n, p in zip(own, parts, strict=True)], parts)
         self.statistics.record(parts, counts, [None] * len(parts))
         for batch, selections in self._select_finite(due, self._score(), now):
             thresholds = [selection.threshold for selection in selections]
@@ -570,5 +569,5 @@ class GradientMask:
 def registered_masks(optimizer: Optimizer) -> list[GradientMask]:
     """The masks that act in the steps of an optimizer."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    owners = map(owner_of, hooks)
     return [owner for owner in owners if isinstance(owner, GradientMask)]

@@ -1,9 +1,11 @@
 """Optimizers as hooks meet them: inside wrappers, with closures, with more than one hook to remove, and compact."""
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -87,6 +89,19 @@ def check_has_hooks(optimizer: Any) -> None:
     raise TypeError(f"{kind} runs no step hooks, so its gradients cannot be masked: call mask_grads_() before its step")
 
 
+def outside_graphs(hook: Callable) -> Callable:
+    """A step hook that ``torch.compile(optimizer.step)`` does not look into: it is one graph break, and compiled once.
+
+    To be made where it is registered: it loads the compiler, as each optimizer does, and takes seconds for it.
+    """
+    return torch.compiler.disable(hook)
+
+
+def owner_of(hook: Callable) -> Any:
+    """Whose method a hook is, also one made by :func:`outside_graphs`; None if it is no method."""
+    return getattr(inspect.unwrap(hook), "__self__", None)
+
+
 def changes_no_weight(optimizer: Optimizer) -> bool:
     """Whether the step that a pre-hook was called for is none of its own. Call it from the hook itself.
 
@@ -97,12 +112,14 @@ def changes_no_weight(optimizer: Optimizer) -> bool:
     overflowed = getattr(optimizer, "found_inf", None)
     if overflowed is not None and overflowed.item():
         return True
-    frame = sys._getframe(2)  # of what runs the hooks, around each step
-    step, outer = frame.f_code, frame.f_back
-    while outer is not None:
-        if outer.f_code is step and outer.f_locals.get("self") is optimizer:
-            return True
-        outer = outer.f_back
+    step = None  # what runs the hooks, around each step: the first frame of the optimizer's, behind torch.compile's own
+    frame = sys._getframe(2)
+    while frame is not None:
+        if (step is None or frame.f_code is step) and frame.f_locals.get("self") is optimizer:
+            if step is not None:
+                return True
+            step = frame.f_code
+        frame = frame.f_back
     return False
 
 

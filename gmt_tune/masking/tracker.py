@@ -4,6 +4,7 @@ Costs 2 bits of memory per masked entry and one more pass over the gradient; not
 With a compact optimizer, also how old the selection is.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking.gradient_mask import GradientMask
+from gmt_tune.masking.host import to_host
 from gmt_tune.masking.optimizers import (
     CompactOptimizer,
     after_closure,
     changes_no_weight,
     check_has_hooks,
+    outside_graphs,
+    owner_of,
     unwrap_optimizer,
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
@@ -60,6 +64,7 @@ class SelectionTracker:
         self._counts: dict[str, Tensor] = {}
         self._ages: dict[str, Tensor] = {}
         self._numel: dict[str, int] = {}
+        self._numbers: _Numbers | None = None  # once they were read
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
         """Watch an optimizer's steps, until the handle that it returns is removed; after the mask's own ``register``.
@@ -71,9 +76,9 @@ class SelectionTracker:
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
         hooks = optimizer._optimizer_step_pre_hooks.values()
-        if any(getattr(hook, "__self__", None) is self for hook in hooks):
+        if any(owner_of(hook) is self for hook in hooks):
             raise ValueError(f"this tracker watches the {type(optimizer).__name__} already: register it once")
-        return optimizer.register_step_pre_hook(self._before_step)
+        return optimizer.register_step_pre_hook(outside_graphs(self._before_step))
 
     def metrics(self) -> dict[str, float]:
         """Over all masked entries, at the last tracked step; waits for the device.
@@ -84,19 +89,19 @@ class SelectionTracker:
             the optimizer steps, with this one, for which they have been selected without a break. Empty before the
             first step.
         """
-        counts = self._read_counts().values()
+        counts = self._read().counts.values()
         if not counts:
             return {}
         both, last, ever = map(sum, zip(*counts, strict=True))
         metrics = {"mask/coverage": ever / sum(self._numel.values())} | ({"mask/overlap": both / last} if last else {})
-        ages = [row.tolist() for row in self._ages.values()]
+        ages = self._read().ages
         if selected := sum(count for _, count in ages):
             metrics["mask/age"] = sum(total for total, _ in ages) / selected
         return metrics
 
     def detail(self) -> dict[str, dict[str, float]]:
         """By parameter: ``{"overlap": {name: fraction}, "coverage": {name: fraction}}``."""
-        counts = self._read_counts()
+        counts = self._read().counts
         return {
             "overlap": {name: both / last for name, (both, last, _) in counts.items() if last},
             "coverage": {name: ever / self._numel[name] for name, (_, _, ever) in counts.items() if self._numel[name]},
@@ -145,6 +150,7 @@ class SelectionTracker:
 
     @torch.no_grad()
     def _observe(self, parameters: list[tuple[str, Tensor]], optimizer: Optimizer) -> None:
+        self._numbers = None
         seen: dict[str, Tensor] = {}
         for name, p in parameters:
             calls = self._calls.get(name, 0)
@@ -174,10 +180,10 @@ class SelectionTracker:
         """The sum of the ages that selected entries have in this step, and how many entries these are."""
         selection = self._mask.selection(p)
         count = 0 if selection is None else selection.places.count
-        total = torch.tensor(count, device=p.device)  # the step that is about to begin
+        total = torch.full((), count, device=p.device)  # the step that is about to begin
         if count:
             total += optimizer.state[p]["age"][:count].sum()
-        return torch.stack([total, torch.tensor(count, device=p.device)])
+        return torch.stack([total, torch.full((), count, device=p.device)])
 
     def _count(self, name: str, now: Tensor) -> Tensor:
         """Take in what is selected now; the three counts of ``_counts`` for this rank's entries."""
@@ -187,8 +193,20 @@ class SelectionTracker:
         last = torch.zeros_like(now) if last is None else last
         return torch.stack([_count_bits(bits) for bits in (now & last, last, self._ever[name])])
 
-    def _read_counts(self) -> dict[str, list[int]]:
-        return {name: row.tolist() for name, row in self._counts.items()}
+    def _read(self) -> "_Numbers":
+        """What is counted, on the host: in one transfer per device, and once until the next tracked step."""
+        if self._numbers is None:
+            counts, ages = self._counts.values(), self._ages.values()
+            values = map(int, to_host([number for row in (*counts, *ages) for number in row.unbind()]))
+            rows = [[next(values) for _ in range(row.numel())] for row in (*counts, *ages)]
+            self._numbers = _Numbers(dict(zip(self._counts, rows, strict=False)), rows[len(self._counts) :])
+        return self._numbers
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    counts: dict[str, list[int]]
+    ages: list[list[int]]
 
 
 def check_every(every: object, key: str = "every") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gmt_tune.reporting.parameter_names import split_name
 
@@ -28,9 +28,9 @@ class MaskMetrics:
 
     def detail(self) -> dict[str, dict[str, float]]:
         """By parameter: kind (of ``_GROUPED``) to ``{parameter: number}``; waits for the device."""
-        numel, selected = self._mask.statistics.numel, _to_numbers(self._mask.statistics.selected)
-        density = {name: count / numel[name] for name, count in selected.items() if numel[name]}
-        of_mask = {"density": density, "threshold": _to_numbers(self._mask.statistics.thresholds)}
+        numel, numbers = self._mask.statistics.numel, self._mask.statistics.read()
+        density = {name: count / numel[name] for name, count in numbers.selected.items() if numel[name]}
+        of_mask = {"density": density, "threshold": numbers.thresholds}
         return of_mask | (self._tracker.detail() if self._tracker is not None else {})
 
     def by_group(self, detail: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -70,19 +70,6 @@ def group_metrics(detail: Mapping[str, Mapping[str, float]], numel: Mapping[str,
                 entries = sum(numel[name] for name in names)
                 metrics[group] = sum(numbers[name] * numel[name] for name in names) / entries if entries else 0.0
     return metrics
-
-
-def _to_numbers(tensors: Mapping[str, Any]) -> dict[str, float]:
-    """0-d tensors to numbers, with one transfer per device and dtype rather than one per tensor."""
-    groups: dict[tuple, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    numbers: dict[str, float] = {}
-    for names in groups.values():
-        import torch  # there are tensors, so it is loaded already
-
-        numbers.update(zip(names, torch.stack([tensors[name].detach() for name in names]).tolist(), strict=True))
-    return {name: numbers[name] for name in tensors}
 
 
 def is_group_metric(name: str) -> bool:

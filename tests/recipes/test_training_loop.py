@@ -16,6 +16,7 @@ from gmt_tune.errors import UserError, UserErrorOfOneRank
 from gmt_tune.integrations.torchtune.run import entry
 from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import SIGNALS, StopRun, StopSignal
+from gmt_tune.integrations.torchtune.run.step_numbers import StepNumbers
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
 UNCHUNKED = {"_component_": "torch.nn.CrossEntropyLoss"}
@@ -139,7 +140,8 @@ def make_recipe(gmt_recipe, **attributes):
     defaults = dict(
         world_size=1, rank=0, tensor_parallel_dim=1, global_step=1, _is_rank_zero=True, _mask=None, _logs=None,
         _device=torch.device("cpu"), _log_every_n_steps=100, _stop=StopSignal(), _profiler=RunProfiler(None),
-        _checkpoints=SimpleNamespace(close=lambda: None),
+        _checkpoints=SimpleNamespace(close=lambda: None), _stops=torch.tensor(0), _must_stop=False,
+        _numbers=StepNumbers(), _finite=SimpleNamespace(end_step=lambda: None), _reads_late=False, _window_tokens=0,
     )  # fmt: skip
     for name, value in {**defaults, **attributes}.items():
         setattr(recipe, name, value)
@@ -153,9 +155,9 @@ def shown_step(gmt_recipe, monkeypatch):
     def show(**attributes) -> tuple:
         shown = []
         progress = SimpleNamespace(update=lambda *args: shown.append(args))
-        recipe = make_recipe(gmt_recipe, _progress=progress, _step_start=1.0, **attributes)
+        recipe = make_recipe(gmt_recipe, _progress=progress, _window_start=1.0, **attributes)
         monkeypatch.setattr("gmt_tune.integrations.torchtune.run.masked_recipe.time.perf_counter", lambda: 3.0)
-        recipe._log_step(1.0, 400, None)
+        recipe._log_step(torch.tensor(1.0), torch.tensor(400), None)
         monkeypatch.undo()
         return shown[0]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import traceback
 import weakref
 from collections import Counter
@@ -19,6 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -49,6 +52,8 @@ class SimulatedGPU(contextlib.ExitStack):
     Attributes:
         allocated, peak: bytes of tensors on the device, now and at the most since ``reset_peak``.
         reads: how often the host waited for the device or read from it, by what was done and where.
+        late_reads: of these the ones, left out there, that the device did not stand still for: a copy or an event was
+            waited for behind which more was launched.
         launches: how many kernels were launched, by operation or by Triton's kernel, without those of collectives.
         at_peak: called when ``allocated`` reaches ``expected_peak``, while that is not 0.
 
@@ -62,7 +67,9 @@ class SimulatedGPU(contextlib.ExitStack):
         self.allocated = self.peak = self.expected_peak = 0
         self.at_peak: Callable[[], None] | None = None
         self.reads: Counter[str] = Counter()
+        self.late_reads: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self._launched = 0  # since it was entered
         self._sizes: Any = WeakIdKeyDictionary()  # by storage on the device: its bytes, in a list
         self._pinned: Any = WeakIdKeyDictionary()  # storages
         self._ignores = False
@@ -71,6 +78,7 @@ class SimulatedGPU(contextlib.ExitStack):
         """Count from here on."""
         self.peak = self.allocated
         self.reads.clear()
+        self.late_reads.clear()
         self.launches.clear()
 
     def storages(self) -> dict[Any, int]:
@@ -95,13 +103,17 @@ class SimulatedGPU(contextlib.ExitStack):
 
     # ------------------------------------------------------------------ what is counted
 
-    def read(self, what: str) -> None:
-        """Count that the host waits for the device."""
-        self.reads[f"{what} at {_caller()}"] += 1
+    def read(self, what: str, *, of_launch: int | None = None) -> None:
+        """Count that the host waits for the device: for all that was launched, or up to a number of launches."""
+        if self._ignores:
+            return
+        is_late = of_launch is not None and of_launch < self._launched
+        (self.late_reads if is_late else self.reads)[f"{what} at {_caller()}"] += 1
 
     def launch(self, name: str) -> None:
         if not self._ignores:
             self.launches[name] += 1
+            self._launched += 1
 
     def track(self, tensor: Tensor) -> None:
         """Count a tensor's memory, if it is on the device, until it is gone."""
@@ -162,12 +174,16 @@ class SimulatedGPU(contextlib.ExitStack):
                 return True
 
         class Event:
-            def __init__(self, *args, **kwargs) -> None: ...
-            def record(self, *args) -> None: ...
+            def __init__(self, *args, **kwargs) -> None:
+                self._launched = 0
+
+            def record(event, *args) -> None:
+                event._launched = self._launched
+
             def wait(self, *args) -> None: ...
 
             def synchronize(event) -> None:
-                self.read("Event.synchronize")
+                self.read("Event.synchronize", of_launch=event._launched)
 
             def query(self) -> bool:
                 return True
@@ -261,6 +277,9 @@ class SimulatedGPU(contextlib.ExitStack):
             return row
 
         yield FakeTensor, "tolist", to_list
+        for owner in (sys.modules[Optimizer.__module__], _foreach_utils):  # or they loop where a GPU would not
+            types = [*owner._foreach_supported_types, FakeTensor]  # type: ignore[attr-defined]
+            yield owner, "_foreach_supported_types", types
         yield torch, "tensor", make_tensor
         yield torch, "empty", functools.partial(make, torch.empty)
         yield torch, "empty_like", functools.partial(make, torch.empty_like)
@@ -300,9 +319,9 @@ class _Watch(TorchDispatchMode):
             return 1  # flash attention
         if name in _WAITS and on_device:
             gpu.read(name)
-        if name == "nonzero" and on_device:  # none is selected
+        if name == "nonzero":  # none is found
             result = torch.empty(0, args[0].dim(), dtype=torch.int64, device=args[0].device)
-        elif name == "bincount" and on_device:
+        elif name == "bincount":
             result = torch.empty(kwargs.get("minlength", 0), dtype=torch.int64, device=args[0].device)
         else:
             with _without_values(inputs if name == "_to_copy" else ()):
@@ -310,7 +329,11 @@ class _Watch(TorchDispatchMode):
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if name in ("_to_copy", "copy_"):
             self._see_copy(name, args, kwargs, result)
-        if name not in _VIEWS and (on_device or any(x.device.type == "cuda" for x in outputs)):
+        if (
+            name not in _VIEWS
+            and func.namespace != "prim"
+            and (on_device or any(x.device.type == "cuda" for x in outputs))
+        ):
             gpu.launch(name)
         for output in outputs:
             gpu.track(output)

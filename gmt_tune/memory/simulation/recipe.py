@@ -118,7 +118,7 @@ class _Run:
         recipe_class = module["GMTFullDPORecipe" if name == "gmt_full_dpo" else "GMTFullFinetuneRecipe"]
         with _quietly(), SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
             self._gpu = gpu
-            gpu.enter_context(mock.patch.object(torch, "compile", self._compile))
+            gpu.enter_context(mock.patch.object(torch, "compile", simulated_compile(gpu)))
             # Nothing is read or written
             gpu.enter_context(mock.patch.object(RunCheckpoints, "find", lambda *args: self._cfg.checkpointer))
             gpu.enter_context(mock.patch.object(RunCheckpoints, "check_space", lambda *args: None))
@@ -206,8 +206,11 @@ class _Run:
         self._found.parts["activations and working memory"] = sum(left.values())
         self._found.phase = _phase()
 
-    def _compile(self, function: Any = None, **options: Any) -> Any:
-        """In place of ``torch.compile``: of torchao's optimizers, what the compiled step needs; all else as it is."""
+
+def simulated_compile(gpu: SimulatedGPU) -> Callable[..., Any]:
+    """In place of ``torch.compile``: of torchao's optimizers, what the compiled step needs; all else as it is."""
+
+    def compile(function: Any = None, **options: Any) -> Any:
         if getattr(function, "__name__", "") != "single_param_adam":
             return function if function is not None else (lambda function: function)
 
@@ -215,11 +218,13 @@ class _Run:
             p, grad, step, exp_avg, *others = (arg.to_local() if hasattr(arg, "to_local") else arg for arg in args)
             scratch = compiled_scratch_bytes(4 if "4bit" in type(exp_avg).__name__ else 8) * p.numel()
             torch.empty(scratch, dtype=torch.uint8, device=p.device)
-            with self._gpu.ignoring():
+            with gpu.ignoring():
                 function(p, grad, step, exp_avg, *others)
-            self._gpu.launch("compiled single_param_adam")
+            gpu.launch("compiled single_param_adam")
 
         return update
+
+    return compile
 
 
 def _kept(selection: Any) -> Any:
@@ -289,13 +294,15 @@ def simulated_ranks(world_size: int) -> Iterator[None]:
         "barrier": lambda *args, **kwargs: None,
         "init_process_group": lambda *args, **kwargs: None,
     }
-    base: Any = sys.modules["torchtune_recipes_full_finetune_distributed"]
+    base = sys.modules.get("torchtune_recipes_full_finetune_distributed")  # where a recipe is run
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, variables))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(dist, name, answer))
-        stack.enter_context(mock.patch.object(base, "init_process_group", answers["init_process_group"]))
-        stack.enter_context(mock.patch.object(base, "init_device_mesh", without_simulation(base.init_device_mesh)))
+        if base is not None:
+            stack.enter_context(mock.patch.object(base, "init_process_group", answers["init_process_group"]))
+            make_mesh = without_simulation(base.init_device_mesh)  # type: ignore[attr-defined]
+            stack.enter_context(mock.patch.object(base, "init_device_mesh", make_mesh))
         try:
             yield
         finally:

@@ -10,14 +10,17 @@ from torch import nn
 
 from gmt_tune import CompactAdamW, GradientMask
 from gmt_tune.errors import UserError
-from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck, may_be_bad
+from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck, StepCheck
 
 
-def test_gradients_may_be_on_the_cpu_and_the_loss_on_a_gpu():
+def test_gradients_may_be_on_the_cpu_and_the_loss_on_a_gpu(monkeypatch):
     """As with fsdp_cpu_offload."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     loss = torch.zeros((), device="meta")  # stands for the GPU
-    bad = may_be_bad(loss, [torch.zeros(3), torch.zeros((), dtype=torch.bfloat16)])
-    assert bad.device == loss.device and bad.shape == () and bad.dtype == torch.bool
+    flags = [torch.tensor(False), torch.tensor(True)]
+    check = StepCheck(1, [], loss, loss, loss, ["a", "b"], flags)
+    bad = check.on_any_rank()
+    assert bad.device == loss.device and bad.shape == ()
 
 
 @pytest.mark.parametrize("entry", [0, 1], ids=["selected", "not selected"])
@@ -30,14 +33,14 @@ def test_what_a_compact_optimizer_has_taken_in_counts(entry, is_due, monkeypatch
     mask = GradientMask(model.named_parameters(), density=0.25, refresh_every=1 if is_due else None)
     mask.register(optimizer)
     check = FiniteCheck(
-        model, [optimizer], skips=True, rows_of_step=lambda: [7], in_words=lambda rows: f"rows {rows}",
+        model, [optimizer], skips=True, rows_of=lambda batches: [7], in_words=lambda rows: f"rows {rows}",
         checkpoints=None, max_seq_len=None,
     )  # fmt: skip
 
     def backward(*grad):
         (model.weight * torch.tensor(grad)).sum().backward()
         check.note_loss(torch.tensor(1.0))
-        return check.allows_step(1, torch.tensor(1.0), torch.tensor(2))
+        return check.allows_step(1, torch.tensor(1.0), torch.tensor(2), [])
 
     assert backward(3.0, 1.0, 1.0, 1.0)
     optimizer.step()
@@ -67,13 +70,13 @@ def test_only_what_is_not_finite_is_refused(dtype, loss, entry, message, monkeyp
         p.grad = torch.ones_like(p)
         p.grad.view(-1)[-1] = entry
     check = FiniteCheck(
-        model, skips=False, rows_of_step=lambda: [7], in_words=lambda rows: f"rows {rows}",
+        model, skips=False, rows_of=lambda batches: [7], in_words=lambda rows: f"rows {rows}",
         checkpoints=SimpleNamespace(finish=lambda: None, last_saved=None), max_seq_len=None,
     )  # fmt: skip
     losses = torch.tensor(loss), torch.tensor(2)
     check.note_loss(losses[0])
     if message is None:
-        assert check.allows_step(3, *losses)
+        assert check.allows_step(3, *losses, [])
     else:
         with pytest.raises(UserError, match=message):
-            check.allows_step(3, *losses)
+            check.allows_step(3, *losses, [])

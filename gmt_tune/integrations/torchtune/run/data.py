@@ -1,10 +1,12 @@
 """Data sets and loaders as torchtune's recipes make them, made before the model so that errors come early."""
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config
@@ -101,6 +103,25 @@ def build_dataloader(dataset, collate, *, batch_size: int, shuffle: bool, rank: 
     return StatefulDataLoader(
         dataset=dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, drop_last=True
     )
+
+
+def to_device(batch, device: torch.device):
+    """A batch on a device: tensors, or dicts, tuples and lists of such. To CUDA through pinned memory, without waiting.
+
+    Raises:
+        TypeError: if anything else is in it.
+    """
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [to_device(value, device) for value in batch]
+    if isinstance(batch, Tensor):
+        if device.type == "cuda" and batch.is_cpu:
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
+    if hasattr(batch, "to"):  # a BlockMask, which torchtune makes on the device
+        return batch.to(device)
+    raise TypeError(f"a batch holds tensors, got {type(batch).__name__}: let collate_fn make tensors of it")
 
 
 def check_enough_rows(n_rows: int, batch_size: int, world_size: int, accumulation: int) -> None:

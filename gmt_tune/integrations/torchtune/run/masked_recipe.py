@@ -143,7 +143,7 @@ class MaskedRecipe(RecipeSetup):
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self._profiler.start()
-        self._training_start = self._step_start = time.perf_counter()
+        self._training_start = self._window_start = time.perf_counter()
         return True
 
     def _epoch_batches(self, epoch: int) -> Iterator[tuple[Any, bool]]:
@@ -186,18 +186,24 @@ class MaskedRecipe(RecipeSetup):
         has_seen_all = self._batches_done // accumulation == len(self._dataloader) // accumulation
         return has_seen_all or self._steps_done() == self.max_steps_per_epoch
 
+    def _ends_run(self) -> bool:
+        return self._ends_epoch() and self._epoch + 1 == self.total_epochs
+
     def _reduce(self, num_tokens: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
         """Token count (0-d) and numbers (any shape) summed over all ranks; all learn whether one is to stop."""
         self._finite.note_loss(running)
         counts = torch.stack((num_tokens, torch.full_like(num_tokens, int(self._stop.received > 0))))
         torch.distributed.all_reduce(counts)
         torch.distributed.all_reduce(running)
-        self._must_stop = counts[1]
+        self._stops = counts[1]
         return counts[0], running
 
     def _check_finite(self, loss: Tensor, num_tokens: Tensor) -> bool:
-        """Whether this step may change weights, by what :meth:`_reduce` gave; raises where ``on_nonfinite`` says so."""
-        return self._finite.allows_step(self.global_step + 1, loss, num_tokens)
+        """Whether this step may change weights, by what :meth:`_reduce` gave; raises where ``on_nonfinite`` says so.
+
+        On CUDA, with ``on_nonfinite: error``, the host does not wait to know it: :meth:`_log_step` raises.
+        """
+        return self._finite.allows_step(self.global_step + 1, loss, num_tokens, self._micro_batches)
 
     def _scale_gradients(self, factor: Tensor) -> None:
         """Multiply the gradient of the step by a number (0-d), wherever the optimizer keeps it."""
@@ -228,48 +234,93 @@ class MaskedRecipe(RecipeSetup):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _log_step(
-        self, loss: float, num_tokens: int, grad_norm: Tensor | None, more: Mapping[str, float] | None = None
+        self, loss: Tensor, num_tokens: Tensor, grad_norm: Tensor | None, more: Mapping[str, Tensor] | None = None
     ) -> None:
         """Show the optimizer step that was just done, and log it where that is due.
 
-        Numbers are of the step, over all ranks; ``grad_norm`` is before clipping, and None where it was not measured.
+        Numbers are 0-d, of the step and over all ranks; ``grad_norm`` is before clipping, and None where it was not
+        measured. On CUDA, where nothing is due behind this step, the host only looks at the numbers of the step before:
+        the device goes on meanwhile.
+
+        Raises:
+            UserError: if a step has changed weights by numbers that are not finite: nothing is logged or saved.
         """
-        seconds = time.perf_counter() - self._step_start
-        # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
-        tokens_per_second = num_tokens / self.tensor_parallel_dim / seconds
+        assert self._stops is not None
+        numbers = {"loss": loss, "num_tokens": num_tokens, "stops": self._stops, **(more or {})}
+        if grad_norm is not None:
+            numbers["grad_norm"] = grad_norm
+        check = self._finite.end_step()
+        if check is not None:
+            numbers["nonfinite"] = check.on_any_rank()
+        self._numbers.send(numbers, check)
+        self._take_in(with_last=self._is_anything_due())
         # An accelerator still works on the mask when the host has gone on: its time is no share of the step's
         mask_share = None
-        if self._mask is not None and self._device.type == "cpu":
-            mask_share = self._mask.seconds / seconds
-        self._progress.update(self.global_step, loss, tokens_per_second, mask_share)
+        if self._knows_all:
+            seconds = time.perf_counter() - self._window_start
+            # Each rank counts its tokens, and those of a tensor-parallel group have the same ones
+            self._tokens_per_second = self._window_tokens / self.tensor_parallel_dim / seconds
+            if self._mask is not None and self._device.type == "cpu":
+                mask_share = self._mask.seconds / seconds
+        latest = self._last_numbers
+        self._progress.update(self.global_step, latest.get("loss"), self._tokens_per_second, mask_share)
         if self._logs is None or self.global_step % self._log_every_n_steps != 0:
             return
+        assert self._tokens_per_second is not None
         metrics = {
-            "loss": loss,
+            "loss": latest["loss"],
             "lr": self._lr(),
-            "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
-            **(more or {}),
+            "tokens_per_second_per_gpu": self._tokens_per_second / self.world_size,
+            **{name: latest[name] for name in more or {}},
         }
         if self._log_peak_memory_stats:
             metrics.update(training.get_memory_stats(device=self._device))
         if grad_norm is not None:
-            metrics["grad_norm"] = grad_norm.item()
+            metrics["grad_norm"] = latest["grad_norm"]
         if self._skips_nonfinite:
             metrics["skipped_steps"] = self._finite.skipped_steps
         self._logs.log_step(self.global_step, metrics)
+
+    def _take_in(self, *, with_last: bool) -> None:
+        """Look at the numbers of the steps so far, or of those before the last one; all ranks see the same.
+
+        Raises UserError where a step has changed weights by what is not finite.
+        """
+        for numbers, check in self._numbers.receive(with_last=with_last):
+            if numbers.get("nonfinite"):
+                self._finite.end_run(check)
+            self._last_numbers = numbers
+            self._window_tokens += numbers["num_tokens"]
+            self._must_stop |= numbers["stops"] > 0
+        self._knows_all = with_last
+        if self._must_stop and not with_last:  # it is about to be saved
+            self._take_in(with_last=True)
+
+    def _is_anything_due(self) -> bool:
+        """Whether the numbers of the step that was just done are needed before the next one; the same on all ranks."""
+        return (
+            not self._reads_late
+            or self.global_step % self._log_every_n_steps == 0
+            or self._progress.is_line_due()
+            or self._is_validation_due()
+            or self._checkpoints.is_due(self.global_step)
+            or self._ends_epoch()
+        )
+
+    def _is_validation_due(self) -> bool:
+        every = self._run_val_every_n_steps
+        is_due = self._ends_run() or bool(every and self.global_step % every == 0)
+        return self._validation is not None and is_due
 
     def _lr(self) -> float:
         return get_lr(self._optim_ckpt_wrapper if self._optimizer_in_bwd else self._optimizer)
 
     def _finish_step(self) -> None:
         """Validate and save where it is due; leave if the run is to stop."""
-        self._finite.check_after_backward(self.global_step)
         self._micro_batches.clear()
-        ends_epoch = self._ends_epoch()
-        ends_run = ends_epoch and self._epoch + 1 == self.total_epochs
+        ends_run = self._ends_run()
         val_loss = None
-        every = self._run_val_every_n_steps
-        if self._validation is not None and (ends_run or (every and self.global_step % every == 0)):
+        if self._is_validation_due():
             start = time.perf_counter()
             numbers = self._validate()
             val_loss = numbers["val_loss"]
@@ -277,7 +328,7 @@ class MaskedRecipe(RecipeSetup):
             self._progress.show_validation(val_loss)
             if self._logs is not None:
                 self._logs.log(self.global_step, numbers)
-        if ends_epoch:
+        if self._ends_epoch():
             self._save(f"epoch_{self._epoch}", is_final=ends_run, val_loss=val_loss)
         elif self._checkpoints.is_due(self.global_step) or self._must_stop:
             self._save(f"step_{self.global_step}", val_loss=val_loss)
@@ -291,11 +342,13 @@ class MaskedRecipe(RecipeSetup):
                 "To go on, run the same command with resume_from_checkpoint=True.",
                 self._stop.received or 15,
             )
-        self._step_start = time.perf_counter()
+        if self._knows_all:
+            self._window_start, self._window_tokens = time.perf_counter(), 0.0
         self._profiler.step()
 
     def _end_training(self) -> None:
         """Say how long it took and where the model is; evaluate it."""
+        self._take_in(with_last=True)
         if not self._is_saved_as_final:  # resumed on more ranks, a step of which the rest of the data does not fill
             self._save(f"epoch_{self._epoch}", is_final=True)
             self._checkpoints.finish()

@@ -22,22 +22,35 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit="step", **width)
         self._val_loss: float | None = None
 
-    def update(self, global_step: int, loss: float, tokens_per_second: float, mask_share: float | None) -> None:
-        """Show one more optimizer step; ``mask_share`` is the part of its time that the mask took, if known."""
+    def is_line_due(self) -> bool:
+        """Whether the next :meth:`update` shows a line, where there is no terminal; the same on all ranks."""
+        return (self._done + 1) % self._every == 0 or self._done + 1 == self._total
+
+    def update(
+        self, global_step: int, loss: float | None, tokens_per_second: float | None, mask_share: float | None
+    ) -> None:
+        """Show one more optimizer step, with the last numbers that are known.
+
+        ``mask_share`` is the part of the step's time that the mask took.
+        """
+        is_line_due = self.is_line_due()
         self._done += 1
         if not self._is_shown:
             return
-        numbers = {"loss": f"{loss:.4f}"}
+        numbers = {}
+        if loss is not None:
+            numbers["loss"] = f"{loss:.4f}"
         if self._val_loss is not None:
             numbers["val_loss"] = f"{self._val_loss:.4f}"
-        numbers["tokens_per_second"] = f"{tokens_per_second:.0f}"
+        if tokens_per_second is not None:
+            numbers["tokens_per_second"] = f"{tokens_per_second:.0f}"
         if mask_share is not None:
             numbers["mask_share"] = f"{mask_share:.1%}"
         if self._bar is not None:
             self._bar.set_description(f"epoch {self._epoch} step {global_step}", refresh=False)
             self._bar.set_postfix(numbers, refresh=False)
             self._bar.update(1)
-        elif self._done % self._every == 0 or self._done == self._total:
+        elif is_line_due:
             seconds = (time.perf_counter() - self._start) / (self._done - self._done_before)
             numbers["time_left"] = tqdm.format_interval(seconds * (self._total - self._done))
             text = " ".join(f"{key}={value}" for key, value in numbers.items())

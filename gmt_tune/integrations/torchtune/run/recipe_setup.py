@@ -24,6 +24,7 @@ from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck
 from gmt_tune.integrations.torchtune.run.logs import RunLogs
 from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
+from gmt_tune.integrations.torchtune.run.step_numbers import StepNumbers
 from gmt_tune.integrations.torchtune.run.validation import Validation
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.tracker import SelectionTracker
@@ -59,7 +60,15 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         self._write_report = cfg.get("write_report", False)
         self._collate_fn = cfg.get("collate_fn", None) or self.default_collate_fn
         self._stop = StopSignal()
-        self._must_stop: Tensor | int = 0  # above 0 if any rank was asked to stop
+        self._numbers = StepNumbers()
+        self._stops: Tensor | None = None  # how many ranks were asked to stop when they had done this step's backward
+        self._must_stop = False  # whether any was, as far as the host knows
+        # On CUDA, a step's numbers are looked at behind the next step, unless something is due: no step waits for them
+        self._reads_late = self._device.type == "cuda"
+        self._last_numbers: dict[str, float] = {}  # that are known
+        self._tokens_per_second: float | None = None
+        self._window_tokens = 0.0  # of the steps since the host last waited for the device
+        self._knows_all = True  # whether it has done so in this step
         self._profiler = RunProfiler(None)
         self._epoch = self._batches_done = 0
         self._further_steps = 0  # steps of this epoch done before resuming, when the world size was different
@@ -107,7 +116,8 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
             self._optimizers,
             steps_in_backward=self._optimizer_in_bwd,
             skips=self._skips_nonfinite,
-            rows_of_step=lambda: data.rows_of_batches(self._dataloader, self._micro_batches),
+            is_late=self._reads_late and not self.fsdp_cpu_offload,  # which waits for gradients anyway
+            rows_of=lambda batches: data.rows_of_batches(self._dataloader, batches),
             in_words=partial(positions_in_words, self._dataset),
             checkpoints=self._checkpoints,
             max_seq_len=getattr(self._tokenizer, "max_seq_len", None),

@@ -53,7 +53,8 @@ class Validation:
         model.train(was_training)
         totals = totals.to(device)
         dist.all_reduce(totals)
-        if totals[-1] == 0:
+        *means, weight = torch.cat((totals[:-1] / totals[-1], totals[-1:])).tolist()
+        if weight == 0:
             message = "No token of dataset_val is in the loss, so val_loss is NaN: raise tokenizer.max_seq_len."
             utils.log_rank_zero(_log, message)
-        return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
+        return dict(zip(names, means, strict=True))
