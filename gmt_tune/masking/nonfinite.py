@@ -102,7 +102,6 @@ class DelayedFlags:
             wait()
             raise_for_flags(names, on_host.tolist(), where)
 
-
     def raise_behind_backward(self) -> None:
         """As :meth:`raise_if_set`; but within a backward pass not now: ``backward()`` raises at its end.
 
