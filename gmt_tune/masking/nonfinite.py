@@ -112,7 +112,7 @@ class DelayedFlags:
             self.raise_if_set()
         elif self._pending and backward != self._backward:
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self.raise_if_set)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.raise_if_set)
 
 
 def _together(flags: Sequence[Tensor]) -> Tensor:
