@@ -190,7 +190,8 @@ class GradientMask:
                 this mask, or one that the mask does not know and whose group does not say ``"gradient_mask": False``;
                 for scope "global", if it lacks a masked parameter.
 
-        A step that is captured in a CUDA graph raises RuntimeError: capture forward and backward alone.
+        Not for a step that is captured in a CUDA graph, which fails with an error of CUDA's: capture forward and
+        backward alone.
         """
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
@@ -336,11 +337,6 @@ class GradientMask:
     # ------------------------------------------------------------------ the hooks
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a gradient mask cannot act in an optimizer step that is captured in a CUDA graph: its schedule and its "
-                "tables are made by the host in each step, which a replay leaves out: capture forward and backward alone"
-            )
         if changes_no_weight(optimizer):  # so there is nothing to mask or to count
             return None
         grad_scale = getattr(optimizer, "grad_scale", None)
