@@ -332,7 +332,7 @@ def grounds() -> str:
     rows.append(["data sheets: memory, GB/s", cards, ""])
     cards = ", ".join(f"{card.name} {card.tflop_per_s:g}" for card in (H100, H200, RTX_4090, A10))
     rows.append(["data sheets: bf16 products, TFLOP/s", cards, ""])
-    return _markdown("number | | from", rows)
+    return _markdown("number | value | from", rows)
 
 
 def page() -> str:
@@ -341,7 +341,8 @@ def page() -> str:
         [
             "The numbers that times follow from:",
             grounds(),
-            "Where both exist, the estimate beside what was measured:",
+            "Where both exist, the estimate beside what was measured. The first row and the last use numbers above "
+            "that come from\nruns of the same model. What is not device time holds the wait for the first launch too.",
             beside_measured(),
             "A step of shipped configs, on each rank:",
             of_configs(),
