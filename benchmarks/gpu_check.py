@@ -546,7 +546,7 @@ def main() -> int:
             with ThreadPoolExecutor() as pool:
                 for name in group:
                     why, part = left_out(parts[name], gib), parts[name]
-                    if why or left < 10:
+                    if why or left < (60 if part.goes_on else 10):
                         note(name, {"status": LEFT_OUT if why else NO_TIME, "seconds": 0, "found": why or NO_TIME})
                     else:
                         seconds = part.seconds * (3 if args.rehearse else 1)  # a CPU may have few cores, and be busy
