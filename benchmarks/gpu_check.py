@@ -501,7 +501,7 @@ def markdown(lines: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of gpu.jsonl")
-    parser.add_argument("--minutes", type=float, default=10, help="for all parts together")
+    parser.add_argument("--minutes", type=float, help="for all parts together; default: 10, to rehearse them 30")
     parser.add_argument("--part", action="append", help="one or several; default: all")
     parser.add_argument("--rehearse", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--device", help="default: cuda, with --rehearse cpu")
@@ -521,7 +521,7 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here: --rehearse tries the parts on the CPU")
     args.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
+    end = time.monotonic() + 60 * (args.minutes or (30 if args.rehearse else 10))
     gib = float("inf")  # on a CPU, which rehearses with small sizes
     if device != "cpu":
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # this process holds none of it
