@@ -322,7 +322,8 @@ class _Watch(TorchDispatchMode):
         if name == "nonzero":  # none is found
             result = torch.empty(0, args[0].dim(), dtype=torch.int64, device=args[0].device)
         elif name == "bincount":
-            result = torch.empty(kwargs.get("minlength", 0), dtype=torch.int64, device=args[0].device)
+            length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            result = torch.empty(length, dtype=torch.int64, device=args[0].device)
         else:
             with _without_values(inputs if name == "_to_copy" else ()):
                 result = func(*args, **kwargs)
