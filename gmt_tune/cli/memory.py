@@ -6,6 +6,7 @@ The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``.
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -187,6 +188,23 @@ def markdown_table(reports: list[dict]) -> str:
         cells = [f"{value:.1f}" for value in (*shown, sum(on_device.values()), total)]
         fits = f"{report['fits_on'][0]} or more" if _is_gpu(report) and report["fits_on"] else _fits(report)
         lines.append(f"| `{report['config']}` | {report['world_size']} | {' | '.join(cells)} | {fits} |")
+    return "\n".join(lines)
+
+
+def simulated_table(reports: list[dict], simulated: Mapping[str, dict]) -> str:
+    """One line for each config that has been simulated: its peak, and what the estimate has without its reserve.
+
+    Args:
+        reports: of configs, as :func:`report` makes them.
+        simulated: by name of the config, what :func:`measured` made.
+    """
+    lines = ["| config | devices | simulated GiB | in | estimated GiB | difference |", "|---|---:|---:|---|---:|---:|"]
+    for report in reports:
+        if (found := simulated.get(report["config"])) is None:
+            continue
+        peak, counted = found["peak_bytes"], allocated_bytes(report)
+        numbers = f"{peak / GIB:.2f} | {found['phase']} | {counted / GIB:.2f} | {counted / peak - 1:+.1%}"
+        lines.append(f"| `{report['config']}` | {report['world_size']} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from gmt_tune.cli.main import main
-from gmt_tune.cli.memory import card_table, devices_of_run_line
+from gmt_tune.cli.memory import allocated_bytes, card_table, devices_of_run_line, report
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 from gmt_tune.memory import estimate
 from gmt_tune.memory.activations import head_bytes, layer_bytes, shape_of
 from gmt_tune.memory.sharding import Mesh, local_shapes
+from gmt_tune.memory.simulation import driver
 from gmt_tune.memory.states import optimizer_state_bytes
 
+SIMULATED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "simulated_memory.json"
 TINY = {
     "_component_": "torchtune.models.llama3.llama3",
     "vocab_size": 301,
@@ -432,6 +436,27 @@ def test_beside_prints_both_configs_part_by_part(capsys):
     assert compact == pytest.approx(float(rows["total"][0]), abs=0.05)
     assert dense == pytest.approx(float(rows["total"][1]), abs=0.05)
     assert float(rows["gradients"][0]) < 0.1 * float(rows["gradients"][1])
+
+
+def test_every_config_agrees_with_its_simulated_step():
+    """Those of ``benchmarks/results/simulated_memory.json``; what changes an estimate or a config runs them again."""
+    simulated = json.loads(SIMULATED.read_text())
+    on_gpus = [name for name, path in config_paths().items() if "\ndevice: cpu" not in path.read_text()]
+    assert sorted(simulated) == sorted(on_gpus)
+    for name in on_gpus:
+        counted = report(name, None, [])
+        assert counted["world_size"] == simulated[name]["devices"]
+        assert allocated_bytes(counted) == pytest.approx(simulated[name]["peak_bytes"], rel=0.05), name
+
+
+def test_measuring_without_a_build_for_cuda_is_refused_in_a_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    driver.answer_without_driver.cache_clear()
+    assert main(["memory", "--config", "llama3_2/1B_gmt_single_device", "--measure"]) == 1
+    assert "can be simulated only with a build of PyTorch for CUDA" in capsys.readouterr().err
+    for more in (["--all"], ["--config", "quickstart"]):
+        assert main(["memory", *more, "--measure"]) == 1
+    assert "add device=cuda" in capsys.readouterr().err
 
 
 def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it_compact_ones_first():
