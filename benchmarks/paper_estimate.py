@@ -180,7 +180,7 @@ def compact_work(
     # kernels/update.py: gradient, two moments, age, places, and weights
     update = (2 + 2 * 2 + 2 * 2) * selected + places + 2 * sectors
     launches = 2 * _gathers(masked) * micro_batches  # a table and a kernel each
-    launches += 2 * (len(masked) + len(others)) + 20  # scaling, and norms, one a tensor
+    launches += len(others) + 25  # dense gradients are scaled one by one; all else, and norms, is for many tensors
     launches += 2 * math.ceil(selected / (320 << 16))  # of a norm, and of what scales, for so many entries each
     launches += 45  # turns of what is due, and updates
     return Work(
