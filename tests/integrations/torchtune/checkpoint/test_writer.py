@@ -12,6 +12,7 @@ from gmt_tune.integrations.torchtune.checkpoint.writer import (
     Mark,
     Writer,
     attempt,
+    has_failed,
     make_marks,
     take_written,
     wait_for_others,
@@ -57,6 +58,7 @@ def test_rank_0_waits_for_a_rank_that_writes(tmp_path, rank_process, monkeypatch
     start = time.monotonic()
     wait_for_others(tmp_path)
     assert time.monotonic() - start > 1.0
+    assert not has_failed(tmp_path)
     assert take_written(tmp_path) == [b"what it wrote"] and not list(tmp_path.iterdir())
 
 
@@ -90,7 +92,7 @@ def test_a_rank_that_fails_says_so_and_is_not_lost(tmp_path):
     with pytest.raises(OSError, match="no room"):
         Mark(tmp_path, 1).write(fail)
     wait_for_others(tmp_path)
-    assert take_written(tmp_path) is None
+    assert has_failed(tmp_path)
 
 
 def test_what_a_writer_raises_is_a_message_for_all_ranks():
