@@ -1,23 +1,81 @@
 """What saving and validating cost: seconds, and share of a run's time, on SmolLM2-135M or any other config's model.
 
 Runs ``tune run gmt_full_finetune`` with checkpoints written while training waits, and with checkpoints written in the
-background, and reads what the recipe says at the end. Prints a table in Markdown.
+background, and reads what the recipe says at the end. Prints a table in Markdown, and one of the host memory that a
+save takes beside the estimate: the anonymous pages of the process that takes most, as Linux counts them while a
+checkpoint is written, above what the process held before it, or in the background, above what it holds in a step.
 
     gmt-tune fetch smollm2-135m /tmp/SmolLM2-135M-Instruct
     python benchmarks/saving.py --data train.jsonl
     python benchmarks/saving.py --data train.jsonl --config smollm2/135M_gmt_single_device
+    python benchmarks/saving.py --data train.jsonl --processes 2
 
 ``train.jsonl`` has ``{"question": ..., "answer": ...}`` on each line, such as GSM8K's.
 """
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 _SAID = re.compile(r"Trained for ([\d.]+) s, of which saving took ([\d.]+) s .* and validating ([\d.]+) s")
+
+
+class HostMemory(threading.Thread):
+    """Watches the processes of a run from outside while they write checkpoints.
+
+    Args:
+        launched: process id of ``tune run``, which trains by itself or has started those that do.
+        output: the run's ``output_dir``.
+    """
+
+    def __init__(self, launched: int, output: Path) -> None:
+        super().__init__(daemon=True)
+        self._launched, self._output = launched, output
+        self._before: dict[int, int] = {}
+        self._saving: dict[int, int] = {}
+        self._training: dict[int, int] = {}
+        self._growth: dict[int, int] = {}
+
+    def run(self) -> None:
+        while held := {pid: held for pid in _with_children(self._launched) if (held := _anonymous_bytes(pid))}:
+            is_saving = any(self._output.glob(".incomplete-*_*"))
+            for pid, now in held.items():
+                if is_saving:
+                    begin = self._before.setdefault(pid, now)
+                    self._growth[pid] = max(self._growth.get(pid, 0), now - begin)
+                most = self._saving if is_saving else self._training
+                most[pid] = max(most.get(pid, 0), now)
+            if not is_saving:
+                self._before.clear()
+            time.sleep(0.005)
+
+    def bytes_of_save(self, is_async: bool) -> int:
+        """Of the process that took most."""
+        self.join()
+        if is_async:
+            return max(most - self._training[pid] for pid, most in self._saving.items())
+        return max(self._growth.values())
+
+
+def _with_children(pid: int) -> list[int]:
+    found = [pid]
+    for pid in found:
+        with contextlib.suppress(OSError):
+            found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return found
+
+
+def _anonymous_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
+            return int(found[1]) * 1024
+    return 0
 
 
 def run(arguments: argparse.Namespace, folder: Path, is_async: bool) -> dict[str, float]:
@@ -44,15 +102,22 @@ def run(arguments: argparse.Namespace, folder: Path, is_async: bool) -> dict[str
         "enable_async_checkpointing": is_async,
     }
     tune = Path(sys.executable).parent / "tune"
-    command = [tune, "run", "gmt_full_finetune", "--config", arguments.config]
+    processes = ["--nproc_per_node", arguments.processes] if arguments.processes > 1 else []
+    command = [tune, "run", *processes, "gmt_full_finetune", "--config", arguments.config]
     command += [f"{key}={value}" for key, value in overrides.items()] + arguments.overrides
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    said = _SAID.search(process.stdout + process.stderr)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    memory = HostMemory(process.pid, output)
+    memory.start()
+    printed, _ = process.communicate()
+    said = _SAID.search(printed)
     if process.returncode != 0 or said is None:
-        raise SystemExit(process.stdout[-2000:] + process.stderr[-4000:])
+        raise SystemExit(printed[-6000:])
     total, saving, validating = map(float, said.groups())
     whole = max(sum(f.stat().st_size for f in step.rglob("*") if f.is_file()) for step in output.glob("step_*"))
-    return {"total": total, "saving": saving, "validating": validating, "bytes": whole}
+    host = memory.bytes_of_save(is_async)
+    return {"host": host, "total": total, "saving": saving, "validating": validating, "bytes": whole}
 
 
 def main() -> None:
@@ -61,6 +126,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="train.jsonl")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
     parser.add_argument("--every", type=int, default=4, help="optimizer steps between two checkpoints and validations")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--val-rows", type=int, default=16, help="rows of held-out data, taken from the data's end")
     parser.add_argument("overrides", nargs="*", help="further key=value of the config")
     arguments = parser.parse_args()
@@ -78,6 +144,7 @@ def main() -> None:
                 f"{t['validating'] / saves:.2f} | {t['validating'] / t['total']:.1%} |",
                 flush=True,
             )
+            print(f"host memory of a save: {t['host'] / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,10 @@ def save_file(tensors: dict[str, Tensor], filename: os.PathLike, metadata: dict[
     with open(filename, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            tensor = tensors[name]
-            values = tensor.read() if isinstance(tensor, Deferred) else tensor
-            assert values.shape == tensor.shape and values.dtype == tensor.dtype, name
-            file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(_bytes_of(tensors[name]))  # nothing holds one weight when the next is read
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    values = tensor.read() if isinstance(tensor, Deferred) else tensor
+    assert values.shape == tensor.shape and values.dtype == tensor.dtype
+    return values.contiguous().view(-1).view(torch.uint8).numpy()
