@@ -15,6 +15,7 @@ checkpoint is written, above what the process held before it, or in the backgrou
 
 import argparse
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -23,44 +24,43 @@ import threading
 import time
 from pathlib import Path
 
+from torch.distributed.checkpoint import FileSystemReader
+
+from gmt_tune.integrations.torchtune.checkpoint.space import host_bytes_of_save
+
 _SAID = re.compile(r"Trained for ([\d.]+) s, of which saving took ([\d.]+) s .* and validating ([\d.]+) s")
 
 
 class HostMemory(threading.Thread):
-    """Watches the processes of a run from outside while they write checkpoints.
+    """Watches the processes of a run from outside while they write checkpoints, until the run has ended.
 
     Args:
         launched: process id of ``tune run``, which trains by itself or has started those that do.
         output: the run's ``output_dir``.
+        is_async: training goes on, and takes memory too, as soon as the first file is written: look until then.
+
+    Attributes:
+        bytes_of_save: what the process that takes most of the host's memory takes beyond what it held before a save.
     """
 
-    def __init__(self, launched: int, output: Path) -> None:
+    def __init__(self, launched: int, output: Path, is_async: bool) -> None:
         super().__init__(daemon=True)
-        self._launched, self._output = launched, output
-        self._before: dict[int, int] = {}
-        self._saving: dict[int, int] = {}
-        self._training: dict[int, int] = {}
-        self._growth: dict[int, int] = {}
+        self._launched, self._output, self._is_async = launched, output, is_async
+        self.bytes_of_save = 0
 
     def run(self) -> None:
-        while held := {pid: held for pid in _with_children(self._launched) if (held := _anonymous_bytes(pid))}:
-            is_saving = any(self._output.glob(".incomplete-*_*"))
-            for pid, now in held.items():
-                if is_saving:
-                    begin = self._before.setdefault(pid, now)
-                    self._growth[pid] = max(self._growth.get(pid, 0), now - begin)
-                most = self._saving if is_saving else self._training
-                most[pid] = max(most.get(pid, 0), now)
-            if not is_saving:
-                self._before.clear()
-            time.sleep(0.005)
-
-    def bytes_of_save(self, is_async: bool) -> int:
-        """Of the process that took most."""
-        self.join()
-        if is_async:
-            return max(most - self._training[pid] for pid, most in self._saving.items())
-        return max(self._growth.values())
+        before: dict[int, int] = {}
+        has_trained = False
+        while Path(f"/proc/{self._launched}").exists():
+            held = {pid: _anonymous_bytes(pid) for pid in _with_children(self._launched)}
+            folders = list(self._output.glob(".incomplete-*_*"))
+            if not folders:
+                before = held
+            elif not has_trained:
+                growth = max(size - before.get(pid, size) for pid, size in held.items())
+                self.bytes_of_save = max(self.bytes_of_save, growth)
+            has_trained = self._is_async and any(any(folder.glob("*/*.distcp")) for folder in folders)
+            time.sleep(0.002)
 
 
 def _with_children(pid: int) -> list[int]:
@@ -105,19 +105,43 @@ def run(arguments: argparse.Namespace, folder: Path, is_async: bool) -> dict[str
     processes = ["--nproc_per_node", arguments.processes] if arguments.processes > 1 else []
     command = [tune, "run", *processes, "gmt_full_finetune", "--config", arguments.config]
     command += [f"{key}={value}" for key, value in overrides.items()] + arguments.overrides
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    memory = HostMemory(process.pid, output)
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    memory = HostMemory(process.pid, output, is_async)
     memory.start()
     printed, _ = process.communicate()
     said = _SAID.search(printed)
     if process.returncode != 0 or said is None:
         raise SystemExit(printed[-6000:])
     total, saving, validating = map(float, said.groups())
-    whole = max(sum(f.stat().st_size for f in step.rglob("*") if f.is_file()) for step in output.glob("step_*"))
-    host = memory.bytes_of_save(is_async)
-    return {"host": host, "total": total, "saving": saving, "validating": validating, "bytes": whole}
+    steps = list(output.glob("step_*"))
+    whole = max(sum(f.stat().st_size for f in step.rglob("*") if f.is_file()) for step in steps)
+    memory.join()
+    host = {"host": memory.bytes_of_save, "estimate": estimate(steps[0], arguments.processes, is_async)}
+    return {"total": total, "saving": saving, "validating": validating, "bytes": whole, **host}
+
+
+def estimate(checkpoint: Path, processes: int, is_async: bool) -> int:
+    """The same by the formula, from the sizes of what is in a checkpoint."""
+    weights = []
+    for path in checkpoint.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        weights += [t["data_offsets"][1] - t["data_offsets"][0] for name, t in header.items() if "shape" in t]
+    state = checkpoint / "training_state"
+    largest = max(
+        chunk.sizes.numel() * tensor.properties.dtype.itemsize
+        for tensor in FileSystemReader(state).read_metadata().state_dict_metadata.values()
+        for chunk in tensor.chunks
+    )
+    return host_bytes_of_save(
+        weights=sum(weights),
+        largest_weight=max(weights),
+        state=(state / "__0_0.distcp").stat().st_size,
+        largest_state=largest,
+        processes=processes,
+        is_async=is_async,
+        on_host=True,
+    )
 
 
 def main() -> None:
@@ -134,6 +158,7 @@ def main() -> None:
     step_names = "written while training waits", "written in the background"
     print("| checkpoints | GB each | steps | s/step | saves | s/save | share | validations | s each | share |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    host = []
     with tempfile.TemporaryDirectory() as folder:
         for is_async, name in enumerate(step_names):
             t = run(arguments, Path(folder), bool(is_async))
@@ -144,7 +169,9 @@ def main() -> None:
                 f"{t['validating'] / saves:.2f} | {t['validating'] / t['total']:.1%} |",
                 flush=True,
             )
-            print(f"host memory of a save: {t['host'] / 1e6:.0f} MB")
+            host.append(f"| {name} | {arguments.processes} | {t['host'] / 1e6:.0f} | {t['estimate'] / 1e6:.0f} |")
+    print("\n| checkpoints | processes | host memory of a save, MB | estimate, MB |\n|---|---:|---:|---:|")
+    print("\n".join(host))
 
 
 if __name__ == "__main__":

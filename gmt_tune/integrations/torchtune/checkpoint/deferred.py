@@ -28,8 +28,8 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, read: Callable[[], Tensor]) -> Deferred:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.size(), strides=like.stride(), dtype=like.dtype, device="cpu"
+        made = Tensor._make_wrapper_subclass(
+            cls, like.size(), strides=like.stride(), dtype=like.dtype, device=torch.device("cpu")
         )
         made._like, made._read = like, read
         return made
@@ -44,7 +44,9 @@ class Deferred(Tensor):
         return self._read()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # as torch documents it
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             raise NotImplementedError(f"{func} changes a tensor whose values are still to come")
@@ -56,7 +58,7 @@ class Deferred(Tensor):
 
         return cls(func(*like[0], **like[1]), read)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Deferred({tuple(self.shape)}, {self.dtype})"
 
 

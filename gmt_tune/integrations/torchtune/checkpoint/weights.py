@@ -61,10 +61,13 @@ def one_by_one(model: nn.Module, device: torch.device, look: Callable[[], None])
         part = part.to(device) if part.is_cpu else part  # fsdp_cpu_offload
         return part.full_tensor() if isinstance(part, DTensor) else part
 
+    def to_come(name: str) -> Deferred:
+        return Deferred.to_come(parts[name].shape, parts[name].dtype, lambda: read(name))
+
     def read(name: str) -> Tensor:
         nonlocal is_together
-        is_together = False
         look()
+        is_together = False
         meet(names.index(name))
         gathered = whole(name)
         is_together = True
@@ -72,10 +75,7 @@ def one_by_one(model: nn.Module, device: torch.device, look: Callable[[], None])
 
     if dist.get_rank() == 0:
         try:
-            yield {
-                name: Deferred.to_come(part.shape, part.dtype, lambda name=name: read(name))
-                for name, part in parts.items()
-            }
+            yield {name: to_come(name) for name in names}
         except LostRank:
             is_together = False
             raise
