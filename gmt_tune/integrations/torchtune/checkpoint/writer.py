@@ -72,6 +72,8 @@ class Writer(threading.Thread):
             self.error = attempt(self._write)[1]
         except LostRank as lost:
             self.error, self.has_lost_rank = str(lost), True
+        finally:
+            del self._write  # with the copy of what it wrote, which is not to wait for the next save
 
     def wait(self) -> None:
         """Wait until it is done."""
