@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune import training
 
+from gmt_tune.errors import one_line
 from gmt_tune.integrations.torchtune.checkpoint.deferred import Deferred
 from gmt_tune.integrations.torchtune.checkpoint.writer import LostRank
+
+# Until the lock of a rank that a collective has lost is seen to be free.
+_UNTIL_SEEN_S = 2.0
 
 
 def copied(model: nn.Module, device: torch.device, *, keep: bool) -> dict[str, Tensor]:
@@ -41,10 +46,10 @@ def one_by_one(model: nn.Module, device: torch.device, look: Callable[[], None])
         look: called before all ranks meet.
 
     Raises:
-        LostRank: that ``look`` raised: with whom the ranks cannot meet any more.
+        LostRank: that ``look`` raised, or when the ranks have not met.
     """
-    if device.type != "cpu":
-        torch.get_device_module(device).set_device(device)  # each thread has its own
+    if device.type != "cpu" and dist.get_world_size() > 1:
+        torch.get_device_module(device).set_device(device)  # each thread has its own, and collectives take it
     parts = model.state_dict()
     names, is_together = list(parts), True
 
@@ -68,8 +73,13 @@ def one_by_one(model: nn.Module, device: torch.device, look: Callable[[], None])
         nonlocal is_together
         look()
         is_together = False
-        meet(names.index(name))
-        gathered = whole(name)
+        try:
+            meet(names.index(name))
+            gathered = whole(name)
+        except Exception as error:
+            time.sleep(_UNTIL_SEEN_S)
+            look()
+            raise LostRank(f"its weights could not be gathered ({one_line(error, with_type=True)})") from error
         is_together = True
         return gathered.cpu()
 
