@@ -37,15 +37,17 @@ class HostMemory(threading.Thread):
     Args:
         launched: process id of ``tune run``, which trains by itself or has started those that do.
         output: the run's ``output_dir``.
-        is_async: training goes on, and takes memory too, as soon as the first file is written: look until then.
+        processes: that train.
+        is_async: training goes on, and takes memory too, as soon as each process writes its file: look until then.
 
     Attributes:
         bytes_of_save: what the process that takes most of the host's memory takes beyond what it held before a save.
     """
 
-    def __init__(self, launched: int, output: Path, is_async: bool) -> None:
+    def __init__(self, launched: int, output: Path, processes: int, is_async: bool) -> None:
         super().__init__(daemon=True)
         self._launched, self._output, self._is_async = launched, output, is_async
+        self._processes = processes
         self.bytes_of_save = 0
 
     def run(self) -> None:
@@ -59,7 +61,8 @@ class HostMemory(threading.Thread):
             elif not has_trained:
                 growth = max(size - before.get(pid, size) for pid, size in held.items())
                 self.bytes_of_save = max(self.bytes_of_save, growth)
-            has_trained = self._is_async and any(any(folder.glob("*/*.distcp")) for folder in folders)
+            files = sum(len(list(folder.glob("*/*.distcp"))) for folder in folders)
+            has_trained = self._is_async and files >= self._processes
             time.sleep(0.002)
 
 
@@ -106,7 +109,7 @@ def run(arguments: argparse.Namespace, folder: Path, is_async: bool) -> dict[str
     command = [tune, "run", *processes, "gmt_full_finetune", "--config", arguments.config]
     command += [f"{key}={value}" for key, value in overrides.items()] + arguments.overrides
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    memory = HostMemory(process.pid, output, is_async)
+    memory = HostMemory(process.pid, output, arguments.processes, is_async)
     memory.start()
     printed, _ = process.communicate()
     said = _SAID.search(printed)

@@ -17,6 +17,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from gmt_tune.integrations.torchtune.checkpoint import deferred, model
 from gmt_tune.integrations.torchtune.checkpoint.deferred import Deferred
+from gmt_tune.integrations.torchtune.checkpoint.space import host_bytes_of_save
 
 WORKER = Path(__file__).with_name("weights_worker.py")
 DTYPES = [getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool")]
@@ -103,3 +104,18 @@ def test_what_would_change_a_weight_to_come_is_refused():
 def test_ranks_give_their_parts_as_rank_0_asks_for_them_and_leave_after_an_error(tmp_path):
     launch.torchrun(WORKER, tmp_path, processes=2, log_dir=tmp_path / "logs")
     assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    "processes, is_async, on_host, wanted",
+    [
+        (1, False, False, 2 * 3),
+        (1, False, True, 3),  # converted; the others are written from where they are
+        (4, False, True, 2 * 3),  # gathered and converted
+        (1, True, False, 10 + 20 + 3),
+        (4, True, True, 10 + 20 + 3),
+    ],
+)
+def test_the_estimate_of_the_hosts_memory(processes, is_async, on_host, wanted):
+    sizes = dict(weights=10, largest_weight=3, state=20, largest_state=5)
+    assert host_bytes_of_save(**sizes, processes=processes, is_async=is_async, on_host=on_host) == wanted
