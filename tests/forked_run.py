@@ -23,7 +23,8 @@ READ_LATE = "TEST_READ_LATE"
 # Variable that asks for a stop: "rank step", of that rank right before the numbers of that step are summed up.
 STOP_AT = "TEST_STOP_AT"
 
-# Variable that asks a rank to die while it writes its part of a checkpoint: "rank name".
+# Variable that asks a rank to die while it writes its part of a checkpoint: "rank name"; or when it gives its part of a
+# weight: "rank name gathering".
 DIE_IN_SAVE = "TEST_DIE_IN_SAVE"
 # Variable that asks for a kill: "rank n folder", of that rank right before its n-th change to what is in a folder.
 KILL = "TEST_KILL"
@@ -143,15 +144,19 @@ def _stop_at(rank: str, step: str) -> None:
     MaskedRecipe._reduce = stopping
 
 
-def _die_in_save(rank: str, name: str) -> None:
-    """Let one rank be killed when it is about to write its part of one checkpoint."""
+def _die_in_save(rank: str, name: str, moment: str = "writing") -> None:
+    """Let one rank be killed when it is about to write its part of one checkpoint, or to give its part of a weight."""
+    from torch.distributed.tensor import DTensor
+
     from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
 
     write = RunCheckpoints._write
 
     def dying(self, folder, its_name, *args):
         if self._rank == int(rank) and its_name == name:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if moment == "writing":
+                os.kill(os.getpid(), signal.SIGKILL)
+            DTensor.full_tensor = lambda self: os.kill(os.getpid(), signal.SIGKILL)
         return write(self, folder, its_name, *args)
 
     RunCheckpoints._write = dying

@@ -154,13 +154,13 @@ def test_asked_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes,
     assert len(logged_metrics(tmp_path / "out")) == config["epochs"] * steps
 
 
-@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("is_async, moment", [(False, "writing"), (False, "gathering"), (True, "writing")])
 def test_when_a_rank_dies_in_a_save_the_run_ends_and_the_checkpoint_before_it_resumes(
-    is_async, tmp_path, tiny_config, final_weights
+    is_async, moment, tmp_path, tiny_config, final_weights
 ):
     changes = dict(gradient_mask=MASK, save_every_n_steps=1, batch_size=2, enable_async_checkpointing=is_async)
     file = write_config(tmp_path / "killed", tiny_config(tmp_path / "killed" / "out", **changes))
-    run = ForkedRun(file, processes=2, environment={DIE_IN_SAVE: "1 step_3"})
+    run = ForkedRun(file, processes=2, environment={DIE_IN_SAVE: f"1 step_3 {moment}"})
     assert run.wait(90) == [1, -signal.SIGKILL]
     output_dir, said = tmp_path / "killed" / "out", run.log.read_text()
     assert saved_steps(output_dir) == 2

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 from torchtune import training
-from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
+from torchtune.training.checkpointing import _checkpointer
+from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, ModelType
 
 from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.checkpoint import deferred
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint import state as training_state
 from gmt_tune.integrations.torchtune.checkpoint.manifest import MANIFEST, read_json_object
@@ -40,12 +44,25 @@ def check_config_json(checkpointer: DictConfig) -> None:
         )
 
 
-def write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> None:
+def writes_one_by_one(checkpointer) -> bool:
+    """Whether :func:`write_model` reads each weight when it is written, and none a moment before.
+
+    It does for torchtune's Hugging Face checkpointer with safetensors, but not for Llama 3.2 Vision, whose positions
+    are put together in place.
+    """
+    return (
+        type(checkpointer) is training.FullModelHFCheckpointer
+        and checkpointer._safe_serialization
+        and checkpointer._model_type is not ModelType.LLAMA3_VISION
+    )
+
+
+def write_model(checkpointer, weights: Mapping[str, Tensor], folder: Path, files_from: Path) -> None:
     """Let torchtune's checkpointer write a model folder at ``folder`` instead of ``output_dir/epoch_N``.
 
     Args:
         checkpointer: the config's.
-        weights: of the model, by torchtune's names.
+        weights: of the model, by torchtune's names; deferred ones only where :func:`writes_one_by_one`.
         folder: exists; gets the files.
         files_from: model folder whose files other than weights are copied.
     """
@@ -54,9 +71,14 @@ def write_model(checkpointer, weights: dict, folder: Path, files_from: Path) -> 
     given = checkpointer._output_dir, checkpointer._checkpoint_dir
     checkpointer._output_dir, checkpointer._checkpoint_dir = folder, files_from
     SUFFIXES_TO_NOT_COPY.append(".distcp")  # the state of the checkpoint that this run went on from
+    to_write, save_file = dict(weights), _checkpointer.save_file
+    if writes_one_by_one(checkpointer):  # no weight that is converted has a second copy before its turn
+        to_write = {name: deferred.as_deferred(weight) for name, weight in weights.items()}
+        _checkpointer.save_file = deferred.save_file
     try:
-        checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0, intermediate_checkpoint=False)
+        checkpointer.save_checkpoint({training.MODEL_KEY: to_write}, epoch=0, intermediate_checkpoint=False)
     finally:
+        _checkpointer.save_file = save_file
         checkpointer._output_dir, checkpointer._checkpoint_dir = given
         SUFFIXES_TO_NOT_COPY.remove(".distcp")
     for path in sorted((folder / "epoch_0").iterdir()):

@@ -7,6 +7,7 @@ in ``folder``; what the training state holds, in ``state``.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import uuid
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import training, utils
+from torchtune import utils
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune import process_group
@@ -26,13 +27,16 @@ from gmt_tune.integrations.torchtune.checkpoint.exchange import Position, Traini
 from gmt_tune.integrations.torchtune.checkpoint.finding import find_checkpoint
 from gmt_tune.integrations.torchtune.checkpoint.lock import FileLock, lock_folder
 from gmt_tune.integrations.torchtune.checkpoint.manifest import Checkpoint, Progress
-from gmt_tune.integrations.torchtune.checkpoint.model import model_files, write_model
+from gmt_tune.integrations.torchtune.checkpoint.model import model_files, write_model, writes_one_by_one
 from gmt_tune.integrations.torchtune.checkpoint.shards import ShardWriter
 from gmt_tune.integrations.torchtune.checkpoint.space import check_space
+from gmt_tune.integrations.torchtune.checkpoint.weights import copied, one_by_one
 from gmt_tune.integrations.torchtune.checkpoint.writer import (
+    Lookout,
     Mark,
     Writer,
     attempt,
+    has_failed,
     make_marks,
     take_written,
     wait_for_others,
@@ -185,9 +189,11 @@ class RunCheckpoints:
         self._agree(error, folder, name)
         # Before the weights are gathered, for which all ranks meet: from then on rank 0 sees who lives
         mark = Mark(folder, self._rank)
-        weights = training.gather_cpu_state_dict(parts.model, self._rank == 0, device=parts.device)
-        if self._is_async and parts.device.type == "cpu":  # these still are the tensors that training changes
-            weights = {key: weight.clone() for key, weight in weights.items()}
+        weights: contextlib.AbstractContextManager[dict[str, Tensor]]
+        if self._is_async or not writes_one_by_one(parts.checkpointer):
+            weights = contextlib.nullcontext(copied(parts.model, parts.device, keep=self._is_async))
+        else:
+            weights = one_by_one(parts.model, parts.device, Lookout(folder).look)
         state = None
         if not position.is_final:
             state = training_state.plan_save(folder / training_state.FOLDER, parts, copy=self._is_async)
@@ -239,23 +245,25 @@ class RunCheckpoints:
         folder: Path,
         name: str,
         checkpointer,
-        weights: dict[str, Tensor],
+        weights: contextlib.AbstractContextManager[dict[str, Tensor]],
         state: ShardWriter | None,
         progress: Progress,
         mark: Mark,
     ) -> None:
-        """This rank's files; on rank 0 also the model's, and, once all ranks have written, the final name."""
+        """This rank's files; on rank 0 also, once all ranks have written theirs, the model's, and the final name."""
         try:
-            written = mark.write(state.write if state is not None else bytes)
-            if self._rank > 0:
-                return
-            write_model(checkpointer, weights, folder, self._newest_model_folder())
+            with weights as by_name:
+                try:
+                    written = mark.write(state.write if state is not None else bytes)
+                finally:
+                    if self._rank == 0:
+                        wait_for_others(folder)  # also after an error, for which all ranks are about to meet
+                if self._rank > 0 or has_failed(folder):
+                    return
+                write_model(checkpointer, by_name, folder, self._newest_model_folder())
         finally:
-            if self._rank == 0:
-                wait_for_others(folder)  # also after an error, for which all ranks are about to meet
+            mark.release()
         by_others = take_written(folder)
-        if by_others is None:
-            return
         if state is not None:
             state.finish([written, *by_others])
         progress = replace(progress, model_files=model_files(folder))

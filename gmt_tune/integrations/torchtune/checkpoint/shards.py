@@ -8,7 +8,9 @@ metadata when all have written. The files are DCP's, and its readers cut them fo
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint import (
     metadata,
 )
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -72,6 +75,7 @@ class ShardWriter:
         # The folder is flushed as a whole; and copying ahead takes the current device's stream, which in the thread
         # that writes is not that of the tensors
         self._storage = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+        self._storage.fs = _AppendingFiles()
         self._planner = _SavePlanner(values)
         is_first = dist.get_rank() == 0
         self._planner.set_up_planner(self._planner.tensors, is_coordinator=is_first)
@@ -94,14 +98,24 @@ class ShardWriter:
             self._planner.copy_data(self._plan)
 
     def write(self) -> bytes:
-        """Write this rank's file; what :meth:`finish` needs to know of it."""
-        future = self._storage.write_data(self._plan, self._planner)
-        future.wait()
-        return pickle.dumps(future.value())
+        """Write this rank's file, one tensor after the other; what :meth:`finish` needs to know of it."""
+        written: list = []
+        for item in self._plan.items:  # of those that it is given at once, DCP holds all copies until the last
+            written += self._storage.write_data(replace(self._plan, items=[item]), self._planner).wait()
+        return pickle.dumps(written)
 
     def finish(self, written: list[bytes]) -> None:
         """On rank 0, with what :meth:`write` gave on each rank: make what they wrote readable."""
         self._storage.finish(self._metadata, [pickle.loads(each) for each in written])
+
+
+class _AppendingFiles(FileSystem):
+    """Adds what is written in a further call to the same file."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode.replace("w", "a")) as stream:
+            yield stream
 
 
 class _SavePlanner(DefaultSavePlanner):

@@ -54,6 +54,36 @@ def space_needed(weights: int, state: int, saves: int, keep_last_n: int | None, 
     return max(in_between, at_the_end) - existing
 
 
+def host_bytes_of_save(
+    *,
+    weights: int,
+    largest_weight: int,
+    state: int,
+    largest_state: int,
+    processes: int,
+    is_async: bool,
+    on_host: bool = False,
+) -> int:
+    """Bytes of the host's memory that a save takes in the process that takes most, rank 0, besides what it holds.
+
+    Of the Hugging Face checkpointer with safetensors; another one takes ``weights`` at the least. Pages of files that
+    the system has not written yet are not counted: it can write them at any time.
+
+    Args:
+        weights: bytes of the whole model, as it is saved.
+        largest_weight: bytes of the largest of its tensors.
+        state: bytes of the training state that a process saves: its part, where that is sharded.
+        largest_state: bytes of the largest tensor of these.
+        processes: that train together.
+        is_async: with ``enable_async_checkpointing``.
+        on_host: training runs on the CPU.
+    """
+    if is_async:
+        return weights + state + largest_weight
+    is_whole_there = on_host and processes == 1  # and is written from where it is, unless it is converted
+    return max(largest_weight if is_whole_there else 2 * largest_weight, 0 if on_host else largest_state)
+
+
 def _state_bytes(parts: TrainingParts) -> float:
     """Bytes that the optimizers will keep, and, of compact ones, of the selection that says whose states these are."""
     optimizer: Any = parts.optimizers[0]

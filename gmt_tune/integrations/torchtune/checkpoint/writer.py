@@ -72,6 +72,8 @@ class Writer(threading.Thread):
             self.error = attempt(self._write)[1]
         except LostRank as lost:
             self.error, self.has_lost_rank = str(lost), True
+        finally:
+            del self._write  # with the copy of what it wrote, which is not to wait for the next save
 
     def wait(self) -> None:
         """Wait until it is done."""
@@ -101,7 +103,7 @@ class Mark:
                 self._lock = FileLock(folder / f"{_WRITING}{rank}")
 
     def write(self, write: Callable[[], bytes]) -> bytes:
-        """Write this rank's part, and let rank 0 see that it has ended.
+        """Write this rank's part, and let rank 0 see that it has ended; until :meth:`release`, also that it lives.
 
         Args:
             write: writes it; what it returns is for :func:`take_written`.
@@ -116,10 +118,12 @@ class Mark:
         except BaseException:
             mark.rename(self._folder / f"{_FAILED}{self._rank}")  # which needs no room on a full disk
             raise
-        finally:
-            if self._lock is not None:
-                self._lock.release()
         return written
+
+    def release(self) -> None:
+        """Nobody waits for this rank any longer."""
+        if self._lock is not None:
+            self._lock.release()
 
 
 def wait_for_others(folder: Path) -> None:
@@ -133,9 +137,7 @@ def wait_for_others(folder: Path) -> None:
     while marks := sorted(folder.glob(f"{_WRITING}*")):
         if time.monotonic() >= next_look:
             looks_lost = {mark: looks_lost.get(mark, 0) + 1 for mark in marks if is_locked(mark) is False}
-            lost = [mark.name.removeprefix(_WRITING) for mark, looks in looks_lost.items() if looks > _LOOKS_UNTIL_LOST]
-            if lost:
-                raise LostRank(f"rank {', '.join(lost)} ended while it was being written")
+            _raise_if_lost([mark for mark, looks in looks_lost.items() if looks > _LOOKS_UNTIL_LOST])
             before, written = written, sum(map(_size, folder.glob("*/*.distcp")))
             looks_stalled = looks_stalled + 1 if written == before else 0
             if looks_stalled > _LOOKS_UNTIL_STALLED:
@@ -145,16 +147,52 @@ def wait_for_others(folder: Path) -> None:
         time.sleep(0.01)
 
 
+class Lookout:
+    """On rank 0, when the others have written their parts: sees who of them still lives, as :meth:`look` is called.
+
+    Args:
+        folder: that is being written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._next_look = folder, time.monotonic()
+
+    def look(self) -> None:
+        """Return at once if all live.
+
+        Raises:
+            LostRank: if a rank has ended.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        for _ in range(_LOOKS_UNTIL_LOST):
+            lost = [mark for mark in sorted(self._folder.glob(f"{_WRITTEN}*")) if is_locked(mark) is False]
+            self._next_look = time.monotonic() + _LOOK_EVERY_S
+            if not lost:
+                return
+            time.sleep(_LOOK_EVERY_S)
+        _raise_if_lost(lost)
+
+
+def _raise_if_lost(marks: list[Path]) -> None:
+    if marks:
+        ranks = ", ".join(mark.name.removeprefix(_WRITING).removeprefix(_WRITTEN) for mark in marks)
+        raise LostRank(f"rank {ranks} ended while it was being written")
+
+
 def _size(file: Path) -> int:
     with contextlib.suppress(OSError):  # a rank that fails removes its file
         return file.stat().st_size
     return 0
 
 
-def take_written(folder: Path) -> list[bytes] | None:
-    """On rank 0, when no other rank is writing: what each said of its part. None if one has failed, which says why."""
-    if any(folder.glob(f"{_FAILED}*")):
-        return None
+def has_failed(folder: Path) -> bool:
+    """On rank 0, when no other rank is writing: whether one could not, which says why."""
+    return any(folder.glob(f"{_FAILED}*"))
+
+
+def take_written(folder: Path) -> list[bytes]:
+    """On rank 0, when no other rank is writing and none has failed: what each said of its part."""
     marks = list(folder.glob(f"{_WRITTEN}*"))
     written = [mark.read_bytes() for mark in marks]
     for mark in marks:

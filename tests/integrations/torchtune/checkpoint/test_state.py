@@ -3,6 +3,7 @@
 import importlib
 import os
 import pickle
+import weakref
 from pathlib import Path
 
 import launch
@@ -124,6 +125,28 @@ def test_what_was_copied_is_written_though_training_goes_on(tmp_path, one_rank):
     state.restore(tmp_path / "state", parts_of(model, optimizer), is_same_world=True)
     found = optimizer.state_dict()["state"]
     assert all(torch.equal(found[key]["momentum_buffer"], wanted[key]) for key in wanted)
+
+
+def test_the_tensors_of_a_state_are_copied_one_after_the_other(tmp_path, one_rank, monkeypatch):
+    """As they are from an accelerator: here, each comes as a tensor of its own that nothing else holds."""
+    values = {f"tensor{i}": torch.arange(100) + i for i in range(5)}
+    given: list[weakref.ref] = []
+    alive: list[int] = []
+    resolve = shards._SavePlanner.resolve_data
+
+    def resolve_to_copy(self, item):
+        alive.append(sum(copy() is not None for copy in given))
+        copy = resolve(self, item).numpy().copy()
+        given.append(weakref.ref(copy))
+        return torch.from_numpy(copy)
+
+    monkeypatch.setattr(shards._SavePlanner, "resolve_data", resolve_to_copy)
+    writer = shards.ShardWriter(tmp_path / "state", values, copy=False)
+    writer.finish([writer.write()])
+    assert len(alive) == 5 and max(alive) <= 1
+    assert [file.name for file in (tmp_path / "state").glob("*.distcp")] == ["__0_0.distcp"]
+    reader = shards.ShardReader(tmp_path / "state")
+    assert all(torch.equal(reader.read_whole(name), value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("state_bits", [32, 8, 4, "fp8"])

@@ -3,15 +3,19 @@
 import subprocess
 import sys
 import time
+import weakref
 
+import numpy as np
 import pytest
 
 from gmt_tune.integrations.torchtune.checkpoint import writer as checkpoint_writer
 from gmt_tune.integrations.torchtune.checkpoint.writer import (
+    Lookout,
     LostRank,
     Mark,
     Writer,
     attempt,
+    has_failed,
     make_marks,
     take_written,
     wait_for_others,
@@ -27,7 +31,9 @@ def write():
     time.sleep(float(sys.argv[3]))
     return b"what it wrote"
 
-Mark(Path(sys.argv[1]), int(sys.argv[2])).write(write)
+mark = Mark(Path(sys.argv[1]), int(sys.argv[2]))
+mark.write(write)
+sys.stdin.read()
 """
 
 
@@ -38,7 +44,10 @@ def rank_process():
 
     def start(folder, rank: int, seconds: float) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), str(seconds)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RANK, str(folder), str(rank), str(seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         processes.append(process)
         assert process.stdout.readline() == "writing\n"
@@ -57,6 +66,7 @@ def test_rank_0_waits_for_a_rank_that_writes(tmp_path, rank_process, monkeypatch
     start = time.monotonic()
     wait_for_others(tmp_path)
     assert time.monotonic() - start > 1.0
+    assert not has_failed(tmp_path)
     assert take_written(tmp_path) == [b"what it wrote"] and not list(tmp_path.iterdir())
 
 
@@ -71,6 +81,21 @@ def test_a_rank_that_is_killed_while_it_writes_is_noticed(tmp_path, rank_process
     with pytest.raises(LostRank, match="rank 2 ended while it was being written"):
         wait_for_others(tmp_path)
     assert time.monotonic() - start < 20
+
+
+def test_a_rank_that_is_killed_when_it_has_written_is_noticed_until_it_is_released(tmp_path, rank_process, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "_LOOK_EVERY_S", 0.05)
+    make_marks(tmp_path, 2)
+    waiting = rank_process(tmp_path, 1, 0.0)
+    wait_for_others(tmp_path)
+    lookout = Lookout(tmp_path)
+    for _ in range(3):
+        lookout.look()
+        time.sleep(0.1)
+    waiting.kill()
+    waiting.wait()
+    with pytest.raises(LostRank, match="rank 1 ended while it was being written"):
+        lookout.look()
 
 
 def test_without_locks_a_rank_that_writes_nothing_is_given_up(tmp_path, monkeypatch):
@@ -90,7 +115,7 @@ def test_a_rank_that_fails_says_so_and_is_not_lost(tmp_path):
     with pytest.raises(OSError, match="no room"):
         Mark(tmp_path, 1).write(fail)
     wait_for_others(tmp_path)
-    assert take_written(tmp_path) is None
+    assert has_failed(tmp_path)
 
 
 def test_what_a_writer_raises_is_a_message_for_all_ranks():
@@ -109,6 +134,17 @@ def test_what_a_writer_raises_is_a_message_for_all_ranks():
         writer.start()
         writer.wait()
         assert (writer.error, writer.has_lost_rank) == wanted
+
+
+def test_a_writer_that_is_done_holds_nothing_of_what_it_wrote():
+    copy = np.zeros(3)
+    held = weakref.ref(copy)
+    writer = Writer(lambda copy=copy: copy.sum())
+    del copy
+    assert held() is not None
+    writer.start()
+    writer.wait()
+    assert held() is None and writer.error is None
 
 
 LEAVING = """
