@@ -141,6 +141,8 @@ def text_table(report: dict) -> str:
     lines.append(f"{'total':<{width}}  {report['device_bytes'] / GIB:8.2f}")
     if report["host_bytes"]:
         lines.append(f"{'in host memory':<{width}}  {report['host_bytes'] / GIB:8.2f}  for each device")
+    saving = report["save_host_bytes"] / GIB
+    lines.append(f"{'while it saves':<{width}}  {saving:8.2f}  in host memory, of the process that takes most")
     lines += ["", f"fits on: {_fits(report)}", *(f"assumes: {line}" for line in report["assumptions"])]
     if "measured" in report:
         lines += ["", *measured_lines(report)]

@@ -16,6 +16,7 @@ from torch import nn
 from torchtune import config, training
 
 from gmt_tune.errors import UserError, one_line
+from gmt_tune.integrations.torchtune.checkpoint.space import host_bytes_of_save
 from gmt_tune.integrations.torchtune.config.components import component_path, import_component, is_known_package
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.masking import GradientMask
@@ -45,12 +46,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one device, of ``world_size`` equal ones."""
+    """The memory of one device, of ``world_size`` equal ones.
+
+    Attributes:
+        save_host_bytes: of the host's memory, that a save takes for a while in the process that takes most.
+    """
 
     world_size: int
     device: str
     rows: list[Row]
     assumptions: list[str]
+    save_host_bytes: int
 
     @property
     def device_bytes(self) -> int:
@@ -91,7 +97,23 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     nccl = RESERVE_NCCL if world_size > 1 else 0
     note = "CUDA context, workspaces, fragmentation" + (", NCCL buffers" if nccl else "")
     rows = [*_state_rows(job, most), *_passing_rows(job, most, shape), Row("reserve", RESERVE + nccl, note=note)]
-    return Estimate(world_size, str(cfg.get("device", "cuda")), rows, _assumptions(job))
+    device = str(cfg.get("device", "cuda"))
+    save = _save_host_bytes(job, rows, world_size, on_host=job.is_offloaded or device.startswith("cpu"))
+    return Estimate(world_size, device, rows, _assumptions(job), save)
+
+
+def _save_host_bytes(job: Job, rows: list[Row], world_size: int, *, on_host: bool) -> int:
+    e, parameters = job.dtype.itemsize, list(job.model.parameters())
+    states = sum(r.device_bytes + r.host_bytes for r in rows if r.name in ("optimizer states", "gradient mask"))
+    return host_bytes_of_save(
+        weights=e * sum(p.numel() for p in parameters),
+        largest_weight=e * max(p.numel() for p in parameters),
+        state=states,
+        largest_state=min(states, e * job.largest),
+        processes=world_size,
+        is_async=bool(job.cfg.get("enable_async_checkpointing", False)),
+        on_host=on_host,
+    )
 
 
 def _lasting(job: Job, name: str, count: int, note: str) -> Row:

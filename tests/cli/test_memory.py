@@ -459,6 +459,13 @@ def test_measuring_without_a_build_for_cuda_is_refused_in_a_sentence(capsys, mon
     assert "add device=cuda" in capsys.readouterr().err
 
 
+def test_a_save_in_the_background_takes_a_copy_of_weights_and_states_in_host_memory():
+    numel = sum(p.numel() for p in build().parameters())
+    saved = [estimate(config(enable_async_checkpointing=is_async)).save_host_bytes for is_async in (False, True)]
+    assert saved[0] < 2 * 2 * 301 * 64 + 1
+    assert 3 * 2 * numel < saved[1] < 3.2 * 2 * numel  # in bf16: weights and two moments
+
+
 def test_by_card_names_each_config_once_at_the_smallest_card_that_holds_it_compact_ones_first():
     def report(config, world_size, fits_on, device="cuda"):
         return {"config": config, "world_size": world_size, "fits_on": fits_on, "device": device}
