@@ -319,10 +319,10 @@ class _Watch(TorchDispatchMode):
             return 1  # flash attention
         if name in _WAITS and on_device:
             gpu.read(name)
-        if name == "nonzero" and on_device:  # none is selected
+        if name == "nonzero":  # none is selected
             result = torch.empty(0, args[0].dim(), dtype=torch.int64, device=args[0].device)
-        elif name == "bincount" and on_device:
-            result = torch.empty(kwargs.get("minlength", 0), dtype=torch.int64, device=args[0].device)
+        elif name == "bincount":
+            result = torch.empty(args[2] if len(args) > 2 else 0, dtype=torch.int64, device=args[0].device)
         else:
             with _without_values(inputs if name == "_to_copy" else ()):
                 result = func(*args, **kwargs)
@@ -346,6 +346,8 @@ class _Watch(TorchDispatchMode):
             return
         waits_not = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         on_host = source if source.is_cpu else result
+        if name == "_to_copy" and result.is_cpu and waits_not:  # which PyTorch makes in pinned memory
+            self._gpu.pin(result)
         if source.is_cpu and source.numel() == 1 and source.dim() == 0 and name == "copy_":
             return  # a number goes along with the launch
         if not waits_not:

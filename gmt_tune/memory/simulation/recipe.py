@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torchtune import training
 
 from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
@@ -116,6 +117,7 @@ class _Run:
         with SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
             self._gpu = gpu
             gpu.enter_context(mock.patch.object(torch, "compile", simulated_compile(gpu)))
+            gpu.enter_context(mock.patch.object(training, "set_torch_num_threads", lambda: None))  # for each rank
             # Nothing is read or written
             gpu.enter_context(mock.patch.object(RunCheckpoints, "find", lambda *args: self._cfg.checkpointer))
             gpu.enter_context(mock.patch.object(RunCheckpoints, "check_space", lambda *args: None))
