@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All that remains to be seen on a GPU, in one command for a machine with one, and in at most ten minutes: that the mask
-# selects what a full sort selects and the recipes keep their promises there, and what the selection and training cost.
+# selects what a full sort selects, that the recipes keep their promises there and fit where `gmt-tune memory` says, and
+# what selection and training cost. With more minutes, the comparison of methods on the device.
 #
 #   benchmarks/gpu.sh                          needs gmt-tune with its test extra, and PyTorch for CUDA
-#   benchmarks/gpu.sh --minutes 5 --out DIR    results go to DIR/gpu.jsonl, a line a part
+#   benchmarks/gpu.sh --minutes 60 --out DIR   results go to DIR: gpu.jsonl, a line a part; traces; DIR/quality
 #   benchmarks/gpu.sh --show DIR/gpu.jsonl     prints them as tables
 #   benchmarks/gpu.sh --part sharded           one part alone
 #   benchmarks/gpu.sh --rehearse               the same with small sizes on the CPU

@@ -8,6 +8,7 @@ they share. The memory in their first lines is what `gmt-tune memory` says.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from config_template import Config, Model, render
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, README = ROOT / "docs" / "configs.md", ROOT / "README.md"
 TABLE = ("<!-- gmt-tune memory --all -->\n", "<!-- end -->\n")
+SIMULATED_TABLE = ("<!-- benchmarks/results/simulated_memory.json -->\n", "<!-- end -->\n")
 CARD_TABLE = ("<!-- gmt-tune memory --all --by-card -->\n", "<!-- end -->\n")
+SIMULATED = ROOT / "benchmarks" / "results" / "simulated_memory.json"
 COMPACT_DOCS = ROOT / "docs" / "compact.md"
 BESIDE = (
     "llama3_1/8B_gmt_compact",
@@ -180,7 +183,7 @@ def _dpo(model: Model, card: str, **more) -> Config:
 CONFIGS = {
     "llama2/7B_gmt": _multi(LLAMA2_7B, "24 GB"),
     "llama2/7B_gmt_single_device": _single(LLAMA2_7B, "48 GB"),
-    "llama2/7B_gmt_low_memory": _low(LLAMA2_7B, "24 GB", optimizer="AdamW4bit"),
+    "llama2/7B_gmt_low_memory": _low(LLAMA2_7B, "40 GB"),
     "llama2/7B_gmt_compact": _compact(LLAMA2_7B, "24 GB", density="0.1"),
     "llama2/7B_gmt_tulu": TULU,
     "llama2/7B_gmt_dpo": _dpo(LLAMA2_7B_CHAT, "24 GB"),
@@ -266,14 +269,16 @@ def build_docs() -> dict[Path, str]:
     from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
     reports = [memory.report(name, None, []) for name in config_paths()]
+    simulated = json.loads(SIMULATED.read_text(encoding="utf-8"))
     both = [memory.report(name, None, BESIDE[2]) for name in BESIDE[:2]]
     made = {}
     for path, (begin, end), table in (
         (DOCS, TABLE, memory.markdown_table(reports)),
+        (DOCS, SIMULATED_TABLE, memory.simulated_table(reports, simulated)),
         (README, CARD_TABLE, memory.card_table(reports)),
         (COMPACT_DOCS, BESIDE_TABLE, memory.beside_table(both)),
     ):
-        text = path.read_text(encoding="utf-8")
+        text = made.get(path) or path.read_text(encoding="utf-8")
         before, mark, rest = text.partition(begin)
         made[path] = before + begin + table + "\n" + end + rest.partition(end)[2] if mark else text
     return made

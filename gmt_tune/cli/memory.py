@@ -6,12 +6,16 @@ The arithmetic, and where each formula comes from, is in ``gmt_tune.memory``.
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from gmt_tune.errors import UserError, did_you_mean, one_line
 
 GIB = 2**30
+# Parts of a step's memory: by what holds them, and all else
+_HELD = ("weights", "reference model", "gradients", "optimizer states", "gradient mask")
+_PASSING = "activations and working memory"
 
 
 def add_parser(subparsers) -> None:
@@ -21,8 +25,8 @@ def add_parser(subparsers) -> None:
         description="Estimate the memory of each device that a config needs, from the config alone: no weights, no "
         "network, no accelerator.",
         epilog="Example: gmt-tune memory --config llama3_1/8B_gmt --world-size 8 batch_size=4",
-        usage="gmt-tune memory (--config NAME_OR_PATH [--beside NAME_OR_PATH] [--world-size N] | --all [--by-card]) "
-        "[--json] [KEY=VALUE ...]",
+        usage="gmt-tune memory (--config NAME_OR_PATH [--beside NAME_OR_PATH | --measure] [--world-size N] | "
+        "--all [--by-card]) [--json] [KEY=VALUE ...]",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="NAME_OR_PATH", help="a config's name, as `tune ls` shows it, or its file")
@@ -32,6 +36,12 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--beside", metavar="NAME_OR_PATH", help="with --config: print a Markdown table of both configs, part by part"
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="with --config: train the recipe for a few steps on a simulated GPU, too, and print its peak beside the "
+        "estimate; takes minutes and PyTorch's build for CUDA, and no GPU",
     )
     parser.add_argument(
         "--world-size",
@@ -53,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--by-card is for all configs: give --all instead of --config")
     if args.beside is not None and args.all:
         raise UserError("--beside compares with one config: give --config instead of --all")
+    if args.measure and (args.all or args.beside is not None):
+        raise UserError("--measure is for one config: give --config, without --beside")
     if args.all:
         from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
@@ -65,8 +77,23 @@ def run(args: argparse.Namespace) -> int:
         both = [result, report(args.beside, args.world_size, args.overrides)]
         print(json.dumps(both, indent=2) if args.json else beside_table(both))
         return 0
+    if args.measure:
+        result["measured"] = measured(result, args.overrides)
     print(json.dumps(result, indent=2) if args.json else text_table(result))
     return 0
+
+
+def measured(report: dict, overrides: list[str]) -> dict:
+    """What a simulated training step of a reported config takes, as plain data: bytes of the first device."""
+    if not _is_gpu(report):
+        raise UserError(f"--measure simulates a GPU, and {report['config']} runs on the CPU: add device=cuda")
+    import torch
+
+    from gmt_tune.memory.simulation.recipe import measure
+
+    cfg, _ = load_config(report["config"], overrides)
+    found = measure(cfg, report["world_size"])
+    return {"torch": torch.__version__, "peak_bytes": found.peak, "phase": found.phase, "parts": found.parts}
 
 
 def load_config(name: str, overrides: list[str]):
@@ -115,7 +142,37 @@ def text_table(report: dict) -> str:
     if report["host_bytes"]:
         lines.append(f"{'in host memory':<{width}}  {report['host_bytes'] / GIB:8.2f}  for each device")
     lines += ["", f"fits on: {_fits(report)}", *(f"assumes: {line}" for line in report["assumptions"])]
+    if "measured" in report:
+        lines += ["", *measured_lines(report)]
     return "\n".join(lines)
+
+
+def measured_lines(report: dict) -> list[str]:
+    """The parts of a simulated step at its peak, beside those of the estimate, which then has no reserve."""
+    found = report["measured"]
+    estimated: dict[str, int] = {}
+    for row in report["rows"]:
+        name = {"due gradients": "gradients"}.get(row["name"], row["name"])
+        name = name if name in _HELD else _PASSING
+        estimated[name] = estimated.get(name, 0) + row["device_bytes"] * (row["name"] != "reserve")
+    lines = [
+        f"a simulated step (PyTorch {found['torch']}, no GPU): GiB allocated on the first device at its peak, which is "
+        f"in {found['phase']}",
+        "",
+        f"{'':<{len(_PASSING)}}  simulated  estimate",
+    ]
+    parts = [(name, found["parts"].get(name, 0), estimated.get(name, 0)) for name in (*_HELD, _PASSING)]
+    parts.append(("in all", found["peak_bytes"], allocated_bytes(report)))
+    for name, simulated, counted in parts:
+        if simulated or counted:
+            lines.append(f"{name:<{len(_PASSING)}}  {simulated / GIB:9.2f}  {counted / GIB:8.2f}")
+    lines[-1] += f"  ({allocated_bytes(report) / found['peak_bytes'] - 1:+.1%})"
+    return lines
+
+
+def allocated_bytes(report: dict) -> int:
+    """Bytes of the estimate that are tensors: without the reserve."""
+    return sum(row["device_bytes"] for row in report["rows"] if row["name"] != "reserve")
 
 
 def markdown_table(reports: list[dict]) -> str:
@@ -131,6 +188,23 @@ def markdown_table(reports: list[dict]) -> str:
         cells = [f"{value:.1f}" for value in (*shown, sum(on_device.values()), total)]
         fits = f"{report['fits_on'][0]} or more" if _is_gpu(report) and report["fits_on"] else _fits(report)
         lines.append(f"| `{report['config']}` | {report['world_size']} | {' | '.join(cells)} | {fits} |")
+    return "\n".join(lines)
+
+
+def simulated_table(reports: list[dict], simulated: Mapping[str, dict]) -> str:
+    """One line for each config that has been simulated: its peak, and what the estimate has without its reserve.
+
+    Args:
+        reports: of configs, as :func:`report` makes them.
+        simulated: by name of the config, what :func:`measured` made.
+    """
+    lines = ["| config | devices | simulated GiB | in | estimated GiB | difference |", "|---|---:|---:|---|---:|---:|"]
+    for report in reports:
+        if (found := simulated.get(report["config"])) is None:
+            continue
+        peak, counted = found["peak_bytes"], allocated_bytes(report)
+        numbers = f"{peak / GIB:.2f} | {found['phase']} | {counted / GIB:.2f} | {counted / peak - 1:+.1%}"
+        lines.append(f"| `{report['config']}` | {report['world_size']} | {numbers} |")
     return "\n".join(lines)
 
 

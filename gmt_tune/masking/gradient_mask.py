@@ -71,7 +71,8 @@ class GradientMask:
         seed: of the random score.
         error_if_nonfinite: raise if the gradient of a masked or dense parameter holds NaN or infinity, before any
             weight changes. On CUDA, so as not to keep the device waiting, the step is launched first, and the same
-            call of the optimizer's ``step`` raises behind it: no later code sees its weights.
+            call of the optimizer's ``step`` raises behind it, or with an optimizer that steps within the backward pass,
+            ``backward()`` at its end: no later code sees the weights. For that, the host waits for the device once.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range, misspelt, or a pattern matches nothing.
@@ -188,6 +189,9 @@ class GradientMask:
             ValueError: if it has this mask already, or one that masks the same parameters; if it holds no parameter of
                 this mask, or one that the mask does not know and whose group does not say ``"gradient_mask": False``;
                 for scope "global", if it lacks a masked parameter.
+
+        Not for a step that is captured in a CUDA graph, which fails with an error of CUDA's: capture forward and
+        backward alone.
         """
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
@@ -364,7 +368,7 @@ class GradientMask:
         self._grad_scale = None
         if not self._schedule.keeps and not self._is_compact:
             self._selections.clear()  # what the calls of one step's closure had in common
-        self._flags.raise_if_set()
+        self._flags.raise_behind_backward()
 
     @torch.no_grad()
     def _mask(
@@ -379,7 +383,7 @@ class GradientMask:
         """
         start = time.perf_counter()
         if not is_repeated:
-            self._flags.raise_if_set()
+            self._flags.raise_behind_backward()
         self._repeats = is_repeated
         names = [self._parameters.masked[p] for p in masked]
         if len(masked) == len(self._parameters.masked):

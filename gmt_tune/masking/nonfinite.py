@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gmt_tune.masking import native
+from gmt_tune.masking.host import start_copy
 
 # Made once, for hundreds are given out in a step: not to be changed
 FLAGS = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
@@ -70,6 +71,7 @@ class DelayedFlags:
 
     def __init__(self) -> None:
         self._pending: list[tuple[list[str], str, Tensor, Callable[[], None]]] = []
+        self._backward = -1  # the backward pass at whose end they are read
 
     def add(self, names: Sequence[str], flags: Sequence[Tensor], where: str) -> None:
         """Take in flags, as ``nonfinite_flags`` gives them.
@@ -90,7 +92,7 @@ class DelayedFlags:
         raise_for_flags([names[i] for i in now], [flags[i] for i in now], where)
         for device in later:
             members = by_device[device]
-            on_host, wait = _start_copy(_together([flags[i] for i in members]))
+            on_host, wait = start_copy(_together([flags[i] for i in members]))
             self._pending.append(([names[i] for i in members], where, on_host, wait))
 
     def raise_if_set(self) -> None:
@@ -100,6 +102,18 @@ class DelayedFlags:
             wait()
             raise_for_flags(names, on_host.tolist(), where)
 
+    def raise_behind_backward(self) -> None:
+        """As :meth:`raise_if_set`; but within a backward pass not now: ``backward()`` raises at its end.
+
+        With the optimizer in backward, the device so gets the steps of all parameters before the host waits for it.
+        """
+        backward = torch._C._current_graph_task_id()  # as FSDP2 asks for it; -1 outside
+        if backward == -1:
+            self.raise_if_set()
+        elif self._pending and backward != self._backward:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.raise_if_set)
+
 
 def _together(flags: Sequence[Tensor]) -> Tensor:
     """0-d tensors in one: what they were taken out of, or a copy."""
@@ -108,12 +122,3 @@ def _together(flags: Sequence[Tensor]) -> Tensor:
         if all(flag.storage_offset() == i for i, flag in enumerate(flags)):
             return base
     return torch.stack(list(flags))
-
-
-def _start_copy(flags: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """A copy of CUDA flags in pinned memory, and what waits until it is there."""
-    on_host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-    on_host.copy_(flags, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(flags.device))
-    return on_host, arrived.synchronize

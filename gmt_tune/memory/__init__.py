@@ -4,7 +4,9 @@
   shapes and dtypes are known, checked against real optimizers in the tests.
 - ``sharding``: the part of each tensor that one device holds under FSDP2 and tensor parallelism.
 - ``activations``: what the forward pass keeps, and the largest passing demand. An estimate.
+- ``moments``: which of these are there at the same time, moment by moment of a training step.
 - ``estimate``: a config in, rows per device out.
+- ``simulation``: the same config's recipe on a simulated GPU, which the estimate is held against.
 - ``cards``: which cards a total fits on.
 """
 

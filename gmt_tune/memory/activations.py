@@ -78,9 +78,9 @@ def head_bytes(s: Shape, output_chunks: int, *, pairs: bool = False) -> int:
     """Bytes of the final norm, the logits and the loss when the loss has been computed.
 
     Per token: final norm 8 d + d e. With chunks, the logits (V e) and all fp32 log-probabilities (4 V), besides the
-    fp32 logits of one chunk (4 V / chunks). Without (0), the fp32 logits and log-probabilities (8 V) and their gradient
-    in the model's dtype (V e). With pairs, while the reference model runs: the log-probabilities of the other model
-    (4 V), its own logits (4 V), and of one half of them a copy and the log-probabilities (2 V each).
+    fp32 logits of one chunk (4 V / chunks). Without (0), the fp32 log-probabilities, their gradient and that of the
+    logits, at the beginning of backward (12 V). With pairs, while the reference model runs: the log-probabilities of
+    the other model (4 V), its own logits (4 V), and of one half of them a copy and the log-probabilities (2 V each).
     """
     norm = s.embed_dim * (8 + s.itemsize)
     if pairs:
@@ -88,7 +88,7 @@ def head_bytes(s: Shape, output_chunks: int, *, pairs: bool = False) -> int:
     elif output_chunks:
         logits = s.vocab_size * s.itemsize + 4 * s.vocab_size + 4 * s.vocab_size / output_chunks
     else:
-        logits = 8 * s.vocab_size + s.vocab_size * s.itemsize
+        logits = 12 * s.vocab_size
     return int(s.tokens * (norm + logits))
 
 

@@ -1,13 +1,11 @@
 """From a config to the memory that each device needs, row by row.
 
-The model is built on the meta device, so that a 70B model costs no memory here and needs no file. What happens
-at the same time is added up; of what happens one after the other (loss, recomputing a layer, optimizer step)
-the largest counts. Gradients are counted in full, as from the second micro-batch of a step on.
+The model is built on the meta device, so that a 70B model costs no memory here and needs no file. What is there at the
+same time is added up; of the moments of a step, which ``moments`` lists, the largest counts.
 """
 
 import functools
 import inspect
-import math
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, get_type_hints
@@ -23,16 +21,15 @@ from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.masking import GradientMask
 from gmt_tune.memory import activations as act
 from gmt_tune.memory.compact import CompactBytes, compact_bytes
-from gmt_tune.memory.sharding import Mesh, largest_units, local_shapes
-from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes, step_scratch_bytes
-from gmt_tune.models.losses import LinearCrossEntropyLoss
+from gmt_tune.memory.moments import Job, Moment, kept_activations, moments
+from gmt_tune.memory.sharding import Mesh, gathered_units, local_shapes
+from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes
 from gmt_tune.optim import CompactAdamW
 
 GIB = 2**30
 ASSUMED_SEQ_LEN = 2048
 RESERVE = GIB  # CUDA context, kernels and library workspaces, and what the allocator cannot use
 RESERVE_NCCL = GIB
-MASK_SCRATCH = 8 * 2**20  # of the selection, besides 1/16 of the largest tensor
 
 
 @dataclass(frozen=True)
@@ -64,42 +61,6 @@ class Estimate:
         return sum(row.host_bytes for row in self.rows)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the rows are counted from."""
-
-    cfg: DictConfig
-    model: nn.Module  # on the meta device
-    dtype: torch.dtype
-    mesh: Mesh
-    shapes: dict[str, torch.Size]  # of all parameters, as this device holds them
-    stepped: dict[str, torch.Size]  # of those that are trained
-    gathered: dict[str, torch.Size]  # of all parameters, gathered from the ranks that share data
-    unit: int  # entries of the largest module that FSDP2 gathers as one
-    rest: int  # entries of what belongs to no such module
-    optimizer: tuple[type, dict, str]  # class, options, and how it is named
-    compact: CompactBytes | None  # with CompactAdamW
-
-    @property
-    def offloaded(self) -> bool:
-        return bool(self.cfg.get("fsdp_cpu_offload", False)) and self.mesh.data > 1
-
-    @property
-    def in_backward(self) -> bool:
-        return bool(self.cfg.get("optimizer_in_bwd", False))
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether a reference model runs beside the one that is trained: DPO, on pairs of sequences."""
-        return self.cfg.get("ref_checkpointer", None) is not None
-
-    def lasting(self, name: str, count: int, note: str) -> Row:
-        """A row of tensors that last: in the host's memory with ``fsdp_cpu_offload``."""
-        if self.offloaded:
-            return Row(name, 0, count, note + "; fsdp_cpu_offload: on the host", exact=True)
-        return Row(name, count, note=note, exact=True)
-
-
 def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     """What a run of this config needs on each device, one for each of ``world_size`` processes.
 
@@ -119,61 +80,78 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     shapes = local_shapes(model, mesh, plan)
     gathered = local_shapes(model, Mesh(tensor=mesh.tensor), plan)
     separately = tuple(cfg.get("custom_sharded_layers", None) or ())
-    unit, rest = largest_units(separately, gathered) if mesh.data > 1 else (0, 0)
+    units = gathered_units(separately, gathered) if mesh.data > 1 else {}
     stepped = {name: shapes[name] for name in trainable}
     optimizer = _optimizer(cfg)
     compact = _compact(cfg, model, optimizer, stepped, dtype)
-    job = _Job(cfg, model, dtype, mesh, shapes, stepped, gathered, unit, rest, optimizer, compact)
+    job = Job(cfg, model, dtype, mesh, shapes, stepped, gathered, units, optimizer, compact, _loss(cfg))
+    rows_of_sample = 2 if job.has_reference else 1  # chosen and rejected together
+    shape = act.shape_of(model, rows_of_sample * cfg.batch_size, _seq_len(cfg, model)[0], dtype.itemsize)
+    most = max(moments(job, shape), key=lambda moment: moment.total)
     nccl = RESERVE_NCCL if world_size > 1 else 0
     note = "CUDA context, workspaces, fragmentation" + (", NCCL buffers" if nccl else "")
-    rows = [*_state_rows(job), *_activation_rows(job), *_sharding_rows(job), Row("reserve", RESERVE + nccl, note=note)]
+    rows = [*_state_rows(job, most), *_passing_rows(job, most, shape), Row("reserve", RESERVE + nccl, note=note)]
     return Estimate(world_size, str(cfg.get("device", "cuda")), rows, _assumptions(job))
 
 
-def _state_rows(job: _Job) -> list[Row]:
+def _lasting(job: Job, name: str, count: int, note: str) -> Row:
+    """A row of tensors that last: in the host's memory with ``fsdp_cpu_offload``."""
+    if job.is_offloaded:
+        return Row(name, 0, count, note + "; fsdp_cpu_offload: on the host", exact=True)
+    return Row(name, count, note=note, exact=True)
+
+
+def _state_rows(job: Job, most: Moment) -> list[Row]:
     e, model = job.dtype.itemsize, job.model
     weights = e * sum(shape.numel() for shape in job.shapes.values())
     total = sum(p.numel() for p in model.parameters())
-    row = job.lasting("weights", weights, f"{_count(total)} parameters in {job.cfg.dtype}")
+    row = _lasting(job, "weights", weights, f"{_count(total)} parameters in {job.cfg.dtype}")
     if rope := _rope_bytes(model):  # on the device in any case
         row = replace(row, device_bytes=row.device_bytes + rope, note=row.note + ", rotary tables")
     rows = [row]
     if job.has_reference:
-        rows.append(job.lasting("reference model", weights, "its weights alone"))
+        rows.append(_lasting(job, "reference model", weights, "its weights alone"))
     if job.compact is not None:
-        return rows + _compact_rows(job, job.compact)
+        return rows + _compact_rows(job, job.compact, most)
 
-    numels = [shape.numel() for shape in job.stepped.values()]
-    if not job.in_backward:
-        trained = sum(model.get_parameter(name).numel() for name in job.stepped)
-        gradients, note = sum(numels), f"of {_count(trained)} entries"
-    elif job.mesh.data > 1:
-        gradients, note = math.ceil(job.unit / job.mesh.data), "optimizer_in_bwd: of one layer at a time"
-    else:
-        gradients, note = max(numels, default=0), "optimizer_in_bwd: of the largest tensor alone"
-    rows.append(job.lasting("gradients", e * gradients, note))
+    note = f"of {_count(sum(model.get_parameter(name).numel() for name in job.stepped))} entries"
+    if job.in_backward:
+        note = "optimizer_in_bwd: of " + ("one layer at a time" if job.mesh.data > 1 else "the largest tensor alone")
+    gradients = _lasting(job, "gradients", job.gradients, note)
+    if most.gradients < gradients.device_bytes:
+        note = f"{note}, as far as they are there: {most.name}"
+        gradients = replace(gradients, device_bytes=most.gradients, note=note, exact=False)
+    rows.append(gradients)
 
     component, options, note = job.optimizer
     states = optimizer_state_bytes(component, options, job.stepped.values(), job.dtype)
-    rows.append(job.lasting("optimizer states", states, note))
+    rows.append(_lasting(job, "optimizer states", states, note))
     rows.append(_mask_row(job))
     return rows
 
 
-def _compact_rows(job: _Job, compact: CompactBytes) -> list[Row]:
+def _compact_rows(job: Job, compact: CompactBytes, most: Moment) -> list[Row]:
     turns = f"the most of {compact.turns} turns" if compact.turns > 1 else "all of them at once"
     rows = [
-        job.lasting("gradients", compact.gradients, f"of {_count(compact.selected)} selected entries, and dense ones"),
-        job.lasting("due gradients", compact.whole, f"whole until the step, of {_count(compact.due)} entries: {turns}"),
-        job.lasting("optimizer states", compact.states, "CompactAdamW: moments and ages of selected entries"),
-        job.lasting("gradient mask", compact.places, "where they are: 2 bytes each, or 1 bit an entry"),
+        _lasting(
+            job, "gradients", compact.gradients, f"of {_count(compact.selected)} selected entries, and dense ones"
+        ),
+        _lasting(
+            job, "due gradients", compact.whole, f"whole until the step, of {_count(compact.due)} entries: {turns}"
+        ),
+    ]
+    if not most.gradients:
+        rows = [replace(row, device_bytes=0, note=f"{row.note}; none yet: {most.name}") for row in rows]
+    rows += [
+        _lasting(job, "optimizer states", compact.states, "CompactAdamW: moments and ages of selected entries"),
+        _lasting(job, "gradient mask", compact.places, "where they are: 2 bytes each, or 1 bit an entry"),
     ]
     if job.mesh.data * job.mesh.tensor == 1:
         return rows
     return [replace(row, exact=False) for row in rows]  # which device holds how many selected entries, training decides
 
 
-def _mask_row(job: _Job) -> Row:
+def _mask_row(job: Job) -> Row:
     section = job.cfg.get("gradient_mask", None)
     if section is None:
         return Row("gradient mask", 0, note="none: plain full fine-tuning", exact=True)
@@ -181,97 +159,32 @@ def _mask_row(job: _Job) -> Row:
         return Row("gradient mask", 0, note="nothing is kept between steps", exact=True)
     dense = _matching(job.stepped, section.get("dense", None) or ())
     masked = [shape.numel() for name, shape in job.stepped.items() if name not in dense]
-    return job.lasting("gradient mask", mask_bits_bytes(masked), "1 bit an entry, kept between refreshes")
+    return _lasting(job, "gradient mask", mask_bits_bytes(masked), "1 bit an entry, kept between refreshes")
 
 
-def _activation_rows(job: _Job) -> list[Row]:
-    cfg, e, tensor = job.cfg, job.dtype.itemsize, job.mesh.tensor
-    rows_of_sample = 2 if job.has_reference else 1  # chosen and rejected together
-    shape = act.shape_of(job.model, rows_of_sample * cfg.batch_size, _seq_len(cfg, job.model)[0], e)
+def _passing_rows(job: Job, most: Moment, shape: act.Shape | None) -> list[Row]:
+    """What comes and goes in a step, at the moment when most is there."""
     if shape is None:
-        return [Row("activations", 0, note=f"not estimated for a {type(job.model).__name__}")]
-    kept, kept_on_host, note = _kept_activations(cfg, shape, tensor)
-    largest = max((s.numel() for s in job.stepped.values()), default=0)
-    component, options, _ = job.optimizer
-    at_once = largest if job.in_backward else sum(s.numel() for s in job.stepped.values())
-    if job.compact is not None:  # whole gradients are gone in the update
-        step = max(job.compact.selecting + MASK_SCRATCH, job.compact.updating - job.compact.whole)
-    else:
-        step = step_scratch_bytes(component, options, largest, job.dtype, at_once)
-        if cfg.get("gradient_mask", None) is not None:
-            step = max(step, largest * e // 16 + MASK_SCRATCH)
-    if job.offloaded:
-        step = 0  # on the host
-    elif not job.in_backward:
-        step = max(0, step - kept)  # by then the activations are gone
-    # Before it is added to the one that is there. Under FSDP2 "gathered layers" has it.
-    new_gradient = e * largest if job.mesh.data == 1 else 0
-    head_gradient = e * _trained_head(job)
-    loss, chunks = _loss(cfg)
-    if inspect.isclass(loss) and issubclass(loss, LinearCrossEntropyLoss):
-        heads = {"loss and gradient of the output layer": act.linear_head_bytes(shape, chunks, head_gradient // e)}
-    elif chunks:
-        heads = {
-            "logits and loss": act.head_bytes(shape, chunks),
-            "backward of loss and output layer": act.head_backward_bytes(shape, chunks, head_gradient // e),
-        }
-    else:
-        heads = {"logits and loss": act.head_bytes(shape, 0, pairs=job.has_reference) + new_gradient}
-    # One parameter for embeddings and output layer: the gradient from the one waits for that from the other, at the end
-    # of backward, and their sum lies beside both
-    tied = head_gradient if "output.weight" not in job.shapes else 0
-    phases = {
-        **heads,
-        "gradient of the largest tensor": new_gradient,
-        "gradients of the tied embeddings": max(0, 3 * tied - kept),  # the activations are gone
-        "recomputing a layer": act.layer_bytes(shape, tensor) + act.layer_scratch_bytes(shape, tensor) + tied,
-        "optimizer step": step,
-    }
-    phase = max(phases, key=lambda name: phases[name])
-    return [
-        Row("activations", kept, kept_on_host, note=note),
-        Row("working memory", phases[phase], note=f"{phase}, the most of what follows one another"),
+        return [
+            Row("activations", 0, note=f"not estimated for a {type(job.model).__name__}"),
+            Row("working memory", most.working, note=f"{most.name}; of all else, nothing is known"),
+        ]
+    _, on_host, note = kept_activations(job, shape)
+    rows = [
+        Row("activations", most.activations, on_host, note=note),
+        Row("working memory", most.working, note=f"{most.name}, the most of what follows one another"),
     ]
-
-
-def _trained_head(job: _Job) -> int:
-    """Entries of the output layer's weight that get a gradient here; under FSDP2, "gathered layers" counts them."""
-    own = "output.weight" if "output.weight" in job.shapes else "tok_embeddings.weight"  # tied
-    return job.stepped[own].numel() if own in job.stepped and job.mesh.data == 1 else 0
-
-
-def _kept_activations(cfg: DictConfig, shape: act.Shape, tensor_parallel: int) -> tuple[int, int, str]:
-    """Bytes kept for backward on the device and on the host, and how that comes about."""
-    layers, mode = shape.num_layers, cfg.get("ac_mode", None)
-    checkpointed = layers if cfg.get("enable_activation_checkpointing", False) or mode == "full" else 0
-    note = "activation checkpointing keeps each layer's input"
-    if not checkpointed and mode == "selective" and str(cfg.get("ac_option", "")).isdigit():
-        checkpointed = layers // int(cfg.ac_option)
-        note = f"selective checkpointing of {checkpointed} of {layers} layers"
-    if not checkpointed:
-        note = "all layers, without activation checkpointing"
-    whole = (layers - checkpointed) * act.layer_bytes(shape, tensor_parallel)
-    inputs = checkpointed * act.layer_input_bytes(shape)
-    if not cfg.get("enable_activation_offloading", False):
-        return whole + inputs, 0, note
-    stash = min(act.OFFLOAD_STASH, checkpointed) * act.layer_input_bytes(shape)
-    return whole + stash, inputs, f"{note}, offloaded to the host but for {act.OFFLOAD_STASH}"
-
-
-def _sharding_rows(job: _Job) -> list[Row]:
-    if job.mesh.data == 1:
-        return []
-    if job.cfg.get("fsdp_reshard_after_forward", True):
-        entries, note = 4 * job.unit + 2 * job.rest, "weights and gradients of two layers"
-        if job.rest > job.unit // 10:
+    if job.mesh.data > 1:
+        note = "whole weights and gradients of layers"
+        if job.units.get("", 0) > job.layer // 10:
             note += " and of the embeddings, which custom_sharded_layers does not name"
-    else:
-        entries = sum(shape.numel() for shape in job.gathered.values()) + 2 * job.unit
-        note = "all weights (fsdp_reshard_after_forward: False), gradients of two layers"
-    return [Row("gathered layers", job.dtype.itemsize * entries, note=note)]
+        if not job.cfg.get("fsdp_reshard_after_forward", True):
+            note = "all weights (fsdp_reshard_after_forward: False), gradients of layers"
+        rows.append(Row("gathered layers", most.gathered, note=note))
+    return rows
 
 
-def _assumptions(job: _Job) -> list[str]:
+def _assumptions(job: Job) -> list[str]:
     length, assumed = _seq_len(job.cfg, job.model)
     source = "assumed, for tokenizer.max_seq_len is null" if assumed else "tokenizer.max_seq_len"
     rows = "pairs of sequences" if job.has_reference else "sequences"

@@ -55,11 +55,11 @@ def _tensor_parallel_dim(name: str, model: nn.Module, plan: dict) -> int | None:
     return None
 
 
-def largest_units(separately: tuple[str, ...], gathered: dict[str, torch.Size]) -> tuple[int, int]:
-    """Entries of the largest module that FSDP2 gathers as one, and of what belongs to none.
+def gathered_units(separately: tuple[str, ...], gathered: dict[str, torch.Size]) -> dict[str, int]:
+    """Entries of each module that FSDP2 gathers as one, and, under "", of what belongs to none.
 
-    The latter stays gathered between forward and backward. Such modules are the model's ``layers`` and those that
-    ``separately`` names (``custom_sharded_layers``). ``gathered`` are the shapes without data parallelism.
+    The latter are gathered during the whole of forward, and of backward. Modules are the model's ``layers`` and those
+    that ``separately`` names (``custom_sharded_layers``). ``gathered`` are the shapes without data parallelism.
     """
     units: dict[str, int] = {}
     for name, shape in gathered.items():
@@ -68,5 +68,4 @@ def largest_units(separately: tuple[str, ...], gathered: dict[str, torch.Size]) 
         if owner is None and "layers" in parts[:-1] and parts[parts.index("layers") + 1].isdigit():
             owner = ".".join(parts[: parts.index("layers") + 2])
         units[owner or ""] = units.get(owner or "", 0) + shape.numel()
-    rest = units.pop("", 0)
-    return max(units.values(), default=0), rest
+    return units

@@ -60,26 +60,26 @@ def mask_bits_bytes(numels: Iterable[int]) -> int:
     return sum((numel + 7) // 8 for numel in numels)
 
 
-def compiled_scratch_bytes(state: str) -> int:
-    """Bytes for each entry of a tensor that torchao's compiled update of it needs, by the class of its states.
-
-    Seen in the code that inductor generates: quantizing to 4 bits takes several kernels, with float32 between them.
-    """
-    return 24 if state == "OptimState4bit" else 0
-
-
 def step_scratch_bytes(component: Callable, options: dict, largest: int, dtype: torch.dtype, total: int) -> int:
     """Bytes that an optimizer's step needs for a moment, estimated from the entries of the largest tensor and of all.
 
-    Torchao's compiled update keeps two fp32 copies of one tensor (seen in the code that inductor generates);
-    ``fused=True`` works in place; torch's default on an accelerator (``foreach``) holds the square root of all second
-    moments at once.
+    For torchao's compiled updates see :func:`compiled_scratch_bytes`; ``fused=True`` works in place; torch's default on
+    an accelerator (``foreach``) holds the square root of all second moments at once.
     """
-    if _torchao_format(component) is not None:
-        return 2 * 4 * largest
+    if (form := _torchao_format(component)) is not None:
+        return compiled_scratch_bytes(form[0]) * largest
     if options.get("fused", False) or "foreach" not in inspect.signature(component).parameters:
         return 0
     return dtype.itemsize * (largest if options.get("foreach", None) is False else total)
+
+
+def compiled_scratch_bytes(state_bits: int) -> int:
+    """Bytes for each entry of a tensor that torchao's compiled update of it needs for a moment.
+
+    Seen in the code that inductor generates: quantizing to 4 bits takes several kernels, with float32 between them;
+    all else is one kernel.
+    """
+    return 24 if state_bits == 4 else 0
 
 
 def _torchao_format(component: Callable) -> tuple[int, int] | None:

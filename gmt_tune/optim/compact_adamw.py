@@ -261,9 +261,7 @@ class CompactAdamW(CompactOptimizer):
 
     def scale_gradients_(self, factor: Tensor | float) -> None:
         self._gather_waiting()
-        for part, _ in self._taken.values():
-            # With fsdp_cpu_offload, gradients are on the CPU and what they are divided by is not
-            part.local.mul_(factor.to(part.local.device) if isinstance(factor, Tensor) else factor)
+        _scale_([part.local for part, _ in self._taken.values()], factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of every optimizer. The mask's own state_dict says whose states these are: load both.
@@ -298,16 +296,11 @@ class CompactAdamW(CompactOptimizer):
 
     def _clip_(self, parts: list[Part], max_norm: float) -> None:
         norms = torch._foreach_norm([part.local for part in parts], 2, dtype=torch.float32)
-        squares = sum_over_ranks([norm.square().view(1) for norm in norms], parts)
+        squares = sum_over_ranks([square.view(1) for square in torch._foreach_mul(norms, norms)], parts)
         self.grad_norm = torch.cat([square.to(squares[0].device) for square in squares]).sum().sqrt()
         if max_norm == math.inf:  # which measures alone
             return
-        factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for part in parts:
-            by_device.setdefault(part.local.device, []).append(part.local)
-        for device, tensors in by_device.items():
-            torch._foreach_mul_(tensors, factor.to(device))
+        _scale_([part.local for part in parts], (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
     def _update_selected(
         self, parameters: list[Any], grads: list[Tensor], all_places: list[Places], group: dict
@@ -366,6 +359,15 @@ class CompactAdamW(CompactOptimizer):
 def _gather(places: Places, entries: Tensor, size: int) -> Tensor:
     """The selected entries, with zeros behind them up to a size."""
     return places.gather(entries, out=_padded(places, entries, size))
+
+
+def _scale_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply tensors on any devices by a number, in few launches: with fsdp_cpu_offload, it is not where they are."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for device, members in by_device.items():
+        torch._foreach_mul_(members, factor.to(device) if isinstance(factor, Tensor) else factor)
 
 
 def _padded(places: Places, entries: Tensor, size: int) -> Tensor:

@@ -67,7 +67,7 @@ def is_quantized(state: Tensor) -> bool:
 
 def to_floats(state: Tensor) -> Tensor:
     """A moment in float32, or an age; the same memory where it is not quantized."""
-    return state.dequantize() if is_quantized(state) else state  # type: ignore[operator]
+    return state.dequantize() if is_quantized(state) else state
 
 
 def read(state: Tensor, part: slice) -> Tensor:

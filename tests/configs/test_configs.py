@@ -55,7 +55,7 @@ def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama2/7B_gmt_low_memory", "mistral/7B_gmt_low_memory"])
+@pytest.mark.parametrize("name", ["llama2/13B_gmt_low_memory", "mistral/7B_gmt_low_memory"])
 def test_low_bit_config_trains_with_its_update_compiled(name, on_tiny_model, recipe_classes, logged_metrics, tmp_path):
     _train(recipe_classes[recipe_of(name)], on_tiny_model(name, tmp_path / "out"))
     assert all(math.isfinite(step["loss"]) for step in logged_metrics(tmp_path / "out"))

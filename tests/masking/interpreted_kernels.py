@@ -172,6 +172,24 @@ def test_gradient_mask_selects_as_on_the_cpu(mask_class, score, refresh_every, s
         assert torch.equal(a, b) if a.dtype in (torch.uint8, torch.int64) else full_sort.same_bits(a, b)
 
 
+@pytest.mark.parametrize("score", ["magnitude", "saliency"])
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_searching_packing_and_applying_share_a_table(score, refresh_every, small, monkeypatch):
+    """Also where each parameter has an optimizer of its own, as with the optimizer in backward."""
+    made = []
+    monkeypatch.setattr(kernels, "make_table", lambda *given: made.append(given) or tables.make_table(*given))
+    model = torch.nn.Linear(40, 30)
+    mask = GradientMask(model.named_parameters(), density=0.2, score=score, refresh_every=refresh_every)
+    for p in model.parameters():
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        mask.register(optimizer)
+        for step in (1, 2):
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+            assert len(made) == 1, step
+            made.clear()
+
+
 @FIXTURE
 @hypothesis.given(grads=st.lists(tensors(300), min_size=1, max_size=3), density=densities)
 def test_packed_selections_and_draws_equal_those_of_torch(small, grads, density):

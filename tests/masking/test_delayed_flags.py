@@ -31,7 +31,7 @@ def copies(monkeypatch):
 
     real = delayed.DelayedFlags.add
     stack = torch.stack
-    monkeypatch.setattr(delayed, "_start_copy", start_copy)
+    monkeypatch.setattr(delayed, "start_copy", start_copy)
     monkeypatch.setattr(torch, "stack", lambda ts: stack([t.value if isinstance(t, Flag) else t for t in ts]))
     monkeypatch.setattr(
         delayed.DelayedFlags,
@@ -75,6 +75,32 @@ def test_flags_are_read_behind_the_optimizers_own_work_not_before_it(copies):
     assert seen == [[False]]
 
 
+@pytest.mark.parametrize("policy", [{}, {"refresh_every": 2}], ids=str)
+def test_with_the_optimizer_in_backward_no_parameters_step_waits_and_backward_raises(copies, policy):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    mask = GradientMask(model.named_parameters(), density=0.5, **policy)
+    awaited = []
+    for p in model.parameters():
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        mask.register(optimizer)
+
+        def step(p, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+            awaited.append(sum(copy["is_awaited"] for copy in copies if copy["flags"].numel()))
+
+        p.register_post_accumulate_grad_hook(step)
+    for n in (1, 2):
+        model(torch.randn(3, 6)).sum().backward()
+        assert awaited == [4 * (n - 1)] * 4 and all(copy["is_awaited"] for copy in copies)
+        awaited.clear()
+    model[1].bias.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(RuntimeError, match=r"'1.bias' holds NaN or infinity at optimizer step 3"):
+        model(torch.randn(3, 6)).sum().backward()
+    assert awaited == [8] * 4 and mask.step == 3
+
+
 def test_masking_by_hand_raises_in_its_own_call(copies):
     model, _, mask = make()
     model.bias.grad[0] = float("inf")
@@ -108,7 +134,7 @@ def test_flags_of_cpu_and_gpu_parameters_are_read_device_by_device(monkeypatch):
         return flags, lambda: None
 
     stack = torch.stack
-    monkeypatch.setattr(delayed, "_start_copy", start_copy)
+    monkeypatch.setattr(delayed, "start_copy", start_copy)
     monkeypatch.setattr(torch, "stack", lambda ts: stack([t.value if isinstance(t, Flag) else t for t in ts]))
     flags = delayed.DelayedFlags()
     no, yes = torch.tensor(False), torch.tensor(True)

@@ -78,7 +78,7 @@ def test_resumed_run_equals_uninterrupted_one(variant, tmp_path, tiny_config, ru
 def test_one_rank_under_torchrun_equals_one_process(
     kind, tmp_path, tiny_config, run_tune, final_weights, logged_metrics
 ):
-    """NCCL and FSDP2, whose selection takes the way of sharded gradients."""
+    """NCCL and FSDP2. One rank has whole gradients; gpu.sh's part "sharded" searches such as shards are."""
     changes = COMPACT if kind == "compact" else dict(gradient_mask=MASK, optimizer=ADAMW, dtype="bf16")
     for name, launcher in (("alone", []), ("torchrun", ["--nproc_per_node", "1"])):
         config = tiny_config(tmp_path / name, device="cuda", **changes)

@@ -319,10 +319,11 @@ class _Watch(TorchDispatchMode):
             return 1  # flash attention
         if name in _WAITS and on_device:
             gpu.read(name)
-        if name == "nonzero":  # none is selected
+        if name == "nonzero":  # none is found
             result = torch.empty(0, args[0].dim(), dtype=torch.int64, device=args[0].device)
         elif name == "bincount":
-            result = torch.empty(args[2] if len(args) > 2 else 0, dtype=torch.int64, device=args[0].device)
+            length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            result = torch.empty(length, dtype=torch.int64, device=args[0].device)
         else:
             with _without_values(inputs if name == "_to_copy" else ()):
                 result = func(*args, **kwargs)
@@ -386,7 +387,8 @@ def without_simulation(function: Callable) -> Callable:
 @contextlib.contextmanager
 def _without_values(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Let FakeTensorMode forget what numbers are in tensors: it would copy them to the device in truth."""
-    values = [(t, t.constant) for t in tensors if getattr(t, "constant", None) is not None]
+    known: list[Any] = [t for t in tensors if getattr(t, "constant", None) is not None]
+    values = [(t, t.constant) for t in known]
     for t, _ in values:
         t.constant = None
     try:
@@ -398,7 +400,7 @@ def _without_values(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def _number(value: Tensor) -> bool | int | float:
     """A 0-d tensor's value where it is known, as that of a number which was made a tensor, and else 0."""
-    if (constant := getattr(value, "constant", None)) is not None:
+    if (constant := getattr(value, "constant", None)) is not None:  # FakeTensorMode's
         return without_simulation(constant.item)()
     return False if value.dtype == torch.bool else 0.0 if value.is_floating_point() else 0
 

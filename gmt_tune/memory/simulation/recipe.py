@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import runpy
 import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +25,6 @@ from torchtune import training
 
 from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
-from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.masking.schedule import Schedule
 from gmt_tune.memory.estimate import sequence_length
 from gmt_tune.memory.simulation import selecting
@@ -114,17 +116,20 @@ class _Run:
         name = "gmt_full_dpo" if self._cfg.get("ref_checkpointer", None) is not None else "gmt_full_finetune"
         module = runpy.run_path(str(recipe_path(name)), run_name=name)
         recipe_class = module["GMTFullDPORecipe" if name == "gmt_full_dpo" else "GMTFullFinetuneRecipe"]
-        with SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
+        with _quietly(), SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
             self._gpu = gpu
             gpu.enter_context(mock.patch.object(torch, "compile", simulated_compile(gpu)))
             gpu.enter_context(mock.patch.object(training, "set_torch_num_threads", lambda: None))  # for each rank
             # Nothing is read or written
             gpu.enter_context(mock.patch.object(RunCheckpoints, "find", lambda *args: self._cfg.checkpointer))
             gpu.enter_context(mock.patch.object(RunCheckpoints, "check_space", lambda *args: None))
+            gpu.enter_context(mock.patch.object(training, "set_torch_num_threads", lambda: None))
             self._recipe = recipe = recipe_class(cfg=self._cfg)
             try:
                 recipe.setup(self._cfg)
                 self._found.setup_peak = gpu.peak
+                # In backward, FSDP2 has whole weights in the place of some
+                self._parameters = list(recipe._model.parameters())
                 self._select_all_at_once()
                 recipe._log_step = self._around_logging(recipe._log_step)
                 recipe._finish_step = self._end_of_step
@@ -184,25 +189,24 @@ class _Run:
         recipe, left = self._recipe, self._gpu.storages()
         reference = getattr(recipe, "_ref_model", None)
         optimizers, mask = recipe._optimizers, recipe._mask
-        gradients = [p.grad for p in recipe._model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         states_of = [list(optimizer.state.values()) for optimizer in optimizers]
         for optimizer in optimizers:
-            if isinstance(optimizer, CompactOptimizer):
-                gradients += [part.local for part, _ in optimizer._taken.values()]
+            gradients += [part.local for part, _ in getattr(optimizer, "_taken", {}).values()]
         held = {
-            "weights": [*recipe._model.parameters(), *recipe._model.buffers()],
+            "weights": [*self._parameters, *recipe._model.buffers()],
             "reference model": [] if reference is None else [*reference.parameters(), *reference.buffers()],
             "gradients": gradients,
             "optimizer states": states_of,
-            "gradient mask": []
-            if mask is None
-            else [vars(s.places) if hasattr(s, "places") else s.bits for s in mask._selections.values()],
+            "gradient mask": [] if mask is None else [_kept(s) for s in mask._selections.values()],
         }
         for name, owners in held.items():
             storages = {t.untyped_storage() for t in _plain_tensors(owners)}
-            self._found.parts[name] = sum(left.pop(storage, 0) for storage in storages)
+            if n_bytes := sum(left.pop(storage, 0) for storage in storages):
+                self._found.parts[name] = n_bytes
         self._found.parts["activations and working memory"] = sum(left.values())
         self._found.phase = _phase()
+
 
 def simulated_compile(gpu: SimulatedGPU) -> Callable[..., Any]:
     """In place of ``torch.compile``: of torchao's optimizers, what the compiled step needs; all else as it is."""
@@ -213,7 +217,7 @@ def simulated_compile(gpu: SimulatedGPU) -> Callable[..., Any]:
 
         def update(*args: Any) -> None:
             p, grad, step, exp_avg, *others = (arg.to_local() if hasattr(arg, "to_local") else arg for arg in args)
-            scratch = compiled_scratch_bytes(type(exp_avg).__name__) * p.numel()
+            scratch = compiled_scratch_bytes(4 if "4bit" in type(exp_avg).__name__ else 8) * p.numel()
             torch.empty(scratch, dtype=torch.uint8, device=p.device)
             with gpu.ignoring():
                 function(p, grad, step, exp_avg, *others)
@@ -222,6 +226,11 @@ def simulated_compile(gpu: SimulatedGPU) -> Callable[..., Any]:
         return update
 
     return compile
+
+
+def _kept(selection: Any) -> Any:
+    """The tensors that a selection is kept in."""
+    return vars(selection.places) if hasattr(selection, "places") else selection.bits
 
 
 def _plain_tensors(held: Any) -> Iterator[Tensor]:
@@ -256,6 +265,19 @@ def _phase() -> str:
         "_numbers_of_pairs": "loss",
     }
     return next((phase for name, phase in named.items() if name in running), "between")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what a run says of itself: its numbers mean nothing."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 @contextlib.contextmanager

@@ -147,7 +147,8 @@ class FiniteCheck:
             return None
         if extremes := dict(self._extremes):
             self._extremes.clear()
-            is_finite = torch.stack([torch.stack(pair) for pair in extremes.values()]).isfinite().all(1)
+            is_finite = torch.stack([value for pair in extremes.values() for value in pair]).isfinite()
+            is_finite = is_finite.view(-1, 2).all(1)  # the smallest and the largest entry
             check.names += extremes
             check.flags += is_finite.logical_not().unbind()
         return check
@@ -167,7 +168,8 @@ class FiniteCheck:
         else:
             what += "; weights have changed by it, and are not saved" if is_late else "; no weight was changed by it"
             what += f". {_REMEDY}{'' if self._steps_in_backward else ', or set on_nonfinite: skip'}"
-        raise UserError(f"{what}; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}")
+        what += f"; the last checkpoint: {self._checkpoints.last_saved or 'none yet'}"
+        raise UserError(what)
 
     def _find(self, check: StepCheck) -> tuple[str, bool]:
         """What is not finite, and in which rows of the data; whether it is only that no token is in the loss."""

@@ -35,7 +35,9 @@ class StepNumbers:
         With the last step's, it waits for all that the device has to do. Without, only for the step before that one:
         while the host waits, the device has the last step to work on.
         """
-        while len(self._sent) > (0 if with_last else 1):
-            step = self._sent.pop(0)
-            step.wait()
+        left = [] if with_last else self._sent[-1:]
+        arriving, self._sent = self._sent[: len(self._sent) - len(left)], left
+        if arriving:
+            arriving[-1].wait()  # those before it have arrived then
+        for step in arriving:
             yield dict(zip(step.names, step.on_host.tolist(), strict=True)), step.origin

@@ -1,0 +1,210 @@
+"""What a training step holds besides weights and states, moment by moment: the largest of them is what it needs.
+
+A step goes through its micro-batches' forward passes, losses and backward passes, layer by layer from the last one to
+the first one, and then through the optimizer. Gradients come while activations go. Seen in simulated steps of every
+shipped config (``gmt-tune memory --measure``).
+
+Under FSDP2, a unit is gathered right before it is used, the next one in backward already while a layer is computed; and
+its gradients are whole until they are reduced, which is waited for one unit later.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from gmt_tune.memory import activations as act
+from gmt_tune.memory.compact import CompactBytes
+from gmt_tune.memory.sharding import Mesh
+from gmt_tune.memory.states import step_scratch_bytes
+from gmt_tune.models.losses import LinearCrossEntropyLoss
+
+MASK_SCRATCH = 8 * 2**20  # of the selection, besides 1/16 of the largest tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on the device.
+
+    Attributes:
+        gradients: that the parameters have got by then.
+        activations: kept for the backward pass.
+        gathered: whole weights and gradients of units that FSDP2 shards.
+        working: what else there is for a moment.
+    """
+
+    name: str
+    gradients: int = 0
+    activations: int = 0
+    gathered: int = 0
+    working: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.gathered + self.working
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training step's memory follows from.
+
+    Attributes:
+        model: on the meta device.
+        shapes, stepped: of all parameters and of those that are trained, as this device holds them.
+        gathered: of all parameters, without data parallelism.
+        units: entries of each module that FSDP2 gathers as one, and under "" of what belongs to none; empty without it.
+        optimizer: class, options, and how it is named.
+        compact: with CompactAdamW.
+        loss: its class, if it can be known, and the pieces in which it takes the logits; 0 for all at once.
+    """
+
+    cfg: DictConfig
+    model: nn.Module
+    dtype: torch.dtype
+    mesh: Mesh
+    shapes: dict[str, torch.Size]
+    stepped: dict[str, torch.Size]
+    gathered: dict[str, torch.Size]
+    units: Mapping[str, int]
+    optimizer: tuple[type, dict, str]
+    compact: CompactBytes | None
+    loss: tuple[Any, int]
+
+    @property
+    def is_offloaded(self) -> bool:
+        return bool(self.cfg.get("fsdp_cpu_offload", False)) and self.mesh.data > 1
+
+    @property
+    def in_backward(self) -> bool:
+        return bool(self.cfg.get("optimizer_in_bwd", False))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference model runs beside the one that is trained: DPO, on pairs of sequences."""
+        return self.cfg.get("ref_checkpointer", None) is not None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether there are gradients already when a micro-batch's loss is computed."""
+        return not self.in_backward and self.cfg.get("gradient_accumulation_steps", 1) > 1
+
+    @property
+    def layer(self) -> int:
+        """Entries of the largest layer that FSDP2 gathers."""
+        return max((n for name, n in self.units.items() if "layers." in name), default=0)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of all gradients, on whichever device, as the optimizer step finds them."""
+        e = self.dtype.itemsize
+        if self.compact is not None:
+            return self.compact.gradients + self.compact.whole
+        if not self.in_backward:
+            return e * sum(shape.numel() for shape in self.stepped.values())
+        if self.mesh.data > 1:
+            return e * -(-max(self.layer, *self.units.values()) // self.mesh.data)
+        return e * self.largest
+
+    def gradient_of(self, name: str) -> int:
+        """Bytes of a parameter's gradient, if it is trained, without data parallelism: as backward makes it."""
+        return self.dtype.itemsize * self.gathered[name].numel() if name in self.stepped else 0
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest tensor that is trained."""
+        return max((shape.numel() for shape in self.stepped.values()), default=0)
+
+
+def moments(job: Job, shape: act.Shape | None) -> Iterator[Moment]:
+    """The moments of a step that can be its largest one.
+
+    Args:
+        job: of this device.
+        shape: of the model and its micro-batch; None leaves out what depends on activations.
+    """
+    gradients = 0 if job.is_offloaded else job.gradients
+    yield Moment("optimizer step", gradients, working=_step_scratch(job))
+    if shape is None:
+        return
+    e, is_sharded = job.dtype.itemsize, job.mesh.data > 1
+    kept, _, _ = kept_activations(job, shape)
+    before = gradients if job.accumulates else 0
+    tied = "output.weight" not in job.shapes
+    head, embeddings = (job.gradient_of(f"{name}.weight") for name in ("output", "tok_embeddings"))
+    head = embeddings if tied else head
+    waiting = head if tied else 0  # for the gradient of the embeddings, at the end of backward
+    # Weights that FSDP2 has gathered: what belongs to no module is, during forward and during backward
+    rest, layer = e * job.units.get("", 0), e * job.layer
+    all_weights = 0 if job.cfg.get("fsdp_reshard_after_forward", True) else e * sum(job.units.values())
+    with_head = all_weights or rest + e * job.units.get("output", 0)
+
+    loss, chunks = job.loss
+    if inspect.isclass(loss) and issubclass(loss, LinearCrossEntropyLoss):
+        working = act.linear_head_bytes(shape, chunks, head // e)
+        yield Moment("loss and gradient of the output layer", before, kept, with_head, working)
+    else:
+        working = act.head_bytes(shape, chunks, pairs=job.has_reference)
+        yield Moment("logits and loss", before, kept, all_weights, working)
+        if chunks:
+            working = act.head_backward_bytes(shape, chunks, head // e)
+            yield Moment("backward of loss and output layer", before, kept, with_head, working)
+    if job.in_backward:
+        yield Moment("optimizer step of the output layer", gradients, kept, rest, _step_scratch(job))
+
+    one_layer = act.layer_scratch_bytes(shape, job.mesh.tensor)
+    if _checkpointed_layers(job.cfg, shape.num_layers)[0]:
+        one_layer += act.layer_bytes(shape, job.mesh.tensor)
+    # Beside a layer's weights there are the next one's, and the gradients before, which are being reduced
+    gathered = (all_weights - e * job.units.get("output", 0) if all_weights else rest + 2 * layer) + head * is_sharded
+    there = before or (0 if job.in_backward or job.is_offloaded else head // job.mesh.data)
+    yield Moment("backward of the last layer", there, kept, gathered, one_layer + waiting * (not is_sharded))
+    prefetched = e * job.units.get("tok_embeddings", 0)
+    lacking = 0 if before else (layer + prefetched) // job.mesh.data
+    gathered = rest + 2 * layer + max(layer, prefetched)
+    there = max(0, gradients - lacking)
+    yield Moment("backward of the first layer", there, act.layer_input_bytes(shape), gathered, one_layer + waiting)
+    # Under FSDP2 it is there whole, and copied for its reduction; else it is added to that of the step so far
+    working = 3 * waiting if tied else embeddings if job.accumulates and not is_sharded else 0
+    yield Moment("gradient of the embeddings", gradients, 0, rest + layer + 2 * prefetched, working)
+
+
+def kept_activations(job: Job, shape: act.Shape) -> tuple[int, int, str]:
+    """Bytes kept for backward on the device and on the host, and how that comes about."""
+    tensor = job.mesh.tensor
+    checkpointed, note = _checkpointed_layers(job.cfg, shape.num_layers)
+    whole = (shape.num_layers - checkpointed) * act.layer_bytes(shape, tensor)
+    inputs = checkpointed * act.layer_input_bytes(shape)
+    if not job.cfg.get("enable_activation_offloading", False):
+        return whole + inputs, 0, note
+    stash = min(act.OFFLOAD_STASH, checkpointed) * act.layer_input_bytes(shape)
+    return whole + stash, inputs, f"{note}, offloaded to the host but for {act.OFFLOAD_STASH}"
+
+
+def _checkpointed_layers(cfg: DictConfig, layers: int) -> tuple[int, str]:
+    mode = cfg.get("ac_mode", None)
+    if cfg.get("enable_activation_checkpointing", False) or mode == "full":
+        return layers, "activation checkpointing keeps each layer's input"
+    if mode == "selective" and str(cfg.get("ac_option", "")).isdigit():
+        count = layers // int(cfg.ac_option)
+        return count, f"selective checkpointing of {count} of {layers} layers"
+    return 0, "all layers, without activation checkpointing"
+
+
+def _step_scratch(job: Job) -> int:
+    """Bytes that mask and optimizer need in the step, on the device."""
+    if job.is_offloaded:
+        return 0  # on the host
+    if job.compact is not None:  # whole gradients are gone in the update
+        return max(job.compact.selecting + MASK_SCRATCH, job.compact.updating - job.compact.whole)
+    component, options, _ = job.optimizer
+    at_once = job.largest if job.in_backward else sum(s.numel() for s in job.stepped.values())
+    step = step_scratch_bytes(component, options, job.largest, job.dtype, at_once)
+    if job.cfg.get("gradient_mask", None) is None:
+        return step
+    return max(step, job.largest * job.dtype.itemsize // 16 + MASK_SCRATCH)
