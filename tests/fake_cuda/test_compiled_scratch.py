@@ -1,4 +1,4 @@
-"""What torchao's compiled updates allocate on CUDA, by the code that inductor generates: no kernel is compiled or run."""
+"""What torchao's compiled updates allocate on CUDA, by the code that inductor generates: no kernel is run."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Whole training steps of the recipes on CUDA, with small models: what the host waits for, and the memory at the peak."""
+"""Whole training steps of the recipes on CUDA, with small models: what the host waits for, and memory at the peak."""
 
 import logging
 import re
