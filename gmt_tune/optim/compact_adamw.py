@@ -353,6 +353,8 @@ class CompactAdamW(CompactOptimizer):
             return local
         from torch.distributed.tensor import DTensor
 
+        if p.device_mesh.device_type != local.device.type:  # fsdp_cpu_offload: from_local would move it to the device
+            return DTensor(local, p._spec, requires_grad=False)
         return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 

@@ -88,6 +88,7 @@ class SimulatedGPU(contextlib.ExitStack):
     def __enter__(self) -> SimulatedGPU:
         answer_without_driver()
         torch._C._ensureCUDADeviceGuardSet()
+        torch.utils._device._device_constructors()  # kept from the first call on: not those that are put in place here
         _clear_caches()
         self.callback(_clear_caches)
         super().__enter__()
@@ -347,6 +348,8 @@ class _Watch(TorchDispatchMode):
             return
         waits_not = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         on_host = source if source.is_cpu else result
+        if name == "_to_copy" and result.is_cpu and waits_not:  # which PyTorch makes in pinned memory
+            self._gpu.pin(result)
         if source.is_cpu and source.numel() == 1 and source.dim() == 0 and name == "copy_":
             return  # a number goes along with the launch
         if not waits_not:

@@ -119,6 +119,7 @@ class _Run:
         with _quietly(), SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
             self._gpu = gpu
             gpu.enter_context(mock.patch.object(torch, "compile", simulated_compile(gpu)))
+            gpu.enter_context(mock.patch.object(training, "set_torch_num_threads", lambda: None))  # for each rank
             # Nothing is read or written
             gpu.enter_context(mock.patch.object(RunCheckpoints, "find", lambda *args: self._cfg.checkpointer))
             gpu.enter_context(mock.patch.object(RunCheckpoints, "check_space", lambda *args: None))
