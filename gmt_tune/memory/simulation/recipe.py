@@ -123,7 +123,6 @@ class _Run:
             # Nothing is read or written
             gpu.enter_context(mock.patch.object(RunCheckpoints, "find", lambda *args: self._cfg.checkpointer))
             gpu.enter_context(mock.patch.object(RunCheckpoints, "check_space", lambda *args: None))
-            gpu.enter_context(mock.patch.object(training, "set_torch_num_threads", lambda: None))
             self._recipe = recipe = recipe_class(cfg=self._cfg)
             try:
                 recipe.setup(self._cfg)
