@@ -279,7 +279,7 @@ class SimulatedGPU(contextlib.ExitStack):
 
         yield FakeTensor, "tolist", to_list
         for owner in (sys.modules[Optimizer.__module__], _foreach_utils):  # or they loop where a GPU would not
-            types = [*owner._foreach_supported_types, FakeTensor]  # type: ignore[attr-defined]
+            types = [*owner._foreach_supported_types, FakeTensor]
             yield owner, "_foreach_supported_types", types
         yield torch, "tensor", make_tensor
         yield torch, "empty", functools.partial(make, torch.empty)

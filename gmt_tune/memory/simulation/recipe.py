@@ -302,7 +302,7 @@ def simulated_ranks(world_size: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(dist, name, answer))
         if base is not None:
             stack.enter_context(mock.patch.object(base, "init_process_group", answers["init_process_group"]))
-            make_mesh = without_simulation(base.init_device_mesh)  # type: ignore[attr-defined]
+            make_mesh = without_simulation(base.init_device_mesh)
             stack.enter_context(mock.patch.object(base, "init_device_mesh", make_mesh))
         try:
             yield
