@@ -24,3 +24,14 @@ def without_triton(monkeypatch):
     from gmt_tune.masking.search import devices
 
     monkeypatch.setattr(devices, "_import_kernels", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def triton_works():
+    """A kernel that is given a tensor on the CPU raises, and from then on masks would do without Triton."""
+    from gmt_tune.masking.search import devices
+
+    yield
+    failures = list(devices._failures)
+    devices._failures.clear()
+    assert not failures

@@ -200,3 +200,19 @@ def test_flags_are_copied_to_pinned_memory_and_read_behind_the_step(gpu):
     torch.zeros(4, device="cuda")  # the step
     flags.raise_if_set()
     assert not gpu.reads and list(gpu.late_reads.values()) == [1]
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_a_step_waits_for_flags_when_all_of_it_is_launched(gpu, monkeypatch, score):
+    held = parameters()
+    mask, optimizer = masked_sgd(held, score)
+    run(gpu, held.values(), optimizer.step, times=0)
+    set_gradients(held.values())
+    launched_before = []
+    read = gpu.read
+    monkeypatch.setattr(
+        gpu, "read", lambda *a, **k: (launched_before.append(sum(gpu.launches.values())), read(*a, **k))
+    )
+    gpu.reset()
+    optimizer.step()
+    assert launched_before == [sum(gpu.launches.values())]

@@ -129,8 +129,7 @@ def test_compact_adamw_reads_the_counts_alone(gpu, state_bits, refresh_every):
     if state_bits in (32, 8) and refresh_every != 4:
         kernels = [{name: n for name, n in each.items() if name.endswith("_kernel")} for each in launched]
         assert kernels[0] == kernels[1]
-        per_tensor = sum(launched[1].values()) - sum(launched[0].values())
-        assert per_tensor <= 2 * 8  # their scaling and the square of the norm: see docs/performance.md
+        assert sum(launched[1].values()) == sum(launched[0].values())
 
 
 @pytest.mark.usefixtures("without_triton")
