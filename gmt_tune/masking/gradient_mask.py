@@ -32,6 +32,7 @@ from gmt_tune.masking.packing import check_saved_bits, pack_selection
 from gmt_tune.masking.parameters import MaskedParameters
 from gmt_tune.masking.parts import (
     Part,
+    is_sharded,
     make_parts,
     nonfinite_gradients,
     on_any_rank,
@@ -248,10 +249,18 @@ class GradientMask:
                 optimizer.add_gradient(part, self._placed(name))
                 p.grad = None
 
+        def keep_alone(p: Tensor) -> None:
+            """FSDP2 reduces a layer's gradients into one buffer, which the smallest of them would keep in memory."""
+            if p.grad is not None and is_sharded(p.grad):
+                local = own_entries(p.grad)
+                if local.untyped_storage().nbytes() > local.nbytes:
+                    p.grad = p.grad.clone()
+
         held = {p for group in optimizer.param_groups for p in group["params"]}
+        maskable = set(self.maskable_parameters.values())
         return [
-            p.register_post_accumulate_grad_hook(take_in)
-            for name, p in self.maskable_parameters.items()
+            p.register_post_accumulate_grad_hook(take_in if p in maskable else keep_alone)
+            for p in self._parameters.names
             if p in held and p.requires_grad
         ]
 

@@ -147,7 +147,8 @@ def moments(job: Job, shape: act.Shape | None) -> Iterator[Moment]:
     loss, chunks = job.loss
     if inspect.isclass(loss) and issubclass(loss, LinearCrossEntropyLoss):
         working = act.linear_head_bytes(shape, chunks, head // e)
-        yield Moment("loss and gradient of the output layer", before, kept, with_head, working)
+        gathered = with_head + e * job.units.get("output", 0)  # what it was gathered into is there until the next one
+        yield Moment("loss and gradient of the output layer", before, kept, gathered, working)
     else:
         working = act.head_bytes(shape, chunks, pairs=job.has_reference)
         yield Moment("logits and loss", before, kept, all_weights, working)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from gmt_tune import CompactAdamW, GradientMask
 from gmt_tune.integrations.torchtune.process_group import leave
+from gmt_tune.masking.parts import own_entries
 
 SHAPES = {
     "layers.0.w": (24, 20),
@@ -82,17 +83,20 @@ def train(case: dict[str, Any], model: Model, shard: Callable[[str, Tensor], Ten
     optimizer = CompactAdamW(model.parameters(), max_grad_norm=case["max_norm"], **HOW)
     mask.register(optimizer)
     weights, selected, number = [], [], 0
+    shared = 0  # bytes of memory that gradients of dense parameters keep besides their own
     for _ in range(STEPS):
         for _ in range(case["accumulation"]):
             gradients = {name: shard(name, whole(name, case["dtype"], number)) for name in SHAPES}
             loss = model(gradients)
             (loss.full_tensor() if isinstance(loss, DTensor) else loss).backward()
             number += 1
+        dense = [own_entries(p.grad) for name, p in model.named_parameters() if name in DENSE]
+        shared = max(shared, *(grad.untyped_storage().nbytes() - grad.nbytes for grad in dense))
         optimizer.step()
         optimizer.zero_grad()
         weights.append({name: _full(p.detach()).clone() for name, p in model.named_parameters()})
         selected.append({name: int(count) for name, count in mask.statistics.selected.items()})
-    return {"weights": weights, "selected": selected}
+    return {"weights": weights, "selected": selected, "shared": shared}
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -104,6 +104,11 @@ def sharded(request, tmp_path_factory):
     return found["results"]
 
 
+def test_gradients_of_dense_parameters_keep_no_others_in_memory(sharded):
+    """FSDP2 reduces all gradients of a layer into one buffer."""
+    assert {key: found["shared"] for key, found in sharded.items() if "FSDP2" in key and found["shared"]} == {}
+
+
 def test_the_same_selection_and_weights_sharded_over_processes(sharded):
     assert {key.split(" | ")[0] for key in sharded} == CASES.keys()
     for key, found in sharded.items():
