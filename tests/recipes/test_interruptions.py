@@ -155,7 +155,8 @@ def test_asked_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes,
 
 
 @pytest.mark.parametrize(
-    "is_async, moment", [(False, "gathering"), (True, "writing"), pytest.param(False, "writing", marks=pytest.mark.slow)]
+    "is_async, moment",
+    [(False, "gathering"), (True, "writing"), pytest.param(False, "writing", marks=pytest.mark.slow)],
 )
 def test_when_a_rank_dies_in_a_save_the_run_ends_and_the_checkpoint_before_it_resumes(
     is_async, moment, tmp_path, tiny_config, final_weights
