@@ -86,8 +86,7 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a reference model runs beside the one that is trained: DPO, on pairs of sequences."""
-        return self.cfg.get("ref_checkpointer", None) is not None
+        return has_reference(self.cfg)
 
     @property
     def accumulates(self) -> bool:
@@ -108,7 +107,7 @@ class Job:
         if not self.in_backward:
             return e * sum(shape.numel() for shape in self.stepped.values())
         if self.mesh.data > 1:
-            return e * -(-max(self.layer, *self.units.values()) // self.mesh.data)
+            return e * -(-max(self.units.values()) // self.mesh.data)
         return e * self.largest
 
     def gradient_of(self, name: str) -> int:
@@ -119,6 +118,11 @@ class Job:
     def largest(self) -> int:
         """Entries of the largest tensor that is trained."""
         return max((shape.numel() for shape in self.stepped.values()), default=0)
+
+
+def has_reference(cfg: DictConfig) -> bool:
+    """Whether a reference model runs beside the one that is trained: DPO, on pairs of sequences."""
+    return cfg.get("ref_checkpointer", None) is not None
 
 
 def moments(job: Job, shape: act.Shape | None) -> Iterator[Moment]:

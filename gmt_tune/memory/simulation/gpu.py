@@ -350,7 +350,7 @@ class _Watch(TorchDispatchMode):
         on_host = source if source.is_cpu else result
         if name == "_to_copy" and result.is_cpu and waits_not:  # which PyTorch makes in pinned memory
             self._gpu.pin(result)
-        if source.is_cpu and source.numel() == 1 and source.dim() == 0 and name == "copy_":
+        if source.is_cpu and source.dim() == 0 and name == "copy_":
             return  # a number goes along with the launch
         if not waits_not:
             self._gpu.read(f"copy from {pair[0]} to {pair[1]}")

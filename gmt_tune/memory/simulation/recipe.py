@@ -27,6 +27,7 @@ from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckp
 from gmt_tune.integrations.torchtune.plugin.registry import recipe_path
 from gmt_tune.masking.schedule import Schedule
 from gmt_tune.memory.estimate import sequence_length
+from gmt_tune.memory.moments import has_reference
 from gmt_tune.memory.simulation import selecting
 from gmt_tune.memory.simulation.gpu import SimulatedGPU, without_simulation
 from gmt_tune.memory.states import compiled_scratch_bytes
@@ -77,7 +78,7 @@ def measure(cfg: DictConfig, world_size: int = 1) -> Measured:
 
 def _simulated(cfg: DictConfig, folder: str) -> DictConfig:
     """The same config with simulated inputs, writing to a folder that is nobody's."""
-    length, pairs = sequence_length(cfg), cfg.get("ref_checkpointer", None) is not None
+    length, pairs = sequence_length(cfg), has_reference(cfg)
     weights = {"_component_": f"{_HERE}.Checkpointer", "model": cfg.model, "dtype": cfg.dtype, "output_dir": folder}
     weights["model_type"] = (cfg.get("checkpointer", None) or {}).get("model_type", "LLAMA3")
     changed = {
@@ -113,7 +114,7 @@ class _Run:
         self._steps = 0
 
     def measure(self) -> Measured:
-        name = "gmt_full_dpo" if self._cfg.get("ref_checkpointer", None) is not None else "gmt_full_finetune"
+        name = "gmt_full_dpo" if has_reference(self._cfg) else "gmt_full_finetune"
         module = runpy.run_path(str(recipe_path(name)), run_name=name)
         recipe_class = module["GMTFullDPORecipe" if name == "gmt_full_dpo" else "GMTFullFinetuneRecipe"]
         with _quietly(), SimulatedGPU(self._world_size) as gpu, simulated_ranks(self._world_size):
@@ -249,10 +250,9 @@ def _plain_tensors(held: Any) -> Iterator[Tensor]:
 
 def _phase() -> str:
     """What the training step is doing, by the functions that are running."""
-    if threading.current_thread() is not threading.main_thread():
-        running = {frame.name for frame in traceback.extract_stack()}
-        return "recomputing a layer" if "recompute_fn" in running else "backward"
     running = {frame.name for frame in traceback.extract_stack()}
+    if threading.current_thread() is not threading.main_thread():  # one of autograd's
+        return "recomputing a layer" if "recompute_fn" in running else "backward"
     named = {
         "_select_compactly": "selection",
         "_mask": "selection",
