@@ -7,7 +7,7 @@ masked, ``parameters`` says; what is selected of their gradients, ``scores`` and
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmt_tune.masking import checks
+from gmt_tune.masking.flat import FlatShard
 from gmt_tune.masking.functional import MaskStatistics
 from gmt_tune.masking.nonfinite import DelayedFlags
 from gmt_tune.masking.optimizers import (
@@ -117,7 +118,7 @@ class GradientMask:
         self._is_compact = False  # the optimizer keeps gradients and states of selected entries alone
         self._steps: dict[str, int] = {}  # optimizer steps that were masked, by name
         self._selections: dict[str, PackedSelection | PlacedSelection] = {}
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[str, float] = {}  # by the first parameter of those that are stepped together
         self._flags = DelayedFlags()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._grad_scale: Tensor | None = None  # that a fused optimizer will divide gradients by, inside its step
@@ -173,7 +174,9 @@ class GradientMask:
 
     # ------------------------------------------------------------------ use
 
-    def register(self, optimizer: Optimizer) -> RemovableHandle:
+    def register(
+        self, optimizer: Optimizer, *, shards: Mapping[Tensor, FlatShard] | None = None
+    ) -> RemovableHandle:
         """Mask the gradients of an optimizer's parameters right before each of its steps.
 
         With an optimizer per parameter (optimizer in backward), register each of them. Parameters that did not
@@ -181,6 +184,8 @@ class GradientMask:
 
         Args:
             optimizer: any ``torch.optim.Optimizer``, also inside accelerate's or Fabric's wrapper.
+            shards: by parameter of the model, where the optimizer steps flat tensors that parameters lie in, all or
+                some at a time: see :func:`gmt_tune.integrations.deepspeed.register`.
 
         Returns:
             A handle; ``handle.remove()`` ends the masking.
@@ -196,6 +201,8 @@ class GradientMask:
         """
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
+        if shards is not None:
+            self._parameters.flatten(shards)
         masked = self._parameters.masked
         for registered in registered_masks(optimizer):
             if registered is self or not masked.keys().isdisjoint(registered._parameters.masked):
@@ -205,7 +212,7 @@ class GradientMask:
                     "step: register once, or end the first one with the remove() of the handle that its register "
                     "returned"
                 )
-        held = {p for group in optimizer.param_groups for p in group["params"]}
+        held = {p for group in optimizer.param_groups for p in self._parameters.held(group)} | set((shards or {}).values())
         if held.isdisjoint(self._parameters.names):
             raise ValueError(
                 "the optimizer holds none of the mask's parameters: make the mask from the "
@@ -309,6 +316,11 @@ class GradientMask:
         """The parameters that are masked, by name, without what wrappers put into it."""
         return {name: p for p, name in self._parameters.masked.items()}
 
+    def parameters_of(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Those of them that an optimizer holds, or of a flat one steps next."""
+        held = [p for group in optimizer.param_groups for p in self._parameters.held(group)]
+        return {self._parameters.masked[p]: p for p in held if p in self._parameters.masked}
+
     @property
     def maskable_parameters(self) -> dict[str, Tensor]:
         """Those, and the ones that will be masked once they require gradients."""
@@ -360,9 +372,8 @@ class GradientMask:
 
         def keep_selections() -> None:
             if not self._schedule.keeps and not isinstance(self._score(), Random):
-                for p in (p for group in optimizer.param_groups for p in group["params"]):
-                    name = self._parameters.masked.get(p)
-                    if name is not None and p.grad is not None:
+                for name, p in self.parameters_of(optimizer).items():
+                    if p.grad is not None:
                         entries, threshold = own_entries(p.grad), self.statistics.thresholds.get(name)
                         bits = pack_selection(entries, lambda block: block != 0)
                         self._selections[name] = PackedSelection(bits, entries.shape, threshold)
@@ -420,7 +431,7 @@ class GradientMask:
             self.statistics.record(kept, counts, [selection.threshold for selection in selections])
         for name in names:
             self._steps[name] = self._steps.get(name, 0) + (not is_repeated)
-        self._seconds[id(optimizer)] = time.perf_counter() - start
+        self._seconds[names[0] if names else ""] = time.perf_counter() - start
 
     def _select_finite(
         self, due: Sequence[Part], score: Score, others: Sequence[Part]
@@ -464,7 +475,7 @@ class GradientMask:
             self.statistics.record(batch, counts, thresholds)
         for name in names:
             self._steps[name] = self._steps.get(name, 0) + 1
-        self._seconds[id(optimizer)] = time.perf_counter() - start
+        self._seconds[names[0] if names else ""] = time.perf_counter() - start
 
     def _placed(self, name: str) -> PlacedSelection | None:
         """The selection that is in force for a tensor, by places: one that was loaded is in bits."""

@@ -75,6 +75,8 @@ def check_has_hooks(optimizer: Any) -> None:
     kind = type(optimizer).__name__
     if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return
+    if type(optimizer).__module__.startswith("deepspeed."):
+        raise TypeError(f"{kind} steps flat tensors: use gmt_tune.integrations.deepspeed.register(mask, engine)")
     inside = getattr(optimizer, "__dict__", {}).items()
     inner = next((name for name, value in inside if isinstance(value, Optimizer)), None)
     if inner is not None:

@@ -1,12 +1,13 @@
 """Which parameters a mask masks, which are dense or frozen, and by which names it knows them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gmt_tune.masking.flat import FlatShard
 from gmt_tune.masking.names import bare_names
 
 
@@ -33,6 +34,8 @@ class MaskedParameters:
             raise ValueError(f"'{name}' matches both dense and frozen: remove it from one of the two")
         for name in self._frozen:
             parameters[name].requires_grad_(False)
+        self._shards: Mapping[Tensor, FlatShard] = {}  # in place of the model's parameters
+        self._within: dict[Tensor, list[Tensor]] = {}  # the shards in a flat tensor
         self.names = {p: name for name, p in parameters.items()}
         self.masked = {p: name for name, p in parameters.items() if name not in self._dense and p.requires_grad}
         if not self.masked:
@@ -40,6 +43,23 @@ class MaskedParameters:
                 "no parameter is left to mask: all are dense, frozen, or do not require gradients; "
                 "remove patterns from dense and frozen"
             )
+
+    def flatten(self, shards: Mapping[Tensor, FlatShard]) -> None:
+        """Take, from now on, shards of flat tensors for the model's parameters that lie in these."""
+        models = {shard: p for p, shard in self._shards.items()}
+
+        def now(p: Tensor) -> Tensor:
+            return shards.get(models.get(p, p), p)
+
+        self.names = {now(p): name for p, name in self.names.items()}
+        self.masked = {now(p): name for p, name in self.masked.items()}
+        self._shards, self._within = shards, {}
+        for shard in shards.values():
+            self._within.setdefault(shard.within, []).append(shard)
+
+    def held(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of an optimizer's parameter group; of a flat one, the shards in it."""
+        return [p for held in group["params"] for p in self._within.get(held, [held])]
 
     def maskable(self) -> dict[str, Tensor]:
         """By name: what is masked, or will be once it requires gradients."""
@@ -72,10 +92,10 @@ class MaskedParameters:
         """
         masked, dense, unknown = [], [], []
         for number, group in enumerate(optimizer.param_groups):
-            for i, p in enumerate(group["params"]):
+            for i, p in enumerate(self.held(group)):
                 if p not in self.names:
                     if is_trained(p) and group.get("gradient_mask") is not False:
-                        names = group.get("param_names")
+                        names = None if self._within else group.get("param_names")
                         unknown.append(f"'{names[i]}'" if names else f"{i} of group {number}, shape {tuple(p.shape)}")
                     continue
                 if is_trained(p):

@@ -1,8 +1,8 @@
 """What this process holds of a gradient, and which processes hold the rest.
 
-Everything above sees parts alone, so that a whole gradient, FSDP2's and tensor parallelism's shards, replicas, and
-uneven or empty shards are masked by the same code. ``torch.distributed.tensor``, which takes a second to import, is
-imported only where a gradient is a DTensor (``dtensors``).
+Everything above sees parts alone, so that a whole gradient, FSDP2's and tensor parallelism's shards, ranges of flat
+tensors, replicas, and uneven or empty shards are masked by the same code. ``torch.distributed.tensor``, which takes a
+second to import, is imported only where a gradient is a DTensor (``dtensors``).
 """
 
 import sys
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmt_tune.masking.flat import FlatShard
 from gmt_tune.masking.nonfinite import nonfinite_flags
 
 
@@ -22,7 +23,7 @@ class Part:
 
     Attributes:
         name: of the parameter.
-        grad: the gradient: a plain tensor or a DTensor.
+        grad: the gradient: a plain tensor, a DTensor or a FlatShard.
         local: the entries that this process holds, sharing the gradient's memory.
         parameter: whose gradient it is; None where only values are ranked.
         groups: process groups; summing over the first, then the second, ... reaches every shard. Empty for a whole one.
@@ -49,8 +50,8 @@ class Part:
 
     def local_of(self, tensor: Tensor) -> Tensor:
         """The entries of another tensor of the gradient's shape at the places that ``local`` holds."""
-        if not is_sharded(self.grad):
-            return tensor.detach()
+        if not _is_dtensor(self.grad):
+            return own_entries(tensor)
         from gmt_tune.masking import dtensors
 
         return dtensors.local_part(dtensors.with_placements_of(tensor, self.grad))
@@ -74,7 +75,7 @@ def make_parts(parameters: Mapping[str, Tensor]) -> list[Part]:
         parameters: by name; the same ones, in the same order, on all ranks.
     """
     trained = {name: p for name, p in parameters.items() if p.grad is not None}
-    if any(is_sharded(p.grad) for p in trained.values() if p.grad is not None):
+    if any(_is_dtensor(p.grad) for p in trained.values()):
         from gmt_tune.masking import dtensors
 
         for p in trained.values():
@@ -94,27 +95,36 @@ def part_of(tensor: Tensor, name: str = "") -> Part:
 
 
 def _shares(tensors: Sequence[Any]) -> list[tuple]:
-    if not any(is_sharded(tensor) for tensor in tensors):
-        return [(tensor, tensor.detach(), (), True) for tensor in tensors]
-    from gmt_tune.masking import dtensors
+    if any(_is_dtensor(tensor) for tensor in tensors):
+        from gmt_tune.masking import dtensors
 
-    return dtensors.shares(tensors)
+        return dtensors.shares(tensors)
+    return [(t, own_entries(t), t.groups if isinstance(t, FlatShard) else (), True) for t in tensors]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; does not import DTensor to find out."""
+    """Whether other processes hold some of it: a DTensor or a FlatShard."""
+    return isinstance(tensor, FlatShard) or _is_dtensor(tensor)
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    """Does not import DTensor to find out."""
     module = sys.modules.get("torch.distributed.tensor")  # where it is not imported, nothing is one
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def own_entries(tensor: Any) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    if isinstance(tensor, FlatShard):
+        return tensor.local
+    return tensor.detach().to_local() if _is_dtensor(tensor) else tensor.detach()
 
 
 def index_ranges(tensor: Any) -> list[tuple[int, int]]:
     """For each dimension, the range of indices that this process holds; see :meth:`Part.ranges`."""
-    if not is_sharded(tensor):
+    if isinstance(tensor, FlatShard):
+        return [tensor.held]
+    if not _is_dtensor(tensor):
         return [(0, size) for size in tensor.shape]
     from gmt_tune.masking import dtensors
 
@@ -150,11 +160,19 @@ def sum_over_ranks(rows: Sequence[Tensor], parts: Sequence[Part], *, is_small: b
         together = torch.cat(counted)
         dtype = together.dtype if together.is_floating_point() else torch.int64
         together = together.to(torch.int32 if is_small else dtype)
+        device = together.device
         for group in groups:
+            together = together.to(_device_for(group, device))
             torch.distributed.all_reduce(together, group=group)
-        for i, row in zip(bucket, together.to(dtype).split([row.numel() for row in counted]), strict=True):
+        for i, row in zip(bucket, together.to(device, dtype).split([row.numel() for row in counted]), strict=True):
             summed[i] = row
     return summed
+
+
+def _device_for(group: Any, device: torch.device) -> torch.device:
+    """Where a group can add up what is on a device: NCCL cannot where an optimizer was offloaded to the CPU."""
+    config = torch.distributed.get_backend_config(group)
+    return device if f"{device.type}:" in config else torch.accelerator.current_accelerator() or device
 
 
 def sum_counts(counts: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:

@@ -139,9 +139,7 @@ class SelectionTracker:
 
         def observe(is_repeated: bool) -> None:
             if not is_repeated:  # the selection is the same in all calls of one step's closure
-                names = {p: name for name, p in self._mask.masked_parameters.items()}
-                held = [p for group in optimizer.param_groups for p in group["params"]]
-                self._observe([(names[p], p) for p in held if p in names], optimizer)
+                self._observe(self._mask.parameters_of(optimizer), optimizer)
 
         with_closure = after_closure(args, kwargs, observe)
         if with_closure is None:
@@ -149,10 +147,10 @@ class SelectionTracker:
         return with_closure
 
     @torch.no_grad()
-    def _observe(self, parameters: list[tuple[str, Tensor]], optimizer: Optimizer) -> None:
+    def _observe(self, parameters: dict[str, Tensor], optimizer: Optimizer) -> None:
         self._numbers = None
         seen: dict[str, Tensor] = {}
-        for name, p in parameters:
+        for name, p in parameters.items():
             calls = self._calls.get(name, 0)
             self._calls[name] = calls + 1
             if calls % self._every == 0:
