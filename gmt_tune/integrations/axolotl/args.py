@@ -48,11 +48,6 @@ class GradientMaskArgs(BaseModel):
                 "the plugin GradientMaskPlugin needs a section gradient_mask with at least a density, such as "
                 "density: 0.2; for plain full fine-tuning take it out of plugins"
             )
-        if data.get("deepspeed"):
-            raise ValueError(
-                "deepspeed keeps gradients in its own engine, where gradient_mask cannot reach them: remove it and "
-                "set fsdp_version: 2 with an fsdp_config"
-            )
         fsdp = data.get("fsdp_config") or {}
         version = data.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
         if (fsdp or data.get("fsdp")) and str(version) != "2":  # Axolotl takes a version left out to be 1
@@ -66,5 +61,10 @@ class GradientMaskArgs(BaseModel):
                 raise ValueError(
                     "fp16 scales gradients, and gradient_mask with compact: true would take them still scaled: set "
                     "bf16: true"
+                )
+            if data.get("deepspeed"):
+                raise ValueError(
+                    "gradient_mask with compact: true takes gradients before DeepSpeed reduces them: leave compact "
+                    "out, or leave deepspeed out and set fsdp_version: 2 with an fsdp_config"
                 )
         return data

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from gmt_tune.integrations import deepspeed
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
 from gmt_tune.integrations.transformers.compact import (
     ClippingInOptimizer,
@@ -149,18 +150,24 @@ class GradientMaskCallback(TrainerCallback):
                 "log_first(trainer) of the GradientMaskCallback"
             )
         mask = self._build_mask(model)
-        wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
+        zero = deepspeed.zero_optimizer(optimizer)
+        wrapper, optimizer = optimizer, unwrap_optimizer(optimizer) if zero is None else zero.optimizer
         if self._compact is not None:
             check_made_compact(optimizer, args, by_trainer=self._is_made_by_trainer)
         is_compact = isinstance(optimizer, CompactOptimizer)
-        if is_compact:
+        if is_compact and zero is None:
             refuse_uncompactable(model, args, wrapper)
+        self._handles = [mask.register(optimizer) if zero is None else deepspeed.register(mask, zero)]
+        self._handles.append(optimizer.register_step_pre_hook(self._note_step))
         if state.global_step > 0:
-            restore_mask(mask, model, args, state, optimizer if is_compact else None)
+            try:
+                restore_mask(mask, args, state, optimizer if is_compact else None)
+            except Exception:
+                self._unhook()
+                raise
         if is_compact:
             optimizer.zero_grad()  # what a training took in that ended within a step
             self._clipping = ClippingInOptimizer(optimizer, args)
-        self._handles = [mask.register(optimizer), optimizer.register_step_pre_hook(self._note_step)]
         self._mask = mask
         tracker = None
         if self._track_selection_every is not None:
@@ -209,7 +216,7 @@ class GradientMaskCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         if self._mask is not None:
-            save_mask(self._mask, model, args, state, is_compact=self._clipping is not None)
+            save_mask(self._mask, args, state, is_compact=self._clipping is not None)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Take the hooks off: the optimizer may go on to be used without the mask."""

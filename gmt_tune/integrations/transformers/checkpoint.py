@@ -12,8 +12,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,6 +19,7 @@ from transformers.utils import logging
 
 from gmt_tune.errors import one_line
 from gmt_tune.masking import GradientMask
+from gmt_tune.masking.parts import is_sharded
 
 FILE_NAME = "gradient_mask.pt"
 
@@ -28,12 +27,12 @@ logger = logging.get_logger(__name__)
 
 
 def save_mask(
-    mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState, *, is_compact: bool
+    mask: GradientMask, args: TrainingArguments, state: TrainerState, *, is_compact: bool
 ) -> None:
     """Write the mask into the checkpoint that the Trainer has just written. Called on every rank."""
     if args.save_only_model or state.is_hyper_param_search:  # nobody resumes from these
         return
-    mask_state, shards = mask.state_dict(), _shards(model, args)
+    mask_state, shards = mask.state_dict(), _shards(mask, args)
     name = _rank_file(args) if shards > 1 and mask_state["selections"] else FILE_NAME
     if name == FILE_NAME and not args.should_save:
         return
@@ -45,12 +44,13 @@ def save_mask(
 
 
 def restore_mask(
-    mask: GradientMask, model: nn.Module, args: TrainingArguments, state: TrainerState, compact: Optimizer | None
+    mask: GradientMask, args: TrainingArguments, state: TrainerState, compact: Optimizer | None
 ) -> None:
     """Continue from the mask in the checkpoint that the Trainer resumes from. Called on every rank.
 
     Args:
-        mask, model, args, state: of the run that resumes.
+        mask: registered, so that it knows how parameters are sharded.
+        args, state: of the run that resumes.
         compact: the optimizer, if its states lie by the mask's selection; the Trainer has loaded it.
 
     Raises ValueError if policy, parameters, sharding or the kind of optimizer differ from what was saved, and
@@ -62,7 +62,7 @@ def restore_mask(
         if path.is_file():
             content = _read(path)
             if content["trainer_state"] == _fingerprint(state):
-                _check_shards(content, _shards(model, args))
+                _check_shards(content, _shards(mask, args))
                 _check_optimizer(path.parent, content.get("compact", False), compact)
                 mask.load_state_dict(content["mask"])
                 return
@@ -140,9 +140,9 @@ def _check_optimizer(folder: Path, was_compact: bool, compact: Optimizer | None)
         )
 
 
-def _shards(model: nn.Module, args: TrainingArguments) -> int:
+def _shards(mask: GradientMask, args: TrainingArguments) -> int:
     """Into how many files a selection is split: parameters that are whole on every rank need only one."""
-    return args.world_size if any(isinstance(p, DTensor) for p in model.parameters()) else 1
+    return args.world_size if any(map(is_sharded, mask.masked_parameters.values())) else 1
 
 
 def _rank_file(args: TrainingArguments) -> str:

@@ -89,6 +89,11 @@ def make_compact(trainer: Trainer, *, state_bits: int | str | None, bf16_stochas
     args, given = trainer.args, trainer.optimizer_cls_and_kwargs
     if args.fp16:
         raise ValueError(_FP16)
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "compact=True takes gradients before DeepSpeed reduces them: leave it out, or leave deepspeed out and set "
+            "fsdp=True with fsdp_config={'version': 2} (FSDP2)"
+        )
     if isinstance(trainer.optimizer, CompactOptimizer) or (given is not None and given[0] is CompactAdamW):
         return False
     if trainer.optimizer is not None or given is not None:

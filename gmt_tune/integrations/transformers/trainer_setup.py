@@ -15,11 +15,6 @@ _FSDP1 = (
 
 def refuse_unmaskable_arguments(args: TrainingArguments) -> None:
     """Raise ValueError if, with these arguments, no step hook sees the whole gradient."""
-    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
-        raise ValueError(
-            "deepspeed keeps gradients in its own engine, where they cannot be masked: remove it and set "
-            "fsdp=True with fsdp_config={'version': 2} (FSDP2), which shards the same tensors"
-        )
     if (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 1:
         raise ValueError(_FSDP1)
     optim = str(getattr(args.optim, "value", args.optim))

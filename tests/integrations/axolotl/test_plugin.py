@@ -85,6 +85,7 @@ def test_a_wrong_section_is_refused_by_axolotls_validation(validate, axolotl_con
     [
         ({"optimizer": "lion_8bit"}, "compact=True has no counterpart of optim='lion_8bit'"),
         ({"fp16": True}, "fp16 scales gradients.*set bf16: true"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "before DeepSpeed reduces them.*fsdp_version: 2"),
     ],
 )
 def test_what_a_compact_optimizer_cannot_do_is_refused(validate, axolotl_config, settings, sentence):
@@ -92,13 +93,6 @@ def test_what_a_compact_optimizer_cannot_do_is_refused(validate, axolotl_config,
 
     with pytest.raises(ValidationError, match=sentence):
         validate(axolotl_config(gradient_mask={"density": 0.2, "compact": True}, **settings))
-
-
-def test_deepspeed_is_refused_and_fsdp2_named(validate, axolotl_config):
-    from pydantic import ValidationError
-
-    with pytest.raises(ValidationError, match="deepspeed keeps gradients.*fsdp_version: 2"):
-        validate(axolotl_config(deepspeed={"zero_optimization": {"stage": 3}}))
 
 
 @pytest.mark.parametrize("version", [{}, {"fsdp_version": 1}, {"fsdp_config": {"fsdp_version": 1}}])

@@ -80,18 +80,6 @@ def test_one_callback_serves_one_trainer_after_another(make_trainer):
         assert callback.mask.step == steps
 
 
-def test_deepspeed_is_refused_and_fsdp2_named(tmp_path):
-    """DeepSpeed itself is not needed to refuse it: its arguments are enough."""
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    args.deepspeed = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(ValueError, match=r"deepspeed .* \(FSDP2\)"):
-        GradientMaskCallback(density=0.2).on_init_end(args, None, None)
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    args.deepspeed_plugin = object()  # as set by `accelerate launch --use_deepspeed`
-    with pytest.raises(ValueError, match=r"deepspeed .* \(FSDP2\)"):
-        GradientMaskCallback(density=0.2).on_train_begin(args, None, None)
-
-
 def test_an_optimizer_that_goes_past_its_hooks_stops_the_run(make_trainer, make_model):
     class Bypassing(torch.optim.SGD):
         pass
