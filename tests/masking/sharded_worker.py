@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmt_tune import GradientMask, mask_grads_
 from gmt_tune.integrations.torchtune.process_group import leave
+from gmt_tune.masking.flat import FlatShard
 
 SHAPES = {
     "odd": (7, 5),
@@ -92,6 +93,15 @@ class Unsharded:
         """The whole tensor again."""
         return tensor.clone()
 
+    def register(self, mask: GradientMask) -> torch.optim.Optimizer:
+        """An optimizer of the mask's parameters, or of what lies in them."""
+        optimizer = torch.optim.SGD(mask.masked_parameters.values(), lr=0.0)
+        mask.register(optimizer)
+        return optimizer
+
+    def set_grad(self, name: str, p: torch.Tensor, tensor: torch.Tensor) -> None:
+        p.grad = self.grad(name, tensor)
+
 
 def run_policy(policy: dict, ranks: Unsharded) -> list[dict]:
     """What a mask did in each step: masked gradients, thresholds and counts of whole tensors."""
@@ -103,12 +113,12 @@ def run_policy(policy: dict, ranks: Unsharded) -> list[dict]:
         parameters[name] = nn.Parameter(ranks.weight(name, weight))
     mask_class = GradientToWeight if policy["score"] == "own" else GradientMask
     mask = mask_class(parameters.items(), 0.3, score=score, seed=5, **arguments)
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
-    mask.register(optimizer)
+    optimizer = ranks.register(mask)
+    parameters = mask.masked_parameters
     steps = []
     for step in range(2 * policy["refresh_every"] - 1):
         for name, p in parameters.items():
-            p.grad = ranks.grad(name, whole(name, p.dtype, step))
+            ranks.set_grad(name, p, whole(name, p.dtype, step))
         optimizer.step()
         statistics = mask.statistics
         assert not any(isinstance(t, DTensor) for t in statistics.thresholds.values())
@@ -206,12 +216,44 @@ class FSDP2(Unsharded):
         return found.view(tensor.shape)
 
 
+class FlatRanges(Unsharded):
+    """Tensors of one dtype lie flattened one behind the other, cut anywhere, and an optimizer steps the pieces."""
+
+    def register(self, mask):
+        rank, size = dist.get_rank(), dist.get_world_size()
+        parameters = mask.masked_parameters.values()
+        shards = {}
+        for dtype in dict.fromkeys(p.dtype for p in parameters):
+            within = [p for p in parameters if p.dtype == dtype]
+            whole = torch.cat([p.detach().flatten() for p in within])
+            begin, end = (whole.numel() * i * i // size**2 for i in (rank, rank + 1))
+            flat, place = nn.Parameter(whole[begin:end]), 0
+            flat.grad = torch.zeros_like(flat)
+            for p in within:
+                first, last = (min(max(edge - place, 0), p.numel()) for edge in (begin, end))
+                start = place + first - begin if first < last else 0
+                shards[p] = FlatShard(flat, start, p.numel(), (first, last), dist.group.WORLD)
+                place += p.numel()
+        optimizer = torch.optim.SGD({id(s.within): s.within for s in shards.values()}.values(), lr=0.0)
+        mask.register(optimizer, shards=shards)
+        return optimizer
+
+    def set_grad(self, name, p, tensor):
+        p.grad.local.copy_(tensor.flatten()[slice(*p.held)])
+
+    def whole(self, name, tensor):
+        pieces = [None] * dist.get_world_size()
+        dist.all_gather_object(pieces, tensor.local)
+        return torch.cat(pieces).view(SHAPES[name])
+
+
 def ways(world_size: int) -> dict[str, Unsharded]:
     """Ways to lay tensors over the ranks."""
     mesh = init_device_mesh("cpu", (world_size,))
     found = {
         "rows": Distributed(mesh, lambda i, t: [Shard(0)]),
         "columns": Distributed(mesh, lambda i, t: [Shard(t.dim() - 1)]),
+        "flat ranges": FlatRanges(),
         "some whole": Distributed(mesh, lambda i, t: None if i % 3 == 0 else [Shard(0)]),
         "FSDP2": FSDP2(mesh),
     }
@@ -350,9 +392,10 @@ def load_states(ranks: Unsharded) -> list[dict[str, str]]:
         )
         for _ in range(2)
     )
+    optimizer, _ = ranks.register(mask), ranks.register(other)
     for name, p in mask.masked_parameters.items():
-        p.grad = ranks.grad(name, whole(name, torch.float32, 0))
-    mask.mask_grads_()
+        ranks.set_grad(name, p, whole(name, torch.float32, 0))
+    optimizer.step()
     states = {"own": mask.state_dict()}
     of_rank_0 = [mask.state_dict()]
     dist.broadcast_object_list(of_rank_0, src=0)
@@ -401,7 +444,7 @@ def main(output_file: str) -> None:
     results["all ranks found the same"] = all(repr(other) == repr(agree[0]) for other in agree)
     results["nonfinite"] = nonfinite(layouts["rows"])
     results["dense nonfinite"] = dense_nonfinite(layouts["rows"])
-    results["loaded"] = {layout: load_states(layouts[layout]) for layout in ("rows", "columns", "FSDP2")}
+    results["loaded"] = {layout: load_states(layouts[layout]) for layout in ("rows", "columns", "FSDP2", "flat ranges")}
     results["collectives"] = count_collectives() if world_size == 2 and not launches else {}
     results["launches"] = len(launches)
     if rank == 0:

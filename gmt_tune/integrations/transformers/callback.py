@@ -189,7 +189,13 @@ class GradientMaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control, optimizer=None, **kwargs
     ) -> None:
         """Stop a run whose optimizer went past the hook, rather than train it without the mask."""
-        if not self._optimizer_stepped and not getattr(optimizer, "step_was_skipped", False):
+        was_skipped = getattr(optimizer, "step_was_skipped", False)
+        if was_skipped and not args.fp16 and self._mask is not None and self._mask.error_if_nonfinite:
+            raise RuntimeError(
+                f"a gradient holds NaN or infinity at optimizer step {state.global_step + 1}, which DeepSpeed left out: "
+                "lower the learning rate or look at the data; to go on without such steps, set error_if_nonfinite=False"
+            )
+        if not self._optimizer_stepped and not was_skipped:
             name = type(unwrap_optimizer(optimizer)).__name__
             raise RuntimeError(
                 f"the optimizer {name} changed weights without calling its step hooks, so its gradients were not "
