@@ -1,4 +1,4 @@
-"""What an optimizer that steps flat tensors holds of a parameter: one range of its entries, as DeepSpeed's ZeRO does."""
+"""What an optimizer of flat tensors holds of a parameter: a range of its entries, as DeepSpeed's ZeRO does."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class FlatShard(Tensor):
         (group,) = self.groups or (None,)
         return FlatShard(within, start, self.numel(), self.held, group)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"FlatShard(entries {self.held[0]} to {self.held[1]} of {self.numel()})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
         shard = next(value for value in tree_flatten(given)[0] if isinstance(value, FlatShard))
         if torch.Tag.pointwise in func.tags or func.overloadpacket in _AS_IT_IS:

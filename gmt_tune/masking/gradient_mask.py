@@ -174,9 +174,7 @@ class GradientMask:
 
     # ------------------------------------------------------------------ use
 
-    def register(
-        self, optimizer: Optimizer, *, shards: Mapping[Tensor, FlatShard] | None = None
-    ) -> RemovableHandle:
+    def register(self, optimizer: Optimizer, *, shards: Mapping[Tensor, FlatShard] | None = None) -> RemovableHandle:
         """Mask the gradients of an optimizer's parameters right before each of its steps.
 
         With an optimizer per parameter (optimizer in backward), register each of them. Parameters that did not
@@ -212,7 +210,8 @@ class GradientMask:
                     "step: register once, or end the first one with the remove() of the handle that its register "
                     "returned"
                 )
-        held = {p for group in optimizer.param_groups for p in self._parameters.held(group)} | set((shards or {}).values())
+        held = {p for group in optimizer.param_groups for p in self._parameters.held(group)}
+        held.update((shards or {}).values())  # some of which may be in the optimizer only while it steps them
         if held.isdisjoint(self._parameters.names):
             raise ValueError(
                 "the optimizer holds none of the mask's parameters: make the mask from the "

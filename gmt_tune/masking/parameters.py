@@ -46,7 +46,7 @@ class MaskedParameters:
 
     def flatten(self, shards: Mapping[Tensor, FlatShard]) -> None:
         """Take, from now on, shards of flat tensors for the model's parameters that lie in these."""
-        models = {shard: p for p, shard in self._shards.items()}
+        models: dict[Tensor, Tensor] = {shard: p for p, shard in self._shards.items()}
 
         def now(p: Tensor) -> Tensor:
             return shards.get(models.get(p, p), p)

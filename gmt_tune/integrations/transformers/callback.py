@@ -192,8 +192,9 @@ class GradientMaskCallback(TrainerCallback):
         was_skipped = getattr(optimizer, "step_was_skipped", False)
         if was_skipped and not args.fp16 and self._mask is not None and self._mask.error_if_nonfinite:
             raise RuntimeError(
-                f"a gradient holds NaN or infinity at optimizer step {state.global_step + 1}, which DeepSpeed left out: "
-                "lower the learning rate or look at the data; to go on without such steps, set error_if_nonfinite=False"
+                f"a gradient holds NaN or infinity at optimizer step {state.global_step + 1}, which DeepSpeed left "
+                "out: lower the learning rate or look at the data; to go on without such steps, set "
+                "error_if_nonfinite=False"
             )
         if not self._optimizer_stepped and not was_skipped:
             name = type(unwrap_optimizer(optimizer)).__name__

@@ -26,9 +26,7 @@ FILE_NAME = "gradient_mask.pt"
 logger = logging.get_logger(__name__)
 
 
-def save_mask(
-    mask: GradientMask, args: TrainingArguments, state: TrainerState, *, is_compact: bool
-) -> None:
+def save_mask(mask: GradientMask, args: TrainingArguments, state: TrainerState, *, is_compact: bool) -> None:
     """Write the mask into the checkpoint that the Trainer has just written. Called on every rank."""
     if args.save_only_model or state.is_hyper_param_search:  # nobody resumes from these
         return
@@ -43,9 +41,7 @@ def save_mask(
     os.replace(partial, path)  # a file with the final name is always whole
 
 
-def restore_mask(
-    mask: GradientMask, args: TrainingArguments, state: TrainerState, compact: Optimizer | None
-) -> None:
+def restore_mask(mask: GradientMask, args: TrainingArguments, state: TrainerState, compact: Optimizer | None) -> None:
     """Continue from the mask in the checkpoint that the Trainer resumes from. Called on every rank.
 
     Args:
