@@ -73,8 +73,9 @@ def main() -> None:
     for batch in batches:
         loss = engine(**batch.to(engine.device)).loss
         engine.backward(loss)
+        changes_weights = engine.is_gradient_accumulation_boundary()
         engine.step()
-        if engine.is_gradient_accumulation_boundary() and dist.get_rank() == 0:
+        if changes_weights and dist.get_rank() == 0:
             density = mask.metrics()["mask/density"]
             print(f"step {mask.step}: loss {loss.item():.4f}, {density:.1%} of the gradient stayed")
 

@@ -65,7 +65,7 @@ class FlatShard(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         given = (args, kwargs or {})
         shard = next(value for value in tree_flatten(given)[0] if isinstance(value, FlatShard))
         if torch.Tag.pointwise in func.tags or func.overloadpacket in _AS_IT_IS:
