@@ -27,13 +27,13 @@ from gmt_tune.integrations.transformers.compact import (
     refuse_uncompactable,
     trainer_in_construction,
 )
-from gmt_tune.integrations.transformers.log_order import ShortLine, arrange, calling, for_the_line
+from gmt_tune.integrations.transformers.log_order import ShortLine, arrange, calling
 from gmt_tune.integrations.transformers.run_files import TrainerRunLog
 from gmt_tune.integrations.transformers.trainer_setup import refuse_unmaskable_arguments, refuse_unmaskable_model
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.optimizers import CompactOptimizer, unwrap_optimizer
 from gmt_tune.masking.tracker import SelectionTracker, check_every
-from gmt_tune.reporting.mask_metrics import MaskMetrics
+from gmt_tune.reporting.mask_metrics import MaskMetrics, for_a_line
 
 
 class GradientMaskCallback(TrainerCallback):
@@ -191,7 +191,7 @@ class GradientMaskCallback(TrainerCallback):
         metrics = self._metrics.totals() | (self._clipping.logs() if self._clipping is not None else {})
         self._run_log.log(state.global_step, {**logs, **metrics})
         by_group = self._run_log.log_mask(state.global_step)
-        line = for_the_line(metrics)
+        line = for_a_line(metrics)
         if state.log_history:  # holds a copy that the Trainer made before this event
             state.log_history[-1].update(line)
         if self._log_by_group:

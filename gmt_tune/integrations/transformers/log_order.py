@@ -14,13 +14,6 @@ from transformers.trainer_callback import CallbackHandler
 
 Caller = TypeVar("Caller")
 _PRINTERS = (PrinterCallback, ProgressCallback)
-# Of the numbers over the whole model; those by module and layer are for reporters too
-_FOR_REPORTERS_ALONE = ("mask/threshold_min", "mask/threshold_max")
-
-
-def for_the_line(totals: dict[str, float]) -> dict[str, float]:
-    """Those of the numbers over the whole model that the printed line has."""
-    return {name: value for name, value in totals.items() if name not in _FOR_REPORTERS_ALONE}
 
 
 class ShortLine(TrainerCallback):
