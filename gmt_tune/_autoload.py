@@ -8,11 +8,16 @@ here waits until torchtune is imported, and then
   dropped (not before ``torchtune`` itself: that module may be what imports torch, and so this file), and
 - after ``torchtune._recipe_registry`` is executed, appends this package's recipes and configs.
 
+When torchao is imported because of torchtune or of this package, what it prints without need is kept quiet.
+
 It imports neither torchtune nor torchao by itself, and no failure in it may reach ``import torch``.
 """
 
 import importlib.machinery
 import sys
+
+# One of these is being imported where torchao is imported because of this package; other programs are left alone.
+_USERS_OF_TORCHAO = ("torchtune", "gmt_tune.integrations", "gmt_tune.masking", "gmt_tune.optim")
 
 
 class TorchtuneFinder:
@@ -23,6 +28,8 @@ class TorchtuneFinder:
 
     def find_spec(self, fullname, path=None, target=None):
         package, _, submodule = fullname.partition(".")
+        if fullname == "torchao":
+            _keep_torchao_quiet()
         if package not in ("torchao", "torchtune") or not submodule:
             return None
         if package not in self._seen:
@@ -36,6 +43,13 @@ class TorchtuneFinder:
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = _executing_and_registering(spec.loader.exec_module)
         return spec
+
+
+def _keep_torchao_quiet() -> None:
+    if not sys.modules.keys().isdisjoint(_USERS_OF_TORCHAO):
+        from gmt_tune._quiet import quiet_imports
+
+        quiet_imports()
 
 
 def _executing_and_registering(execute):
@@ -52,3 +66,4 @@ def autoload() -> None:
     """Install the finder once. Called by PyTorch; safe to call again."""
     if not any(isinstance(finder, TorchtuneFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, TorchtuneFinder())
+    _keep_torchao_quiet()  # torchtune imports torchao first, and that torch: torchao is not looked for any more

@@ -62,7 +62,10 @@ LONG = (
     "configs/test_configs.py",
     "recipes/test_gmt_full_dpo.py",
     "recipes/test_gmt_full_finetune.py",
+    "masking/test_sharded.py",
+    "masking/test_triton.py",
     "masking/test_selection.py",
+    "optim/test_kernels.py",
     "integrations/torchtune/test_versions.py",
     "integrations/torchtune/test_tune_cli.py",
 )

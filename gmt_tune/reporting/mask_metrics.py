@@ -72,6 +72,15 @@ def group_metrics(detail: Mapping[str, Mapping[str, float]], numel: Mapping[str,
     return metrics
 
 
+def for_a_line(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without the numbers that only a chart has room for: those of groups, the smallest and the largest threshold."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("mask/threshold_min", "mask/threshold_max") and not is_group_metric(name)
+    }
+
+
 def is_group_metric(name: str) -> bool:
     """Whether a metric is one of :func:`group_metrics`, which a report draws by parameter instead."""
     section = name.partition("/")[0].removeprefix("train_")

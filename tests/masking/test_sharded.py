@@ -58,8 +58,9 @@ def assert_same(found, wanted, where):
     assert torch.equal(found, wanted), f"{where}: {found} instead of {wanted}"
 
 
-def test_same_entries_thresholds_and_counts_as_unsharded(results, unsharded):
-    assert {key.split(" | ")[0] for key in results["policies"]} == unsharded.keys()
+def test_same_entries_thresholds_and_counts_as_unsharded(results, unsharded, cases):
+    wanted_cases = cases["INTERPRETED"] if results["launches"] else unsharded
+    assert {key.split(" | ")[0] for key in results["policies"]} == set(wanted_cases)
     for key, steps in results["policies"].items():
         for i, (found, wanted) in enumerate(zip(steps, unsharded[key.split(" | ")[0]], strict=True)):
             where = f"{key}, step {i}"
@@ -119,7 +120,7 @@ def test_nan_of_a_dense_parameter_on_one_rank_is_told_on_all(results):
 
 
 def test_each_rank_loads_its_own_selection_and_refuses_that_of_another(results):
-    assert results["loaded"].keys() == {"rows", "columns", "FSDP2", "flat ranges"}
+    assert results["loaded"].keys() >= {"rows", "FSDP2"} | (set() if results["launches"] else {"columns", "flat ranges"})
     for layout, messages in results["loaded"].items():
         for rank, message in enumerate(messages):
             assert message["own"] == "loaded", (layout, rank)

@@ -34,7 +34,7 @@ def run(*arguments, **environment):
 
 def test_kernels_select_what_a_full_sort_selects():
     """In a process of its own: the interpreter replaces the compiler when Triton is imported."""
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_kernels.py"]
+    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", HERE / "interpreted_kernels.py"]
     output = run(*command, TRITON_INTERPRET="1", PYTHONPATH=str(HERE))  # it shares strategies with test_selection
     assert " passed" in output and "skipped" not in output
 

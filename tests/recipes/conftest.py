@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def eager():
-    """torchao's updates as plain torch: compiled, which the parity tests have, each takes 20 s to begin with."""
+    """torchao's updates as plain torch: compiled, which slow tests have, each takes 20 s to begin with."""
     import torch
 
     with torch.compiler.set_stance("force_eager"):

@@ -4,6 +4,7 @@ The yardstick is torchtune's own distributed recipe without a mask: from one pro
 may differ by what its do, since sums over ranks round otherwise.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -90,6 +91,12 @@ RUNS = {
     "AdamW8bit on 2x2": ([0, 1, 2, 3], dict(low_bit("AdamW8bit"), **GRID)),
     "AdamW8bit resumed on 2x2": ([0, 1, 2, 3], dict(low_bit("AdamW8bit"), **GRID)),
 }
+SLOW = [name for name in RUNS if name.startswith(("AdamW4bit", "AdamWFp8"))]
+
+
+def each(names: list[str]) -> list:
+    """Parameters of a test: names of runs, of which the slow ones make it slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +114,13 @@ def tiny_llama3(tmp_path_factory, tiny_world):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_world, tiny_llama3, tiny_config):
-    """Output folder by the run's name; all of them trained under one torchrun."""
+    """Function that gives a run's output folder; all are trained under one torchrun, the slow ones under another."""
     root = tmp_path_factory.mktemp("runs")
     rows = [json.loads(line) for line in (tiny_world / "train.jsonl").read_text().splitlines()[: STEPS * BATCH]]
     for i in (5, 7, 8, 10):  # of two ranks, one has nothing to learn in the second step and the other in the third
         rows[i]["question"] = "word " * 300  # which fills max_seq_len
     (root / "empty.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    jobs = []
+    jobs: dict[bool, list[dict]] = {False: [], True: []}
     for name, (ranks, changes) in RUNS.items():
         changes = {"optimizer": ADAMW, "lr_scheduler": None, "max_steps_per_epoch": STEPS, **changes}
         job = {"ranks": ranks}
@@ -135,22 +142,31 @@ def runs(tmp_path_factory, tiny_world, tiny_llama3, tiny_config):
             config["model"].update(_component_="torchtune.models.llama3.llama3", intermediate_dim=92)
             config["model"].pop("scale_factor")
             config["checkpointer"].update(checkpoint_dir=str(tiny_llama3), model_type="LLAMA3")
-        jobs.append({**job, "config": config})
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    launch.torchrun(WORKER, root / "jobs.json", processes=4, log_dir=root)
-    return root
+        jobs[name in SLOW].append({**job, "config": config})
+
+    @functools.cache
+    def train(is_slow: bool) -> None:
+        file = root / f"jobs_{is_slow}.json"
+        file.write_text(json.dumps(jobs[is_slow]))
+        launch.torchrun(WORKER, file, processes=4, log_dir=root)
+
+    def trained(name: str) -> Path:
+        train(name in SLOW)
+        return root / name
+
+    return trained
 
 
 @pytest.fixture(scope="module")
 def losses(runs, logged_metrics):
     """Function that gives the losses of a run, step by step."""
-    return lambda name: [step["loss"] for step in logged_metrics(runs / name)]
+    return lambda name: [step["loss"] for step in logged_metrics(runs(name))]
 
 
 @pytest.fixture(scope="module")
 def weights(runs, final_weights):
     """Function that gives the weights that a run saved."""
-    return lambda name: final_weights(runs / name)
+    return lambda name: final_weights(runs(name))
 
 
 def assert_equal(found: dict, wanted: dict):
@@ -207,7 +223,7 @@ def test_from_one_to_several_losses_and_weights_differ_as_little_as_torchtunes(o
 
 def test_the_runs_that_are_compared_train_and_differ_by_their_masks(losses, weights):
     """What shows that the comparison above can fail."""
-    for name in RUNS:
+    for name in RUNS.keys() - SLOW:
         found = losses(name)
         assert len(found) == (STEPS - 2 if "resumed" in name else STEPS)
         assert "resumed" in name or found[-1] < found[0] - 0.05, name
@@ -217,7 +233,7 @@ def test_the_runs_that_are_compared_train_and_differ_by_their_masks(losses, weig
 
 @pytest.mark.parametrize("score", ["mask", "random"])
 def test_as_many_entries_are_selected_on_any_number_of_processes(score, runs, logged_metrics):
-    found = [[step["mask/density"] for step in logged_metrics(runs / f"{score} on {n}")] for n in ("one", "two")]
+    found = [[step["mask/density"] for step in logged_metrics(runs(f"{score} on {n}"))] for n in ("one", "two")]
     assert len(found[0]) == STEPS and found[0] == found[1]
 
 
@@ -227,7 +243,7 @@ def test_selected_entries_are_as_many_as_old_and_of_the_same_norm_on_any_number_
 ):
     keys = ("mask/density", "mask/coverage", "mask/overlap", "mask/age", "grad_norm")
     found, wanted = (
-        [[step.get(key, 0.0) for key in keys] for step in logged_metrics(runs / each)]
+        [[step.get(key, 0.0) for key in keys] for step in logged_metrics(runs(each))]
         for each in (name, "compact on one")
     )
     assert len(wanted) == STEPS and min(norm for *_, norm in wanted) > 0.5 and wanted[-1][3] > 1.2
@@ -236,21 +252,19 @@ def test_selected_entries_are_as_many_as_old_and_of_the_same_norm_on_any_number_
 
 
 @pytest.mark.parametrize(
-    "name", [f"{optimizer} resumed on two" for optimizer in LOW_BIT] + ["AdamW8bit resumed on 2x2"]
+    "name", each([f"{optimizer} resumed on two" for optimizer in LOW_BIT] + ["AdamW8bit resumed on 2x2"])
 )
 def test_sharded_low_bit_states_are_saved_and_go_on_exactly(name, runs, losses, weights):
     straight = name.replace(" resumed", "")
     kind = f"OptimState{name.split()[0].removeprefix('AdamW')}".lower()
-    assert (
-        kind in (runs / straight / "step_2" / "training_state" / "__0_0.distcp").read_bytes().decode("latin1").lower()
-    )
+    assert kind in (runs(straight) / "step_2" / "training_state" / "__0_0.distcp").read_bytes().decode("latin1").lower()
     assert losses(name) == losses(straight)[2:]
     assert_equal(weights(name), weights(straight))
 
 
-@pytest.mark.parametrize("optimizer", LOW_BIT)
-def test_sharded_low_bit_states_go_on_in_one_process(optimizer, losses):
-    assert losses(f"{optimizer} resumed on one")[0] < losses(f"{optimizer} on two")[0] - 0.1
+@pytest.mark.parametrize("name", each([f"{optimizer} resumed on one" for optimizer in LOW_BIT]))
+def test_sharded_low_bit_states_go_on_in_one_process(name, losses):
+    assert losses(name)[0] < losses(name.replace("resumed on one", "on two"))[0] - 0.1
 
 
 def test_from_a_grid_a_run_goes_on_with_tensor_parallelism_alone(losses, weights):
@@ -260,7 +274,7 @@ def test_from_a_grid_a_run_goes_on_with_tensor_parallelism_alone(losses, weights
 
 
 def test_on_a_grid_gradients_are_clipped_by_the_norm_of_all(runs, losses, weights, logged_metrics):
-    norms = [[step["grad_norm"] for step in logged_metrics(runs / f"clipped on {n}")] for n in ("one", "2x2")]
+    norms = [[step["grad_norm"] for step in logged_metrics(runs(f"clipped on {n}"))] for n in ("one", "2x2")]
     assert min(norms[0]) > 0.6  # so that each step is clipped
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert losses("clipped on 2x2") == pytest.approx(losses("clipped on one"), abs=1e-5)

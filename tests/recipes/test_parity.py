@@ -30,8 +30,20 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_weights_equal_torchtunes_recipe(
+    variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights, eager
+):
+    train_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "8-bit" in name])
+def test_losses_and_weights_equal_torchtunes_recipe_with_compiled_optimizers(
     variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights
 ):
+    train_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights)
+
+
+def train_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights):
     changes = dict(VARIANTS[variant])
     packed = changes.pop("dataset_packed", False)
     in_backward = changes.get("optimizer_in_bwd", False)

@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.utils import logging
+from transformers.trainer_callback import CallbackHandler
 
 from gmt_tune.integrations import deepspeed
 from gmt_tune.integrations.transformers.checkpoint import restore_mask, save_mask
@@ -28,22 +28,22 @@ from gmt_tune.integrations.transformers.compact import (
     refuse_uncompactable,
     trainer_in_construction,
 )
+from gmt_tune.integrations.transformers.log_order import ShortLine, arrange, calling
 from gmt_tune.integrations.transformers.run_files import TrainerRunLog
 from gmt_tune.integrations.transformers.trainer_setup import refuse_unmaskable_arguments, refuse_unmaskable_model
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.optimizers import CompactOptimizer, unwrap_optimizer
 from gmt_tune.masking.tracker import SelectionTracker, check_every
-from gmt_tune.reporting.mask_metrics import MaskMetrics
-
-logger = logging.get_logger(__name__)
+from gmt_tune.reporting.mask_metrics import MaskMetrics, for_a_line
 
 
 class GradientMaskCallback(TrainerCallback):
     """Masks the gradient right before each optimizer step of a Trainer.
 
-    The mask's metrics join the Trainer's training logs (``mask/density``, ``mask/seconds``,
-    ``mask/threshold_min``, ``_median`` and ``_max``, and by module and layer ``mask_density_by_module/...`` and so
-    on: at first with every log, later seldom), and its state is saved to and restored from the Trainer's
+    The mask's metrics join the Trainer's training logs: ``mask/density``, ``mask/seconds`` and
+    ``mask/threshold_median`` in the printed line and ``state.log_history``; for reporters (TensorBoard, W&B) and your
+    own callbacks also ``mask/threshold_min`` and ``_max``, and by module and layer ``mask_density_by_module/...`` and
+    so on: at first with every log, later seldom. The mask's state is saved to and restored from the Trainer's
     checkpoints (``gradient_mask.pt``). The output folder gets the files that ``gmt-tune report`` draws. With a PEFT
     model only the adapters require gradients, so they are masked.
 
@@ -52,8 +52,7 @@ class GradientMaskCallback(TrainerCallback):
         mask_class: GradientMask, or a subclass of it with a score of its own.
         track_selection_every: optimizer steps between two looks at overlap and coverage (``mask/overlap``,
             ``mask/coverage``), at 2 bits of memory per masked entry; None does not look. Begins again on resuming.
-        log_by_group: put the numbers by module and layer into the Trainer's logs; ``gmt-tune report`` has them
-            in any case.
+        log_by_group: give the numbers by module and layer to reporters; ``gmt-tune report`` has them in any case.
         compact: have the Trainer make a :class:`gmt_tune.CompactAdamW` where it would make an AdamW: gradients and
             states of selected entries alone. Learning rate, betas, decay, schedule and clipping are the Trainer's; the
             logged ``grad_norm`` is then that of selected entries and dense parameters.
@@ -106,7 +105,8 @@ class GradientMaskCallback(TrainerCallback):
         self._run_log: TrainerRunLog | None = None
         self._mask: GradientMask | None = None
         self._handles: list[RemovableHandle] = []
-        self._optimizer_stepped = self._is_first = self._is_made_by_trainer = False
+        self._short_line = ShortLine()
+        self._optimizer_stepped = self._is_made_by_trainer = False
 
     @property
     def mask(self) -> GradientMask | None:
@@ -116,14 +116,9 @@ class GradientMaskCallback(TrainerCallback):
     def log_first(self, trainer: Trainer) -> None:
         """Let the Trainer's reporters (TensorBoard, W&B, ...) have the mask's metrics as well.
 
-        A Trainer gives its logs to its reporters before it gives them to the callbacks of its user, which may add to
-        them; this callback becomes the first. Without it, the metrics reach ``state.log_history`` and the callbacks
-        behind this one.
+        Training begins with this by itself; what is left for a call is a Trainer of which another method logs first.
         """
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
-        self._is_first = True
+        arrange(trainer.callback_handler, self, self._short_line)
 
     # ------------------------------------------------------------------ events, in the order they come
 
@@ -133,9 +128,7 @@ class GradientMaskCallback(TrainerCallback):
         if model is not None:
             self._build_mask(model)
         if self._compact is not None:
-            trainer = trainer_in_construction()
-            self._is_made_by_trainer = make_compact(trainer, **self._compact)
-            self.log_first(trainer)  # all of its reporters get the norm that CompactAdamW clips by
+            self._is_made_by_trainer = make_compact(trainer_in_construction(), **self._compact)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control, model=None, optimizer=None, **kwargs
@@ -144,11 +137,8 @@ class GradientMaskCallback(TrainerCallback):
         self._unhook()  # a training that ended in an exception, or is tried again with a smaller batch
         refuse_unmaskable_arguments(args)
         refuse_unmaskable_model(model)
-        if args.report_to and not self._is_first:
-            logger.warning(
-                f"{', '.join(args.report_to)} will not get the metrics of the gradient mask: before training, call "
-                "log_first(trainer) of the GradientMaskCallback"
-            )
+        if (handler := calling(CallbackHandler)) is not None:
+            arrange(handler, self, self._short_line)
         mask = self._build_mask(model)
         zero = deepspeed.zero_optimizer(optimizer)
         wrapper, optimizer = optimizer, unwrap_optimizer(optimizer) if zero is None else zero.optimizer
@@ -215,11 +205,13 @@ class GradientMaskCallback(TrainerCallback):
         metrics = self._metrics.totals() | (self._clipping.logs() if self._clipping is not None else {})
         self._run_log.log(state.global_step, {**logs, **metrics})
         by_group = self._run_log.log_mask(state.global_step)
+        line = for_a_line(metrics)
+        if state.log_history:  # holds a copy that the Trainer made before this event
+            state.log_history[-1].update(line)
         if self._log_by_group:
             metrics.update(by_group)
         logs.update(metrics)
-        if state.log_history:  # holds a copy that the Trainer made before this event
-            state.log_history[-1].update(metrics)
+        self._short_line.leave_out(metrics.keys() - line.keys())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         if self._mask is not None:

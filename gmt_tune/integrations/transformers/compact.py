@@ -1,7 +1,6 @@
 """CompactAdamW in a Trainer: made by the Trainer with its own parameter groups, and with the Trainer's clipping."""
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
+from gmt_tune.integrations.transformers.log_order import calling
 from gmt_tune.masking import GradientMask
 from gmt_tune.masking.optimizers import CompactOptimizer
 from gmt_tune.optim import CompactAdamW
@@ -122,16 +122,12 @@ def make_compact(trainer: Trainer, *, state_bits: int | str | None, bf16_stochas
 def trainer_in_construction() -> Trainer:
     """The Trainer whose constructor is running.
 
-    ``on_init_end`` is the only event before the Trainer makes its optimizer, and gets everything but the Trainer, whose
-    ``optimizer_cls_and_kwargs`` says what to make. So it is looked up where it must be: among the calling frames.
+    ``on_init_end`` is the only event before the Trainer makes its optimizer, and the Trainer's
+    ``optimizer_cls_and_kwargs`` says what to make.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    raise RuntimeError("compact=True needs a Trainer: pass the callback to its constructor, callbacks=[...]")
+    if (trainer := calling(Trainer)) is None:
+        raise RuntimeError("compact=True needs a Trainer: pass the callback to its constructor, callbacks=[...]")
+    return trainer
 
 
 def check_made_compact(optimizer: Optimizer, args: TrainingArguments, *, by_trainer: bool) -> None:

@@ -13,7 +13,9 @@ CONFIG = "smollm2/135M_gmt_cpu"
 
 
 def test_ls_shows_the_recipe_and_its_configs(run_tune, tmp_path):
-    lines = run_tune("ls", cwd=tmp_path).stdout.splitlines()
+    process = run_tune("ls", cwd=tmp_path)
+    assert process.stderr == ""
+    lines = process.stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("gmt_full_finetune "))
     configs = [line.split()[-1] for line in lines[start:]]
     assert CONFIG in configs and "quickstart" in configs

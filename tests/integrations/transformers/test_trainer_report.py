@@ -1,8 +1,9 @@
-"""A Trainer's run leaves the files that ``gmt-tune report`` draws, and the mask by module and layer in its logs."""
+"""A Trainer's run leaves the files that ``gmt-tune report`` draws, and reporters get the mask by module and layer."""
 
 import json
 
 import pytest
+from transformers import TrainerCallback
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
 from gmt_tune.reporting.mask_metrics import is_group_metric
@@ -12,12 +13,23 @@ MODULES = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 MODULES |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 
 
-def test_logs_hold_groups_and_the_folder_holds_the_files(make_trainer, rows, tmp_path):
+class Reporter(TrainerCallback):
+    """Keeps the logs as it was handed them."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_reporters_get_groups_and_the_folder_holds_the_files(make_trainer, rows, tmp_path):
+    reporter = Reporter()
     callback = GradientMaskCallback(density=0.2, dense=["*norm*"], track_selection_every=1)
-    trainer = make_trainer([callback], max_steps=3)
+    trainer = make_trainer([reporter, callback], max_steps=3)
     trainer.train()
     trainer.evaluate(rows[:4])
-    last = [log for log in trainer.state.log_history if "loss" in log][-1]
+    last = [log for log in reporter.logs if "loss" in log][-1]
     for kind in ("density", "threshold", "overlap", "coverage"):
         assert {f"mask_{kind}_by_module/{module}" for module in MODULES} <= last.keys()
         assert {f"mask_{kind}_by_layer/layer_0{layer}" for layer in (0, 1)} <= last.keys()
@@ -32,10 +44,11 @@ def test_logs_hold_groups_and_the_folder_holds_the_files(make_trainer, rows, tmp
     assert run.config["gradient_mask"]["density"] == 0.2 and run.config["batch_size"] == 4
 
 
-def test_groups_stay_out_of_the_logs_on_request(make_trainer, tmp_path):
-    trainer = make_trainer([GradientMaskCallback(density=0.2, log_by_group=False)], max_steps=2)
-    trainer.train()
-    assert not any(is_group_metric(name) for log in trainer.state.log_history for name in log)
+def test_reporters_do_not_get_groups_on_request(make_trainer, tmp_path):
+    reporter = Reporter()
+    make_trainer([reporter, GradientMaskCallback(density=0.2, log_by_group=False)], max_steps=2).train()
+    assert "mask/threshold_max" in reporter.logs[0]
+    assert not any(is_group_metric(name) for log in reporter.logs for name in log)
     assert len(read_run(tmp_path / "out").details["density"]) == 2
 
 

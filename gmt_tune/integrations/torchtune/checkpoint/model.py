@@ -12,7 +12,9 @@ from torch import Tensor
 from torchtune import training
 from torchtune.training.checkpointing import _checkpointer
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, ModelType
+from torchtune.utils import get_logger
 
+from gmt_tune._quiet import quieter
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint import deferred
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
@@ -76,7 +78,8 @@ def write_model(checkpointer, weights: Mapping[str, Tensor], folder: Path, files
         to_write = {name: deferred.as_deferred(weight) for name, weight in weights.items()}
         _checkpointer.save_file = deferred.save_file
     try:
-        checkpointer.save_checkpoint({training.MODEL_KEY: to_write}, epoch=0, intermediate_checkpoint=False)
+        with quieter(get_logger()):  # it would name the folder in which a checkpoint is not whole yet
+            checkpointer.save_checkpoint({training.MODEL_KEY: to_write}, epoch=0, intermediate_checkpoint=False)
     finally:
         _checkpointer.save_file = save_file
         checkpointer._output_dir, checkpointer._checkpoint_dir = given

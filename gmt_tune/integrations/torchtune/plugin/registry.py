@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from gmt_tune._quiet import quiet_imports
 from gmt_tune.integrations.torchtune.plugin.torchrun import shorten_tracebacks
 from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_version, make_torchtune_importable
 
@@ -56,6 +57,7 @@ def register_recipes(registry) -> None:
 
 def run_unregistered(recipe: str, argv: list[str]) -> None:
     """Run a recipe as ``python -m`` does, where ``tune`` does not know it; ``--config`` may name one of our configs."""
+    quiet_imports()
     make_torchtune_importable()  # with autoload off, nobody has done it yet
     if "--config" in argv[:-1]:
         value = argv.index("--config") + 1

@@ -1,5 +1,7 @@
 """torchtune's recipe, set up our way: data before the model, then the mask and all that watches a training."""
 
+import contextlib
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from torchtune import config, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.training.checkpointing._checkpoint_client import CheckpointClient
 
+from gmt_tune._quiet import quieter
 from gmt_tune.data.rows import positions_in_words
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
@@ -206,7 +209,9 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         )
 
     def _setup_profiler(self, cfg_profiler=None) -> RunProfiler:
-        profiler = super()._setup_profiler(cfg_profiler)
+        is_on = bool((cfg_profiler or {}).get("enabled", True))
+        with contextlib.nullcontext() if is_on else quieter(log, logging.ERROR):  # that it is off, the config says
+            profiler = super()._setup_profiler(cfg_profiler)
         if self._is_rank_zero and self.profiler_profile_memory and self._device.type == "cuda":
             first = self.profiler_wait_steps + self.profiler_warmup_steps
             return RunProfiler(profiler, range(first, first + self.profiler_active_steps))

@@ -21,12 +21,13 @@ from gmt_tune.integrations.torchtune.checkpoint.exchange import TrainingParts
 WORKER = Path(__file__).with_name("state_worker.py")
 
 
-def test_on_any_mesh_each_rank_gets_its_own_values_and_bits_back(tmp_path):
-    """Plain, 8-bit, 4-bit and compact states, selections and what the tracker has seen, from every mesh to every other.
+@pytest.mark.parametrize("pairs", ["", pytest.param("all", marks=pytest.mark.slow)])
+def test_on_any_mesh_each_rank_gets_its_own_values_and_bits_back(pairs, tmp_path):
+    """Plain, 8-bit, 4-bit and compact states, selections and what the tracker has seen, from every mesh to others.
 
     Compact states that go back to the mesh they came from are bit for bit what they were.
     """
-    launch.torchrun(WORKER, tmp_path, processes=4, log_dir=tmp_path / "logs")
+    launch.torchrun(WORKER, tmp_path, pairs, processes=4, log_dir=tmp_path / "logs")
     assert len(list(tmp_path.glob("*/.metadata"))) == 25  # of five meshes and five optimizers
 
 
