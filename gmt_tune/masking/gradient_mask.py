@@ -118,7 +118,7 @@ class GradientMask:
         self._is_compact = False  # the optimizer keeps gradients and states of selected entries alone
         self._steps: dict[str, int] = {}  # optimizer steps that were masked, by name
         self._selections: dict[str, PackedSelection | PlacedSelection] = {}
-        self._seconds: dict[str, float] = {}  # by the first parameter of those that are stepped together
+        self._seconds: dict[int, float] = {}  # by the first of the parameters that are stepped together
         self._flags = DelayedFlags()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._grad_scale: Tensor | None = None  # that a fused optimizer will divide gradients by, inside its step
@@ -430,7 +430,7 @@ class GradientMask:
             self.statistics.record(kept, counts, [selection.threshold for selection in selections])
         for name in names:
             self._steps[name] = self._steps.get(name, 0) + (not is_repeated)
-        self._seconds[names[0] if names else ""] = time.perf_counter() - start
+        self._seconds[id(_first_parameter(optimizer))] = time.perf_counter() - start
 
     def _select_finite(
         self, due: Sequence[Part], score: Score, others: Sequence[Part]
@@ -474,7 +474,7 @@ class GradientMask:
             self.statistics.record(batch, counts, thresholds)
         for name in names:
             self._steps[name] = self._steps.get(name, 0) + 1
-        self._seconds[names[0] if names else ""] = time.perf_counter() - start
+        self._seconds[id(_first_parameter(optimizer))] = time.perf_counter() - start
 
     def _placed(self, name: str) -> PlacedSelection | None:
         """The selection that is in force for a tensor, by places: one that was loaded is in bits."""
@@ -587,6 +587,11 @@ class GradientMask:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _optimizers=weakref.WeakSet(), _flags=DelayedFlags())
+
+
+def _first_parameter(optimizer: Optimizer | None) -> Tensor | None:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return next((p for group in groups for p in group["params"]), None)
 
 
 def registered_masks(optimizer: Optimizer) -> list[GradientMask]:
