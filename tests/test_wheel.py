@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 import yaml
+
+import gmt_tune
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +33,15 @@ def test_it_carries_recipes_and_configs_and_claims_no_name_of_torchtunes(wheel):
     modules = {path.stem for path in (ROOT / "recipes").glob("*.py")}
     top_level = {name.split("/")[0].removesuffix(".py") for name in names if ".dist-info/" not in name}
     assert top_level == {"gmt_tune", *modules}  # "recipes" is torchtune's
+
+
+def test_its_metadata_is_what_an_index_shows(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Name"] == "gmt-tune" and metadata["Version"] == gmt_tune.__version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
 
 def test_installed_elsewhere_it_trains_from_an_empty_folder(wheel, tmp_path, run_tune, tiny_config, logged_metrics):

@@ -4,8 +4,12 @@ The reference is its single-device recipe. Only for the optimizer in backward it
 one process, since the other does not normalise the loss by the token count there.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+import torchtune
+from omegaconf import OmegaConf
 
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}
 ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
@@ -67,6 +71,28 @@ def train_and_compare(variant, tmp_path, tiny_config, run_recipe, logged_metrics
         assert weights.keys() == wanted.keys()
         for key in wanted:
             assert torch.equal(weights[key], wanted[key]), (name, key)
+
+
+@pytest.mark.parametrize("name", ["llama3_2/1B_full_single_device", "qwen2_5/0.5B_full"])
+def test_a_config_that_torchtune_ships_trains_as_by_its_own_recipe(
+    name, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights, caplog, monkeypatch
+):
+    """Edited as its user would for a small model on a CPU; all other keys are those of the file."""
+    monkeypatch.chdir(tmp_path)
+    shipped = OmegaConf.load(Path(torchtune.__file__).parents[1] / "recipes" / "configs" / f"{name}.yaml")
+    for who, base in (("torchtune", "single_device"), ("ours", None)):
+        mine = tiny_config(tmp_path / who)
+        edits = {key: mine[key] for key in ("output_dir", "model", "tokenizer", "checkpointer", "dataset")}
+        edits |= {"optimizer": ADAMW, "metric_logger": mine["metric_logger"], "optimizer_in_bwd": False}
+        edits |= dict(device="cpu", dtype="fp32", max_steps_per_epoch=3, enable_activation_offloading=False)
+        edits |= dict(seed=5, enable_activation_checkpointing=False, gradient_accumulation_steps=2)
+        caplog.clear()
+        run_recipe({**OmegaConf.to_container(shipped), **edits}, base=base)
+    assert "The config has no section gradient_mask: all entries are trained" in caplog.text
+    losses = [[step["loss"] for step in logged_metrics(tmp_path / who)] for who in ("torchtune", "ours")]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 3
+    wanted, found = final_weights(tmp_path / "torchtune"), final_weights(tmp_path / "ours")
+    assert wanted.keys() == found.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_a_mask_changes_the_weights(tmp_path, tiny_config, run_recipe, final_weights):

@@ -21,7 +21,7 @@ class GradientMaskSection(BaseModel):
     seed: int = Field(0, description="Of the random score.")
     error_if_nonfinite: bool = Field(True, description="Raise if a gradient holds NaN or infinity.")
     track_selection_every: int | None = Field(None, description="Optimizer steps between looks at the overlap.")
-    log_by_group: bool = Field(True, description="Log the mask by module and layer as well.")
+    log_by_group: bool = Field(True, description="Give the mask by module and layer to reporters.")
     compact: bool = Field(False, description="CompactAdamW: gradients and states of selected entries alone.")
     state_bits: int | str | None = Field(None, description="Of it: 32, 8, 4 or fp8; null: as optimizer says.")
     bf16_stochastic_round: bool = Field(False, description="Of it: bfloat16 weights are rounded by chance.")

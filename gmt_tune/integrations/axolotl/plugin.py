@@ -21,10 +21,6 @@ class GradientMaskPlugin(BasePlugin):
         return [GradientMaskCallback(**options)]
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        """Let the callback log before the reporters, and know the folder that a run resumes from."""
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, GradientMaskCallback):
-                callback.log_first(trainer)
-                break
+        """Let the callback know the folder that a run resumes from."""
         if cfg.resume_from_checkpoint:
             trainer.args.resume_from_checkpoint = cfg.resume_from_checkpoint

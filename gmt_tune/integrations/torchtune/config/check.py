@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchtune import config, utils
+from torchtune.modules.peft import get_adapter_params
 
 from gmt_tune.errors import UserError, did_you_mean, one_line
 from gmt_tune.integrations.torchtune import process_group
@@ -29,6 +30,14 @@ log = utils.get_logger("INFO")
 
 # How a variable of the user's often ends; no optional key does.
 _VARIABLE_ENDS = ("_dir", "_name", "_path", "_root")
+
+# Sections that only configs of torchtune's other recipes have, and what these do.
+_OF_OTHER_RECIPES = {
+    "datasets": "several data sets at a time",
+    "quantizer": "quantization",
+    "teacher_model": "knowledge distillation",
+    "policy_model": "PPO",
+}
 
 _PROFILER = "torchtune.training.setup_torch_profiler"
 
@@ -56,6 +65,11 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
         raise UserError(
             "custom_sharded_layers must not name tok_embeddings for this model, whose output layer uses their weights "
             "too: take it out of the list, or set custom_sharded_layers: null"
+        )
+    if get_adapter_params(model):
+        raise UserError(
+            f"model._component_ {cfg.model._component_} has LoRA adapters, and this recipe trains and saves all "
+            "weights: take the model without them, or torchtune's own recipe for LoRA, which knows no gradient mask"
         )
     _check_lengths(cfg, model)
     check_files(cfg, model)
@@ -123,6 +137,16 @@ def _check_interpolations(cfg: DictConfig) -> None:
 
 
 def _check_top_level_keys(cfg: DictConfig, own_keys: Sequence[str]) -> None:
+    for name, what in _OF_OTHER_RECIPES.items():
+        if (
+            OmegaConf.is_config(cfg.get(name, None))
+            and name not in own_keys
+            and not refers_to(OmegaConf.to_yaml(cfg), name)
+        ):
+            raise UserError(
+                f"{name} is no key of this recipe: the config is for a recipe of torchtune's for {what}; run it with "
+                "that one, which knows no gradient mask, or take a config for full fine-tuning (`tune ls` shows them)"
+            )
     for name, key in KEYS.items():
         if key.needed and "." not in name and name not in cfg:
             raise UserError(f"{name} is missing in the config: `tune cat quickstart` shows a complete one")

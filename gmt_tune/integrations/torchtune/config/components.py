@@ -23,6 +23,9 @@ _PACKAGES_OF_LOGGERS = {
     "MLFlowLogger": "mlflow",
 }
 
+# Packages that torchtune's configs name, and does not bring.
+_OPTIONAL_PACKAGES = ("bitsandbytes",)
+
 # Packages whose modules do nothing but define things when they are imported.
 _KNOWN_PACKAGES = ("torch", "torchao", "torchtune", "gmt_tune")
 
@@ -83,12 +86,27 @@ def import_component(key: str, path: object) -> Any:
     try:
         component = _get_component_from_path(path)
     except (Exception, SystemExit) as error:  # a module may raise anything when it is imported
+        lacking = _lacking_package(error, path)
+        if lacking is not None:
+            instead = ", or take torchao.optim.AdamW8bit, which needs nothing more" if lacking == "bitsandbytes" else ""
+            raise UserError(f"{key} '{path}' needs the package {lacking}: pip install {lacking}{instead}") from None
         reason = one_line(error.__cause__ or error)
         raise UserError(f"{key} '{path}' cannot be imported ({reason}): check its spelling") from None
     if not callable(component):
         kind = type(component).__name__
         raise UserError(f"{key} '{path}' is a {kind}: name a class or a function in it")
     return component
+
+
+def _lacking_package(error: BaseException, path: str) -> str | None:
+    """The package that is not installed, where that is why a component cannot be imported; None for a wrong path."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ModuleNotFoundError):
+        cause = cause.__cause__ or cause.__context__
+    name = getattr(cause, "name", None) or ""
+    package = name.partition(".")[0]
+    is_of_path = path.partition(".")[0] == package and package not in _OPTIONAL_PACKAGES
+    return None if not package or is_of_path or importlib.util.find_spec(package) is not None else package
 
 
 def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None) -> Any:

@@ -113,6 +113,10 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         if self._is_compact and self._clip_grad_norm is not None:
             self._optimizer.max_grad_norm = float(self._clip_grad_norm)
         self._mask = build_gradient_mask(cfg.get("gradient_mask", None), self._model)
+        if self._mask is None and self._is_rank_zero:
+            log.info(
+                "The config has no section gradient_mask: all entries are trained, as torchtune's own recipe does."
+            )
         # Before the mask: hooks act in the order in which they are registered
         self._finite = FiniteCheck(
             self._model,
