@@ -1,11 +1,28 @@
 """The examples for LLaMA-Factory, in the real one: what they select, save, and resume."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("llamafactory", reason="llamafactory is not installed: requirements.txt beside this file says how")
+
+
+ROOT = Path(__file__).parents[3]
+
+
+def _blocks_of_the_page(language: str) -> list[str]:
+    """The blocks of the documentation that say that they are tested here."""
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    return re.findall(rf"```{language}\b[^\n]* tested-by=\S*/{Path(__file__).name}\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_page_shows_the_example():
+    [block] = _blocks_of_the_page("python")
+    assert (ROOT / "examples" / "llamafactory_train.py").read_text().endswith("\n" + block)
 
 
 @pytest.mark.parametrize("stage, dataset", [("sft", "sums"), ("dpo", "pairs")])
@@ -89,7 +106,10 @@ def test_adapters_are_masked(sft_config):
 def test_v1s_example_moves_a_fifth_of_each_tensor_in_its_first_step(run_example, v1_config, tmp_path):
     from safetensors.torch import load_file
 
-    run_example("llamafactory_v1_train.py", v1_config({"density": 0.2, "dense": ["*norm*"]}, max_steps=1))
+    [block] = _blocks_of_the_page("yaml")
+    config = v1_config({}, max_steps=1)
+    config["optim_config"] = {**yaml.safe_load(block)["optim_config"], "lr": 3e-3}
+    run_example("llamafactory_v1_train.py", config)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("untied", "out"))
     assert before.keys() == after.keys()
     for name in before:

@@ -1,11 +1,22 @@
 """The example plugin for ms-swift, in the real one: what it selects, saves, and resumes."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("swift", reason="ms-swift is not installed: requirements.txt beside this file says how")
+
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_page_shows_the_example():
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    [block] = re.findall(rf"```python [^\n]* tested-by=\S*/{Path(__file__).name}\n(.*?)```", page, re.DOTALL)
+    assert (ROOT / "examples" / "ms_swift_plugin.py").read_text().endswith("\n" + block)
 
 
 @pytest.fixture
