@@ -1,7 +1,21 @@
-"""What the tests of several integrations ask of a trained model."""
+"""What the tests of several integrations share: a model, and what they ask of a trained one."""
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_world):
+    """The tiny Llama's folder, with the tokenizer files that hosts with chat templates of their own need."""
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny_world / "model" / "tokenizer.json"),
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    ).save_pretrained(tiny_world / "model")
+    return tiny_world / "model"
 
 
 @pytest.fixture(scope="session")

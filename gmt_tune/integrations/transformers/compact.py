@@ -134,8 +134,8 @@ def check_made_compact(optimizer: Optimizer, args: TrainingArguments, *, by_trai
     """Raise ValueError unless the Trainer made the optimizer that ``make_compact`` asked for."""
     if not isinstance(optimizer, CompactOptimizer):
         raise ValueError(
-            f"compact=True, and the optimizer is {type(optimizer).__name__}: pass the callback to the Trainer's "
-            "constructor, callbacks=[...], or a CompactAdamW as optimizers=(optimizer, None)"
+            f"compact=True, and the optimizer is {type(optimizer).__name__}: leave out what asks for it, and pass the "
+            "callback to the Trainer's constructor, callbacks=[...], or a CompactAdamW as optimizers=(optimizer, None)"
         )
     if by_trainer and (lr := optimizer.defaults["lr"]) != args.learning_rate:
         raise ValueError(

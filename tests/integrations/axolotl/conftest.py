@@ -10,28 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 
-@pytest.fixture(scope="session")
-def axolotl_model(tiny_world):
-    """The tiny Llama's folder, with the tokenizer files that Axolotl needs."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(tiny_world / "model" / "tokenizer.json"),
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    tokenizer.save_pretrained(tiny_world / "model")
-    return tiny_world / "model"
-
-
 @pytest.fixture
-def axolotl_config(axolotl_model, tiny_world, tmp_path):
+def axolotl_config(chat_model, tiny_world, tmp_path):
     """Function that gives an Axolotl config of four steps on the CPU as a dict; keywords replace top-level keys."""
 
     def make(**changes) -> dict:
         config = {
-            "base_model": str(axolotl_model),
+            "base_model": str(chat_model),
             "plugins": ["gmt_tune.integrations.axolotl.GradientMaskPlugin"],
             "gradient_mask": {"density": 0.2},
             "datasets": [
