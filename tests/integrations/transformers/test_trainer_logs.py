@@ -43,13 +43,14 @@ def test_reporters_before_and_behind_the_callback_receive_the_metrics_on_request
 def test_a_reporter_that_will_not_get_the_metrics_is_named(make_trainer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for asks in (False, True):
-        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / str(asks)))
+        folder = tmp_path / str(asks)
         mask = GradientMaskCallback(density=0.2)
-        trainer = make_trainer([mask], max_steps=1, report_to=["tensorboard"])
+        trainer = make_trainer([mask], max_steps=1, report_to=["tensorboard"], output_dir=str(folder))
         if asks:
             mask.log_first(trainer)
         trainer.train()
-        reported = EventAccumulator(str(tmp_path / str(asks))).Reload().Tags()["scalars"]
+        (events,) = folder.rglob("events.out.tfevents*")
+        reported = EventAccumulator(str(events)).Reload().Tags()["scalars"]
         assert "train/loss" in reported and ("train/mask/density" in reported) == asks
     assert caplog.text.count("tensorboard will not get the metrics of the gradient mask") == 1
 
