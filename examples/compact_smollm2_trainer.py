@@ -45,7 +45,7 @@ def main() -> None:
     data = data.shuffle(seed=0).select(range(rows)).map(tokenize, remove_columns=data.column_names)
 
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(args.model).float(),
         args=TrainingArguments(
             output_dir=args.output_dir,
             max_steps=args.steps,

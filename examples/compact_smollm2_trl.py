@@ -11,6 +11,7 @@ and the others of TRL take the same callback.
 import argparse
 
 from datasets import load_dataset
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
@@ -30,7 +31,7 @@ def main() -> None:
     )
     data = data.shuffle(seed=0).select(range(min(len(data), 40)))
     trainer = SFTTrainer(
-        model=args.model,
+        model=AutoModelForCausalLM.from_pretrained(args.model).float(),
         args=SFTConfig(
             output_dir=args.output_dir,
             max_steps=10,
@@ -40,7 +41,6 @@ def main() -> None:
             optim="adamw_torch_8bit",  # moments in 8 bits; adamw_torch: in 32
             learning_rate=3e-4,
             max_grad_norm=1.0,  # of selected entries and dense parameters: what CompactAdamW is about to apply
-            model_init_kwargs={"dtype": "float32"},
             bf16=False,  # True on a GPU
             logging_steps=1,
             save_strategy="no",

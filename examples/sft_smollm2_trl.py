@@ -12,6 +12,7 @@ what the mask did; ``gmt-tune report /tmp/smollm2_gsm8k`` draws them.
 import argparse
 
 from datasets import load_dataset
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
@@ -45,7 +46,7 @@ def main() -> None:
     data = data.shuffle(seed=0).select(range(rows)).map(as_conversation, remove_columns=data.column_names)
 
     trainer = SFTTrainer(
-        model=args.model,
+        model=AutoModelForCausalLM.from_pretrained(args.model).float(),
         args=SFTConfig(
             output_dir=args.output_dir,
             max_steps=args.steps,
@@ -54,7 +55,6 @@ def main() -> None:
             max_length=256,
             learning_rate=1e-4,
             lr_scheduler_type="constant",
-            model_init_kwargs={"dtype": "float32"},
             bf16=False,  # True on a GPU
             logging_steps=1,
             save_strategy="no",

@@ -10,7 +10,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+NEEDS_FSDP2_ON_CPU = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 trains on GPUs alone"
+)
 
 PRELOADED = [
     "torch._dynamo",

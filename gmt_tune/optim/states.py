@@ -1,6 +1,7 @@
 """Adam's moments in 32, 8 or 4 bits or fp8, of torchao's classes, and its arithmetic on pieces of them."""
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -35,9 +36,14 @@ def zeros(shape: Sequence[int], state_bits: int | str, *, signed: bool, device: 
     from torchao.optim.subclass_fp8 import OptimStateFp8
 
     if state_bits == "fp8":
-        return OptimStateFp8.zeros(shape, block, device, dtype=torch.float32)
-    kind: Any = OptimState8bit if state_bits == 8 else OptimState4bit
-    return kind.zeros(shape, signed, block, device, dtype=torch.float32)
+        return _zeros_of(OptimStateFp8, shape, block, device)
+    return _zeros_of(OptimState8bit if state_bits == 8 else OptimState4bit, shape, signed, block, device)
+
+
+def _zeros_of(kind: Any, *arguments: Any) -> Tensor:
+    """In float32, which torchao before 0.16 has alone, and no argument for."""
+    has_dtype = "dtype" in inspect.signature(kind.zeros).parameters
+    return kind.zeros(*arguments, **({"dtype": torch.float32} if has_dtype else {}))
 
 
 def empty(size: int, state_bits: int | str, *, signed: bool, device: torch.device) -> Tensor:
@@ -47,7 +53,8 @@ def empty(size: int, state_bits: int | str, *, signed: bool, device: torch.devic
     example: Any = _example(signed, device)
     codes = torch.empty(size, dtype=torch.uint8, device=device)
     scale = torch.empty(size // _BLOCKS[8], device=device)
-    return type(example)(codes, scale, example.qmap, signed, example.dtype)
+    tensors = {"codes": codes, "scale": scale, "qmap": example.qmap}
+    return type(example).__tensor_unflatten__(tensors, example.__tensor_flatten__()[1])
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,11 +244,9 @@ def code_table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tens
 
     There is no third one, because the codes lie farther apart than such values.
     """
-    from torchao.optim import subclass_8bit
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+    from torchao.optim.quant_utils import create_dynamic_map, quantize_8bit_with_qmap
 
-    codes = subclass_8bit.get_qmap_signed() if signed else subclass_8bit.get_qmap_unsigned()
-    qmap = torch.tensor(codes, device="cpu")
+    qmap = torch.tensor(create_dynamic_map(signed), device="cpu")
     upper = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
 
     def code(steps: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import launch
 import pytest
 import torch
 
+pytestmark = launch.NEEDS_FSDP2_ON_CPU
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 

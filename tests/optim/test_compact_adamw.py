@@ -104,11 +104,13 @@ def sharded(request, tmp_path_factory):
     return found["results"]
 
 
+@launch.NEEDS_FSDP2_ON_CPU
 def test_gradients_of_dense_parameters_keep_no_others_in_memory(sharded):
     """FSDP2 reduces all gradients of a layer into one buffer."""
     assert {key: found["shared"] for key, found in sharded.items() if "FSDP2" in key and found["shared"]} == {}
 
 
+@launch.NEEDS_FSDP2_ON_CPU
 def test_the_same_selection_and_weights_sharded_over_processes(sharded):
     assert {key.split(" | ")[0] for key in sharded} == CASES.keys()
     for key, found in sharded.items():
@@ -326,8 +328,7 @@ def test_the_default_device_of_a_process_is_not_that_of_its_tensors():
         weights = [nn.Parameter(torch.randn(300, 400).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
         other = nn.Parameter(torch.randn(200, 300))
         gradients = [torch.randn(300, 400) for _ in range(6)]
-        torch.set_default_device(default)
-        try:
+        with torch.device(default):
             optimizers = [
                 CompactAdamW(weights, state_bits=8, bf16_stochastic_round=True, max_grad_norm=1.0),
                 torch.optim.SGD([other], lr=0.1),
@@ -340,7 +341,5 @@ def test_the_default_device_of_a_process_is_not_that_of_its_tensors():
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-        finally:
-            torch.set_default_device(None)
         found.append([p.detach() for p in (*weights, other)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

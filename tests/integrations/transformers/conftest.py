@@ -5,6 +5,7 @@ And the loop that does what these Trainers do, in plain PyTorch.
 
 import functools
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """transformers 4 passes bf16 and FSDP to accelerate in variables, which would last beyond a test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def _tiny(config_class, model_class, **changes):
@@ -64,13 +72,17 @@ def rows():
 
 @pytest.fixture(scope="session")
 def make_trainer_in(make_model, rows):
-    """Function that makes a Trainer over the rows, in their order; keywords go to its TrainingArguments.
+    """Function that makes a Trainer over the rows, in their order unless asked to shuffle.
 
-    These must name an output_dir.
+    Keywords go to its TrainingArguments, and must name an output_dir.
     """
     from transformers import Trainer, TrainingArguments
 
-    def make(callbacks=(), model=None, **changes):
+    class InOrder(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return torch.utils.data.SequentialSampler(rows)
+
+    def make(callbacks=(), model=None, shuffle=False, **changes):
         settings = {
             "max_steps": 5,
             "per_device_train_batch_size": 4,
@@ -80,7 +92,6 @@ def make_trainer_in(make_model, rows):
             "weight_decay": 0.1,
             "max_grad_norm": 0.5,
             "optim": "adamw_torch",
-            "train_sampling_strategy": "sequential",
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],
@@ -88,7 +99,7 @@ def make_trainer_in(make_model, rows):
             "use_cpu": True,
             "seed": 1,
         }
-        return Trainer(
+        return (Trainer if shuffle else InOrder)(
             model=make_model() if model is None else model,
             args=TrainingArguments(**{**settings, **changes}),
             train_dataset=rows,

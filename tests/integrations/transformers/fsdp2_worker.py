@@ -28,14 +28,26 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class TrainerWithFSDP2OnCPU(Trainer):
-    """accelerate takes FSDP up for accelerators alone: here its switch is set for the CPU, its code is its own."""
+    """accelerate takes FSDP up for accelerators alone: here its switch is set for the CPU, its code is its own.
+
+    Rows come in their order.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def create_accelerator_and_postprocess(self):
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # by which transformers 4 asks for FSDP on an accelerator
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             state = self.accelerator.state
             state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                state_dict_type="SHARDED_STATE_DICT",
+                cpu_ram_efficient_loading=False,
+            )
             self.is_fsdp_enabled = True
 
 
@@ -75,8 +87,8 @@ def train(
         rows += [{"input_ids": row, "labels": row} for row in tokens] * WORLD_SIZE
     several = {}
     if WORLD_SIZE > 1:
-        fsdp = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
-        several = {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": fsdp}
+        os.environ["FSDP_VERSION"] = "2"  # for transformers 4, which has no word for it in fsdp_config
+        several = {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"version": 2}}
     callback = GradientMaskCallback(**policy)
     trainer = TrainerWithFSDP2OnCPU(
         model=make_model(),
@@ -85,7 +97,6 @@ def train(
                 "output_dir": str(folder / name),
                 "max_steps": STEPS,
                 "per_device_train_batch_size": BATCH,
-                "train_sampling_strategy": "sequential",
                 "max_grad_norm": 0.0,
                 "learning_rate": 1e-2,
                 "optim": "adamw_torch",
@@ -118,7 +129,7 @@ def train(
             "weights": weights,
             "selected": {name: int(count) for name, count in callback.mask.statistics.selected.items()},
             "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-            "norms": [log["grad_norm"] for log in trainer.state.log_history if "loss" in log],
+            "norms": [log.get("grad_norm") for log in trainer.state.log_history if "loss" in log],
             "sharded": sharded,
         }
         torch.save(result, folder / f"{name}.pt")

@@ -49,10 +49,12 @@ def test_callbacks_before_and_behind_get_all_numbers_and_the_printed_line_three(
     assert "DefaultFlowCallback" in names
 
 
-def test_tensorboard_gets_all_numbers_by_itself(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    make_trainer([GradientMaskCallback(density=0.2)], max_steps=2, report_to=["tensorboard"]).train()
-    reported = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+def test_tensorboard_gets_all_numbers_by_itself(make_trainer, tmp_path):
+    out = tmp_path / "out"
+    callbacks = [GradientMaskCallback(density=0.2)]
+    make_trainer(callbacks, max_steps=2, report_to=["tensorboard"], output_dir=str(out)).train()
+    (events,) = out.rglob("events.out.tfevents*")
+    reported = EventAccumulator(str(events)).Reload()
     assert {f"train/{name}" for name in METRICS | GROUPS} <= set(reported.Tags()["scalars"])
     density = reported.Scalars("train/mask/density")
     assert [event.step for event in density] == [1, 2] and all(0.15 < event.value < 0.25 for event in density)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_an_optimizer_that_goes_past_its_hooks_stops_the_run(make_trainer, make_
 
     model = make_model()
     optimizer = Bypassing(model.parameters(), lr=0.1)
-    optimizer.step = lambda closure=None: None
+    optimizer.step = types.MethodType(lambda self, closure=None: None, optimizer)
     trainer = make_trainer([GradientMaskCallback(density=0.2)], model)
     trainer.optimizer = optimizer
     with pytest.raises(RuntimeError, match="Bypassing changed weights without calling its step hooks"):

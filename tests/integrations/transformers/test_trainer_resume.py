@@ -10,7 +10,7 @@ import torch
 from gmt_tune.integrations.transformers import GradientMaskCallback
 
 RUN = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
-RUN |= {"train_sampling_strategy": "random", "num_train_epochs": 2}
+RUN |= {"shuffle": True, "num_train_epochs": 2}
 
 
 @pytest.fixture(scope="module")
