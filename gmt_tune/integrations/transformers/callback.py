@@ -180,7 +180,8 @@ class GradientMaskCallback(TrainerCallback):
     ) -> None:
         """Stop a run whose optimizer went past the hook, rather than train it without the mask."""
         was_skipped = getattr(optimizer, "step_was_skipped", False)
-        if was_skipped and not args.fp16 and self._mask is not None and self._mask.error_if_nonfinite:
+        by_deepspeed = was_skipped and deepspeed.zero_optimizer(optimizer) is not None
+        if by_deepspeed and not args.fp16 and self._mask is not None and self._mask.error_if_nonfinite:
             raise RuntimeError(
                 f"a gradient holds NaN or infinity at optimizer step {state.global_step + 1}, which DeepSpeed left "
                 "out: lower the learning rate or look at the data; to go on without such steps, set "
