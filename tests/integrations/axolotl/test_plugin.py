@@ -195,13 +195,14 @@ def test_axolotl_train_runs_logs_saves_and_resumes(axolotl_config, tmp_path, sam
         config = axolotl_config(gradient_mask=section, output_dir=str(folder / "out"), max_steps=6, **changes)
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        commands = Path(sys.executable).parent  # among them accelerate, which axolotl starts by its name
         process = subprocess.run(
-            [str(Path(sys.executable).with_name("axolotl")), "train", "config.yaml"],
+            [str(commands / "axolotl"), "train", "config.yaml"],
             cwd=folder,
             capture_output=True,
             text=True,
             timeout=900,
-            env=dict(os.environ),
+            env={**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"},
         )
         output = process.stdout + process.stderr
         assert process.returncode == 0, output[-6000:]

@@ -20,10 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is first imported
 def run_example(tmp_path):
     """Function that runs an example with a config, as its users do; gives what it printed."""
 
-    def run(name: str, config: dict, check: bool = True) -> str:
+    def run(name: str, config: dict, check: bool = True, processes: int = 1) -> str:
         (tmp_path / "config.yaml").write_text(json.dumps(config))  # which YAML includes
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         process = subprocess.run(
-            [sys.executable, EXAMPLES / name, "config.yaml"],
+            [sys.executable, *(torchrun if processes > 1 else []), EXAMPLES / name, "config.yaml"],
             cwd=tmp_path,
             capture_output=True,
             text=True,

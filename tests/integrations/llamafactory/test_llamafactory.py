@@ -76,6 +76,18 @@ def test_an_example_logs_saves_and_resumes(run_example, sft_config, tmp_path, sa
         assert states >= 2 * weights
 
 
+@pytest.mark.slow
+def test_two_processes_mask_what_they_reduced(run_example, sft_config, tmp_path):
+    config = sft_config(gradient_accumulation_steps=1, ddp_backend="gloo")
+    run_example("llamafactory_train.py", config, processes=2)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    densities = [entry["mask/density"] for entry in log if "loss" in entry]
+    assert len(densities) == 4 and all(0.19 < density < 0.21 for density in densities)
+    assert (tmp_path / "out" / "checkpoint-4" / "rng_state_1.pth").is_file()  # there were two
+    output = run_example("llamafactory_train_compact.py", {**config, "output_dir": "other"}, processes=2, check=False)
+    assert "CompactAdamW takes gradients before DDP reduces them over the 2 processes" in output
+
+
 @pytest.mark.parametrize(
     "settings, sentence",
     [

@@ -58,14 +58,14 @@ def swift_options(chat_model, tiny_world, tmp_path):
 def run_swift(tmp_path):
     """Function that runs a ``swift`` command; gives what it printed."""
 
-    def run(command: str, options: list[str]) -> str:
+    def run(command: str, options: list[str], **environment: str) -> str:
         process = subprocess.run(
             [Path(sys.executable).with_name("swift"), command, *options],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=600,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
         output = process.stdout + process.stderr
         assert process.returncode == 0, output[-6000:]

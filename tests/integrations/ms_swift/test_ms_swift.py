@@ -101,6 +101,17 @@ def test_the_plugin_logs_saves_and_resumes(swift_options, run_swift, tmp_path, s
         assert states >= 2 * weights
 
 
+@pytest.mark.slow
+def test_two_processes_mask_what_they_reduced(swift_options, run_swift, tmp_path):
+    options = swift_options(gradient_accumulation_steps=1, ddp_backend="gloo")
+    run_swift("sft", options, NPROC_PER_NODE="2")
+    folder = tmp_path / "out" / "checkpoint-4"
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    densities = [entry["mask/density"] for entry in log if "loss" in entry]
+    assert len(densities) == 4 and all(0.19 < density < 0.21 for density in densities)
+    assert (folder / "rng_state_1.pth").is_file()  # there were two
+
+
 def test_the_compact_plugin_makes_the_optimizer_and_clips_in_it(swift_options, run_here):
     from gmt_tune import CompactAdamW
 
