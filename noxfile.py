@@ -48,7 +48,11 @@ VERSIONS = {
 }
 # Trainers that bring pins of their own: a folder of tests/integrations with a requirements.txt is a row
 HOSTS = sorted(file.parent.name for file in Path(__file__).parent.glob("tests/integrations/*/requirements.txt"))
-WITHOUT_THEIR_DEPENDENCIES = {"axolotl": ["axolotl==0.19.0"]}  # GPU and cloud packages, which the tests do not need
+WITHOUT_THEIR_DEPENDENCIES = {  # packages for GPUs, clouds and web pages, which the tests do not need
+    "axolotl": ["axolotl==0.19.0"],
+    "llamafactory": ["llamafactory==0.9.5"],
+    "ms_swift": ["ms-swift==4.6.0"],
+}
 
 
 @nox.session
