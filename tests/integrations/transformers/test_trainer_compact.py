@@ -213,7 +213,7 @@ def test_a_setting_without_counterpart_is_refused_when_the_trainer_is_made(make_
 def test_what_cannot_work_is_refused_before_the_first_step(make_trainer, make_model, monkeypatch):
     late = make_trainer()
     late.add_callback(GradientMaskCallback(density=0.2, compact=True))
-    with pytest.raises(ValueError, match=r"the optimizer is AdamW: pass the callback to the Trainer's constructor"):
+    with pytest.raises(ValueError, match=r"the optimizer is AdamW: .*pass the callback to the Trainer's constructor"):
         late.train()
     changed = make_trainer([GradientMaskCallback(density=0.2, compact=True)])
     changed.args.learning_rate = 1e-3
