@@ -40,6 +40,11 @@ def logged(trainer):
     return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
 
 
+def approx(record):
+    """transformers 4 logs four decimals of a loss."""
+    return [(pytest.approx(loss, abs=1e-4), pytest.approx(norm, rel=1e-6)) for loss, norm in record]
+
+
 @pytest.mark.parametrize("refresh_every", [1, 3, None])
 def test_five_trainer_steps_equal_five_of_a_plain_loop(
     make_model, make_trainer, train_plain_loop, same_bits, refresh_every
@@ -50,7 +55,7 @@ def test_five_trainer_steps_equal_five_of_a_plain_loop(
     trainer = make_trainer([watch, GradientMaskCallback(**policy, compact=True)])
     trainer.train()
     assert same_bits(trainer.model.state_dict(), plain.state_dict()) == []
-    assert logged(trainer) == [pytest.approx(pair, rel=1e-6) for pair in record]
+    assert logged(trainer) == approx(record)
     assert any(norm > 0.5 for _, norm in record)
     assert watch.norms == [norm for _, norm in logged(trainer)] and watch.max_norms == {0.5}
 
@@ -74,7 +79,7 @@ def test_without_clipping_the_norm_is_logged_all_the_same(make_model, make_train
     trainer = make_trainer([GradientMaskCallback(**POLICY, compact=True)], max_grad_norm=0.0, max_steps=2, bf16=bf16)
     trainer.train()
     assert same_bits(trainer.model.state_dict(), plain.state_dict()) == []
-    assert logged(trainer) == [pytest.approx(pair, rel=1e-6) for pair in record]
+    assert logged(trainer) == approx(record)
     assert trainer.args.max_grad_norm == 0.0 and trainer.optimizer.optimizer.max_grad_norm is None
 
 
@@ -213,7 +218,7 @@ def test_a_setting_without_counterpart_is_refused_when_the_trainer_is_made(make_
 def test_what_cannot_work_is_refused_before_the_first_step(make_trainer, make_model, monkeypatch):
     late = make_trainer()
     late.add_callback(GradientMaskCallback(density=0.2, compact=True))
-    with pytest.raises(ValueError, match=r"the optimizer is AdamW: .*pass the callback to the Trainer's constructor"):
+    with pytest.raises(ValueError, match=r"the optimizer is AdamW: .*pass the callback to the Trainer's"):
         late.train()
     changed = make_trainer([GradientMaskCallback(density=0.2, compact=True)])
     changed.args.learning_rate = 1e-3
