@@ -32,7 +32,7 @@ ALL = [
     "tests/integrations/transformers/test_trl.py",
 ]
 OLDEST_HOSTS = ["transformers==4.55.*", "accelerate==1.6.*", "trl==0.18.*"]
-OLDEST_TORCH = ["torch==2.6.*", "torchao==0.11.*", "peft==0.17.*"]  # later PEFT refuses torchao before 0.16
+OLDEST_TORCH = ["torch==2.6.*", "torchao==0.11.*", "peft==0.18.*"]  # later PEFT refuses torchao before 0.16
 
 VERSIONS = {
     # row: Python, what differs from the newest releases, tests
