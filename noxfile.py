@@ -42,7 +42,7 @@ VERSIONS = {
     "torch-2.9": ("3.11", ["torch==2.9.*", "torchao==0.17.*"], ALL),
     "torch-2.13": ("3.11", ["torch==2.13.*"], ALL),
     "torch-newest": ("3.11", [], ALL),
-    "python-3.10": ("3.10", ["torch==2.9.*"], ALL),
+    "python-3.10": ("3.10", ["torch==2.9.*", "torchao==0.17.*"], ALL),
     "python-3.12": ("3.12", ["torch==2.13.*"], ALL),
     "python-3.13": ("3.13", ["torch==2.13.*"], ALL),
 }

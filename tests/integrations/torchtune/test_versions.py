@@ -66,7 +66,16 @@ def test_an_unusable_torchao_ends_tune_with_one_sentence_and_the_pip_line(torcha
     assert "Traceback" not in done.stderr
     sentence = done.stderr.strip().splitlines()[-1]
     assert sentence.startswith("gmt-tune: torchao 0.12.0 does not work with torchtune 0.6.1")
-    assert sentence.endswith(f"run: {versions.PIP_LINE}")
+    assert sentence.endswith(f"run: {versions.pip_line()}")
+
+
+def test_a_torchao_that_is_too_new_for_torch_is_one_sentence_with_the_pip_line(monkeypatch):
+    installed = {"torch": "2.9.1+cpu", "torchao": "0.18.0", "torchtune": "0.6.1"}
+    monkeypatch.setattr(versions, "installed_version", installed.get)
+    with pytest.raises(ImportError, match=r"torchao 0\.18\.0 needs torch 2\.10 or newer, found 2\.9\.1.*<0\.18\""):
+        versions.make_torchtune_importable()
+    installed["torch"] = "2.10.0"
+    assert versions._problem_of_versions() is None and versions.pip_line().endswith('<0.19"')
 
 
 def test_a_name_that_torchao_removed_says_so_when_it_is_called():

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 TORCHTUNE_VERSION = "0.6.1"
-PIP_LINE = f'pip install "torch>=2.6" "torchtune=={TORCHTUNE_VERSION}" "torchao>=0.11,!=0.12.*,<0.19"'
+_TORCH_OF_TORCHAO_0_18 = (2, 10)
 
 _REMOVED = (
     ("torchao.dtypes", "TensorCoreTiledLayout"),
@@ -24,6 +24,13 @@ _MOVED = {"torchao.dtypes.nf4tensor": "torchao.quantization.quantize_.workflows.
 
 class VersionError(ImportError):
     """The installed torch, torchao and torchtune cannot work together; the message holds the remedy."""
+
+
+def pip_line() -> str:
+    """The command that installs what works with the installed torch."""
+    is_old = (2, 6) <= release(installed_version("torch") or "0") < _TORCH_OF_TORCHAO_0_18
+    below = "0.18" if is_old else "0.19"
+    return f'pip install "torch>=2.6" "torchtune=={TORCHTUNE_VERSION}" "torchao>=0.11,!=0.12.*,<{below}"'
 
 
 def installed_version(distribution: str) -> str | None:
@@ -40,7 +47,7 @@ def check_torchtune_version() -> str | None:
     # A local suffix such as 0.6.1+cpu names a build, not another release.
     if found is not None and found.split("+")[0] == TORCHTUNE_VERSION:
         return None
-    return f"gmt-tune works with torchtune {TORCHTUNE_VERSION}, found {found or 'none'}: run {PIP_LINE}"
+    return f"gmt-tune works with torchtune {TORCHTUNE_VERSION}, found {found or 'none'}: run {pip_line()}"
 
 
 def check_before_torchao() -> None:
@@ -57,7 +64,7 @@ def make_torchtune_importable() -> None:
 
 def _raise_if(problem: str | None) -> None:
     if problem is not None:
-        sentence = f"gmt-tune: {problem}; to mend it, run: {PIP_LINE}"
+        sentence = f"gmt-tune: {problem}; to mend it, run: {pip_line()}"
         raise SystemExit(sentence) if _is_tune_command() else VersionError(sentence)
 
 
@@ -74,6 +81,8 @@ def _problem_of_versions() -> str | None:
         return "torchao is not installed"
     if not (0, 11) <= release(torchao) <= (0, 18) or release(torchao) == (0, 12):
         return f"torchao {torchao} does not work with torchtune {TORCHTUNE_VERSION} (0.11 and 0.13 to 0.18 do)"
+    if release(torchao) == (0, 18) and release(torch) < _TORCH_OF_TORCHAO_0_18:
+        return f"torchao {torchao} needs torch 2.10 or newer, found {torch}"
     return None
 
 
