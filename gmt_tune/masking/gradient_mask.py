@@ -203,7 +203,7 @@ class GradientMask:
             self._parameters.flatten(shards)
         masked = self._parameters.masked
         for registered in registered_masks(optimizer):
-            if registered is self or not masked.keys().isdisjoint(registered._parameters.masked):
+            if registered is self or not self._parameters.stepped().isdisjoint(registered._parameters.stepped()):
                 which = "this mask" if registered is self else "another gradient mask of the same parameters"
                 raise ValueError(
                     f"{which} is registered on the {type(optimizer).__name__} already, and both would act in each "

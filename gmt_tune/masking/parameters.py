@@ -57,6 +57,10 @@ class MaskedParameters:
         for shard in shards.values():
             self._within.setdefault(shard.within, []).append(shard)
 
+    def stepped(self) -> set[Tensor]:
+        """What an optimizer steps of the masked parameters: these, or the flat tensors that they lie in."""
+        return {p.within if isinstance(p, FlatShard) else p for p in self.masked}
+
     def held(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of an optimizer's parameter group; of a flat one, the shards in it."""
         return [p for held in group["params"] for p in self._within.get(held, [held])]

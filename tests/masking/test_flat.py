@@ -69,6 +69,16 @@ def test_a_mask_moves_from_one_flat_tensor_to_another(flat):
     assert mask.step == 2
 
 
+def test_two_masks_of_one_flat_tensor_are_refused(flat):
+    weight = torch.nn.Parameter(torch.zeros(2, 5))
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    first, second = (GradientMask([("weight", weight)], density=0.2) for _ in range(2))
+    first.register(optimizer, shards={weight: FlatShard(flat, 0, 10, (0, 10))})
+    for mask, sentence in ((first, "this mask is registered"), (second, "another gradient mask of the same")):
+        with pytest.raises(ValueError, match=sentence):
+            mask.register(optimizer, shards={weight: FlatShard(flat, 0, 10, (0, 10))})
+
+
 def test_deepspeeds_optimizers_name_what_registers_them():
     class DeepSpeedZeroOptimizer:
         __module__ = "deepspeed.runtime.zero.stage_1_and_2"
