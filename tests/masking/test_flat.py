@@ -31,7 +31,9 @@ def test_entry_by_entry_operations_give_shards(flat):
 
 
 @pytest.mark.parametrize(
-    "needs_the_whole", [torch.mean, torch.norm, lambda t: t[:3], lambda t: t * torch.ones(2, 4)], ids=str
+    "needs_the_whole",
+    [torch.mean, torch.norm, lambda t: t[:3], lambda t: t * torch.ones(2, 4)],
+    ids=["mean", "norm", "some", "another shape"],
 )
 def test_a_score_of_the_whole_tensor_is_refused(flat, needs_the_whole):
     class OwnScore(GradientMask):
