@@ -8,7 +8,8 @@ here waits until torchtune is imported, and then
   dropped (not before ``torchtune`` itself: that module may be what imports torch, and so this file), and
 - after ``torchtune._recipe_registry`` is executed, appends this package's recipes and configs.
 
-When torchao is imported because of torchtune or of this package, what it prints without need is kept quiet.
+When torchao is imported because of torchtune or of this package, or by the Hugging Face libraries because this package
+brought it, what it prints without need is kept quiet.
 
 It imports neither torchtune nor torchao by itself, and no failure in it may reach ``import torch``.
 """
@@ -16,8 +17,17 @@ It imports neither torchtune nor torchao by itself, and no failure in it may rea
 import importlib.machinery
 import sys
 
-# One of these is being imported where torchao is imported because of this package; other programs are left alone.
-_USERS_OF_TORCHAO = ("torchtune", "gmt_tune.integrations", "gmt_tune.masking", "gmt_tune.optim")
+# One of these is being imported where torchao is imported because this package is installed: the last three import it
+# if it is there. Programs that import it themselves are left alone.
+_USERS_OF_TORCHAO = (
+    "torchtune",
+    "gmt_tune.integrations",
+    "gmt_tune.masking",
+    "gmt_tune.optim",
+    "transformers",
+    "accelerate",
+    "peft",
+)
 
 
 class TorchtuneFinder:

@@ -1,4 +1,4 @@
-"""What other packages print that is of no use to the reader: exactly these messages, and only where gmt_tune is used.
+"""What other packages print that is of no use to the reader: exactly these messages, only where they come of gmt_tune.
 
 - torchao tries to load its CUDA extensions when it is imported, and warns of each that it cannot: of no use on a
   machine without a GPU. Some of its classes are registered in a way that newer releases of PyTorch warn about.

@@ -1,4 +1,4 @@
-"""What other packages print without need is kept quiet, that alone, and only where gmt_tune is used."""
+"""What other packages print without need is kept quiet, that alone, and only where it comes of gmt_tune."""
 
 import logging
 import subprocess
@@ -58,7 +58,13 @@ def test_a_logger_is_quieter_for_a_while_and_for_this_thread(caplog):
 
 @pytest.mark.slow  # each imports PyTorch
 @pytest.mark.parametrize(
-    "code", ["from gmt_tune import CompactAdamW", "from gmt_tune.integrations.transformers import GradientMaskCallback"]
+    "code",
+    [
+        "from gmt_tune import CompactAdamW",
+        "from gmt_tune.integrations.transformers import GradientMaskCallback",
+        "from transformers import Trainer; from gmt_tune import GradientMask",
+        "import peft",
+    ],
 )
 def test_importing_prints_nothing_and_torchao_by_itself_is_left_alone(code):
     said = [
