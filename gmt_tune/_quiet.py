@@ -2,7 +2,8 @@
 
 - torchao tries to load its CUDA extensions when it is imported, and warns of each that it cannot: of no use on a
   machine without a GPU. Some of its classes are registered in a way that newer releases of PyTorch warn about.
-- torchdata, whose development has slowed, calls a function that PyTorch calls deprecated.
+- torchdata, whose development has slowed, calls a function that PyTorch calls deprecated; so does PyTorch 2.9 itself,
+  when it saves a checkpoint.
 - torchtune's checkpointer reports each file under a temporary name, where the run says itself what it has saved.
 """
 
@@ -34,6 +35,7 @@ def quiet_imports() -> None:
     logging.getLogger("torchao").addFilter(_is_worth_reading_of_torchao)
     logging.getLogger("torch.utils._pytree").addFilter(_is_worth_reading_of_pytree)
     warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning, r"torchdata\.stateful_dataloader\.")
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"torch\.distributed\.checkpoint\.")
 
 
 @contextlib.contextmanager

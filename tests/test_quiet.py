@@ -36,13 +36,19 @@ def test_pytorch_goes_on_to_warn_of_registrations_by_others(caplog, monkeypatch)
     assert len(found) == 2 and "users.module" in found[0] and found[1] == "another warning"
 
 
-def test_a_deprecated_call_of_ones_own_is_warned_of():
+@pytest.mark.parametrize(
+    "message, module",
+    [
+        ("'set_vital' is deprecated, please do not call", "torchdata.stateful_dataloader.stateful_dataloader"),
+        ("TypedStorage is deprecated. It will be removed", "torch.distributed.checkpoint.filesystem"),
+    ],
+)
+def test_a_deprecated_call_of_ones_own_is_warned_of(message, module):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet_imports()
-        for module in ("torchdata.stateful_dataloader.stateful_dataloader", "users.module"):
-            message = "'set_vital' is deprecated, please do not call"
-            warnings.warn_explicit(message, UserWarning, "file.py", 1, module=module)
+        for name in (module, "users.module"):
+            warnings.warn_explicit(message, UserWarning, "file.py", 1, module=name)
     assert len(caught) == 1
 
 
