@@ -46,8 +46,11 @@ def simulate_h100(stack: ExitStack) -> None:
     import torch._inductor.config as inductor
     import triton
     from torch._dynamo.device_interface import CudaInterface
+    from torch.utils._triton import has_triton
     from triton.backends.compiler import GPUTarget
 
+    has_triton.cache_clear()  # what it found without the device, and what it finds now
+    stack.callback(has_triton.cache_clear)
     stack.enter_context(
         inductor.patch(compile_threads=1, joint_graph_constant_folding=False, fx_graph_cache=False)  # type: ignore
     )
