@@ -1,8 +1,9 @@
 """``gmt-tune env``: what to paste into a bug report."""
 
 import argparse
-import importlib.metadata
 import platform
+
+from gmt_tune._installed import installed_version
 
 # What training goes through; of these, each that is installed
 _DISTRIBUTIONS = (
@@ -25,11 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     facts = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in _DISTRIBUTIONS:
-        try:
-            facts[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    facts |= {name: version for name in _DISTRIBUTIONS if (version := installed_version(name)) is not None}
     facts["torch is built for"] = f"CUDA {cuda}" if (cuda := torch.version.cuda) else "no CUDA"
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gmt_tune._installed import installed_version
 from gmt_tune.cli.paths import as_path
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.plugin.versions import installed_version
 
 _NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _OTHER_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE*")

@@ -1,7 +1,6 @@
 """Which transformers, accelerate and TRL work: one sentence with the remedy where the installed ones cannot."""
 
-import importlib.metadata
-import re
+from gmt_tune._installed import installed_version, release
 
 OLDEST = {
     "transformers": "4.55",
@@ -34,17 +33,5 @@ def problem_of_trl() -> str | None:
     return f"TRL {trl} cannot be imported with transformers {transformers}: for its trainers, {remedy}"
 
 
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution as pip shows it, or None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _is_at_least(version: str | None, oldest: str) -> bool:
-    return version is not None and _numbers(version) >= _numbers(oldest)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return version is not None and release(version) >= release(oldest)

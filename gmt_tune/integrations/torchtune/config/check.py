@@ -12,6 +12,7 @@ from torch import nn
 from torchtune import config, utils
 from torchtune.modules.peft import get_adapter_params
 
+from gmt_tune._installed import release
 from gmt_tune.errors import UserError, did_you_mean, one_line
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.config.components import (
@@ -23,7 +24,6 @@ from gmt_tune.integrations.torchtune.config.components import (
 from gmt_tune.integrations.torchtune.config.files import check_files
 from gmt_tune.integrations.torchtune.config.keys import KEYS, is_number
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
-from gmt_tune.integrations.torchtune.plugin.versions import release
 from gmt_tune.masking.optimizers import CompactOptimizer
 
 log = utils.get_logger("INFO")

@@ -6,10 +6,11 @@ quantization recipe calls: they become functions that raise a clear error.
 """
 
 import importlib
-import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
+
+from gmt_tune._installed import installed_version, release
 
 TORCHTUNE_VERSION = "0.6.1"
 _TORCH_OF_TORCHAO_0_18 = (2, 10)
@@ -31,14 +32,6 @@ def pip_line() -> str:
     is_old = (2, 6) <= release(installed_version("torch") or "0") < _TORCH_OF_TORCHAO_0_18
     below = "0.18" if is_old else "0.19"
     return f'pip install "torch>=2.6" "torchtune=={TORCHTUNE_VERSION}" "torchao>=0.11,!=0.12.*,<{below}"'
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution as pip shows it, or None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_torchtune_version() -> str | None:
@@ -84,11 +77,6 @@ def _problem_of_versions() -> str | None:
     if release(torchao) == (0, 18) and release(torch) < _TORCH_OF_TORCHAO_0_18:
         return f"torchao {torchao} needs torch 2.10 or newer, found {torch}"
     return None
-
-
-def release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version, for comparisons."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _fill_in_torchao() -> str | None:
