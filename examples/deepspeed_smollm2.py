@@ -54,7 +54,7 @@ def main() -> None:
     collate = DataCollatorForSeq2Seq(tokenizer)
     batches = DataLoader(data, BATCH_SIZE, sampler=DistributedSampler(data), collate_fn=collate)
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model).float()
     mask = GradientMask(model.named_parameters(), density=args.density)  # before initialize: it freezes what is frozen
     engine, *_ = deepspeed.initialize(
         model=model,
