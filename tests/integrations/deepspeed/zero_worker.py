@@ -23,7 +23,8 @@ import deepspeed
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed.utils import safe_get_full_fp32_param
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from sharded_trainings import StopsAfter, make_model
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from gmt_tune import GradientMask
 from gmt_tune.integrations.deepspeed import register
@@ -31,29 +32,6 @@ from gmt_tune.integrations.transformers import GradientMaskCallback
 
 BATCH, ACCUMULATION, STEPS, SAVE_STEPS = 2, 2, 5, 3
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-class StopsAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(11)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,  # odd, as the next: ranges of unequal size
-            intermediate_size=49,
-            hidden_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            tie_word_embeddings=False,
-        )
-    )
 
 
 def make_batches() -> list[torch.Tensor]:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from sharded_trainings import StopsAfter, make_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from gmt_tune.integrations.torchtune.process_group import leave
 from gmt_tune.integrations.transformers import GradientMaskCallback
@@ -49,29 +50,6 @@ class TrainerWithFSDP2OnCPU(Trainer):
                 cpu_ram_efficient_loading=False,
             )
             self.is_fsdp_enabled = True
-
-
-class StopsAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(11)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,  # odd, as the next: shards of unequal size
-            intermediate_size=49,
-            hidden_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            tie_word_embeddings=False,
-        )
-    )
 
 
 def train(
