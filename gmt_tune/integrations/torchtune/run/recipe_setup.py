@@ -25,6 +25,7 @@ from gmt_tune.integrations.torchtune.run import data, schedule
 from gmt_tune.integrations.torchtune.run.base_recipes import load_base_recipe
 from gmt_tune.integrations.torchtune.run.gradients import FiniteCheck
 from gmt_tune.integrations.torchtune.run.logs import RunLogs
+from gmt_tune.integrations.torchtune.run.low_bit import show_states_as_float32_
 from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import StopSignal
 from gmt_tune.integrations.torchtune.run.step_numbers import StepNumbers
@@ -105,6 +106,9 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         cfg = OmegaConf.merge(cfg, _WITHOUT_RESUMING, {"checkpointer": checkpointer})
         self._checkpoint_client = CheckpointClient(cfg)
         super().setup(cfg)
+        if self.world_size > 1:
+            for optimizer in self._optimizers:
+                show_states_as_float32_(optimizer)
         if isinstance(self._loss_fn, LinearCrossEntropyLoss):
             self._loss_fn.attach_(self._model)
         # Use the original config: ${checkpointer...} must resolve to the user's folder, not to the resumed one
