@@ -47,6 +47,10 @@ NEEDS = {
     "fake_cuda": (_has_cuda_build, "this is no build of PyTorch for CUDA: tests/fake_cuda/requirements.txt"),
     "needs_gpu": (_has_gpu, "PyTorch sees no CUDA device"),
     "needs_mount": (_can_mount, "no tmpfs can be mounted here: run as root"),
+    "needs_releases": (
+        lambda: "GMT_TUNE_RELEASES" in os.environ,
+        "GMT_TUNE_RELEASES names no folder of downloaded releases: see tests/models/test_tokenizers.py",
+    ),
 }
 
 

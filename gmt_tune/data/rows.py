@@ -63,6 +63,8 @@ class CheckedRows(Dataset):
         raw: Any = getattr(dataset, "_data", None)
         self._raw: Any = raw if is_torchtunes and isinstance(raw, datasets.Dataset) else None
         self._transform: Any = getattr(dataset, "_message_transform", None)
+        tokenizer = getattr(dataset, "_model_transform", None) or getattr(dataset, "_tokenizer", None)
+        self._check_messages: Any = getattr(tokenizer, "check_messages", None)  # gmt-tune's tokenizers have it
         self._columns = _columns_of(dataset)
         code = [part for part in (dataset, self._transform) if part is not None]
         self._is_torchtunes = all(type(part).__module__.startswith("torchtune.") for part in code)
@@ -125,7 +127,7 @@ class CheckedRows(Dataset):
         return None
 
     def _fault_of_messages(self, sample: Mapping) -> str | None:
-        """What torchtune says of the row's messages, where finding out neither reads images nor runs others' code."""
+        """What torchtune or the tokenizer says of its messages, without reading images or running others' code."""
         if type(self._transform) not in _READ or "image" in self._raw.column_names:
             return None
         conversations = self._transform(sample)
@@ -136,6 +138,8 @@ class CheckedRows(Dataset):
                 texts = [part["content"] for part in message.content if part["type"] == "text"]
                 if not all(isinstance(text, str) for text in texts):
                     return f"a text of message {number} of {name} is null or no text"
+            if self._check_messages is not None:
+                self._check_messages(messages)
         return None
 
 
