@@ -16,7 +16,8 @@ class LinearCrossEntropyLoss(nn.Module):
     """Mean cross-entropy, computed by the output layer itself, chunk by chunk, together with its gradients.
 
     Only one chunk's logits are alive at a time, and one gradient of the output layer. The chunked loss of torchtune
-    keeps all logits until the backward pass. Equal to that to rounding.
+    keeps all logits until the backward pass. Equal to that to rounding. Logits are soft-capped where the output layer
+    has a ``softcap``, as Gemma 2's has.
 
     Args:
         num_chunks: how many; more take less memory.
@@ -42,7 +43,7 @@ class LinearCrossEntropyLoss(nn.Module):
         def forward(hidden: Tensor, *weight: Any) -> Tensor:
             if self._labels is None:
                 return given(hidden, *weight)
-            return self._loss(hidden, weight[0] if weight else layer.weight)
+            return self._loss(hidden, weight[0] if weight else layer.weight, getattr(layer, "softcap", None))
 
         layer.forward = forward
 
@@ -55,7 +56,7 @@ class LinearCrossEntropyLoss(nn.Module):
         finally:
             self._labels = None
 
-    def _loss(self, hidden: Tensor, weight: Any) -> Tensor:
+    def _loss(self, hidden: Tensor, weight: Any, softcap: float | None) -> Tensor:
         if isinstance(weight, DTensor):
             raise UserError(
                 "LinearCrossEntropyLoss needs the whole output layer, which tensor parallelism cuts: set "
@@ -64,7 +65,7 @@ class LinearCrossEntropyLoss(nn.Module):
         assert self._labels is not None
         labels = self._labels.reshape(-1)
         return _LinearCrossEntropy.apply(
-            hidden.reshape(labels.numel(), -1), weight, labels, self.ignore_index, self.num_chunks
+            hidden.reshape(labels.numel(), -1), weight, labels, self.ignore_index, self.num_chunks, softcap
         )
 
 
@@ -72,7 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed in the forward pass, while a chunk's logits are there."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunks: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunks: int, softcap: float | None
+    ) -> Tensor:
         counted = (labels != ignore_index).sum()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -81,7 +84,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), size):
             part = slice(start, start + size)
             states, targets = hidden[part], labels[part]
-            log_probabilities = F.log_softmax(F.linear(states, weight).float(), dim=-1)
+            logits, slope = F.linear(states, weight).float(), None
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            if softcap is not None:
+                slope = logits.div_(softcap).square_().neg_().add_(1)  # of softcap * tanh(logits / softcap)
+            del logits
             loss += F.nll_loss(log_probabilities, targets, ignore_index=ignore_index, reduction="sum")
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -89,7 +98,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             is_counted = (targets != ignore_index).unsqueeze(1)
             grad = log_probabilities.exp_()
             grad.scatter_add_(1, targets.where(is_counted[:, 0], 0).unsqueeze(1), -is_counted.to(grad.dtype))
-            grad = grad.mul_(is_counted / counted).to(weight.dtype)
+            grad = grad.mul_(is_counted / counted)
+            if slope is not None:
+                grad = grad.mul_(slope)
+            del slope
+            grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -100,4 +113,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple:
         grads, ctx.grads = ctx.grads, None
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None, None

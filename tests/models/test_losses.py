@@ -9,16 +9,19 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TiedLinear
 
 from gmt_tune.errors import UserError
+from gmt_tune.models.gemma2.soft_capping import SoftCappedLinear
 from gmt_tune.models.losses import LinearCrossEntropyLoss
 
 VOCABULARY = 50
 
 
 class Head(nn.Module):
-    def __init__(self, is_tied: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, is_tied: bool, dtype: torch.dtype = torch.float32, softcap: float | None = None) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(VOCABULARY, 8, dtype=dtype)
         self.output = TiedLinear(self.embeddings) if is_tied else nn.Linear(8, VOCABULARY, bias=False, dtype=dtype)
+        if softcap is not None:
+            self.output.linear = SoftCappedLinear(softcap)
 
     def forward(self, tokens):
         return self.output(self.embeddings(tokens)).float()
@@ -53,11 +56,11 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(("is_tied", "softcap"), [(False, None), (True, None), (True, 2.0)])
 @pytest.mark.parametrize("chunks", [1, 4, 100])
-def test_equals_cross_entropy(is_tied, chunks):
+def test_equals_cross_entropy(is_tied, softcap, chunks):
     torch.manual_seed(0)
-    model = Head(is_tied)
+    model = Head(is_tied, softcap=softcap)
     tokens, labels = torch.randint(VOCABULARY, (2, 2, 11))
     labels[0, :7] = -100
     (wanted, wanted_grads), (loss, grads), largest = both(model, chunks, tokens, labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,14 @@ class Deferred(Tensor):
             raise NotImplementedError(f"{func} changes a tensor whose values are still to come")
         like = tree_map_only(Deferred, lambda deferred: deferred._like, (args, kwargs))
 
-        def read() -> Tensor:
+        def read() -> Any:
             values = tree_map_only(Deferred, lambda deferred: deferred.read(), (args, kwargs))
             return func(*values[0], **values[1])
 
-        return cls(func(*like[0], **like[1]), read)
+        made = func(*like[0], **like[1])
+        if isinstance(made, Tensor):
+            return cls(made, read)
+        return [cls(part, partial(lambda i: read()[i], i)) for i, part in enumerate(made)]  # of split, chunk, unbind
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Deferred({tuple(self.shape)}, {self.dtype})"

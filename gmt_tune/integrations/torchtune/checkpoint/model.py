@@ -20,6 +20,7 @@ from gmt_tune.integrations.torchtune.checkpoint import deferred
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint import state as training_state
 from gmt_tune.integrations.torchtune.checkpoint.manifest import MANIFEST, read_json_object
+from gmt_tune.models.checkpointer import FullModelHFCheckpointer
 
 # What torchtune's loader for Hugging Face folders reads of config.json, for the model types that it knows by name.
 _OF_ALL = ("num_attention_heads", "num_key_value_heads", "hidden_size")
@@ -36,6 +37,8 @@ def check_config_json(checkpointer: DictConfig) -> None:
         return
     file = Path(checkpointer.checkpoint_dir) / "config.json"
     kind = str(checkpointer.get("model_type", ""))
+    if kind not in ModelType.__members__:
+        return  # the module of a family, which reads of it what it needs
     keys = _MORE.get(kind, _OF_ALL) + (_OF_ALL if kind == "QWEN2" else ())
     there = read_json_object(file) or {}
     missing = [key for key in keys if there.get(key) is None]
@@ -49,11 +52,11 @@ def check_config_json(checkpointer: DictConfig) -> None:
 def writes_one_by_one(checkpointer) -> bool:
     """Whether :func:`write_model` reads each weight when it is written, and none a moment before.
 
-    It does for torchtune's Hugging Face checkpointer with safetensors, but not for Llama 3.2 Vision, whose positions
-    are put together in place.
+    It does for torchtune's Hugging Face checkpointer and ours with safetensors, but not for Llama 3.2 Vision, whose
+    positions are put together in place.
     """
     return (
-        type(checkpointer) is training.FullModelHFCheckpointer
+        type(checkpointer) in (training.FullModelHFCheckpointer, FullModelHFCheckpointer)
         and checkpointer._safe_serialization
         and checkpointer._model_type is not ModelType.LLAMA3_VISION
     )

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchtune import config, utils
+from torchtune.modules import MultiHeadAttention
 from torchtune.modules.peft import get_adapter_params
 
 from gmt_tune._installed import release
@@ -40,6 +41,8 @@ _OF_OTHER_RECIPES = {
 }
 
 _PROFILER = "torchtune.training.setup_torch_profiler"
+_LLAMA_PLAN = "torchtune.models.llama3.base_llama_tp_plan"
+_QWEN3_PLAN = "gmt_tune.models.qwen3.qwen3_tp_plan"
 
 # Begins a flag of a config that marks one of its keys.
 _IS_NEW = "gmt_tune_new_key:"
@@ -66,6 +69,7 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
             "custom_sharded_layers must not name tok_embeddings for this model, whose output layer uses their weights "
             "too: take it out of the list, or set custom_sharded_layers: null"
         )
+    _check_tensor_parallel(cfg, model)
     if get_adapter_params(model):
         raise UserError(
             f"model._component_ {cfg.model._component_} has LoRA adapters, and this recipe trains and saves all "
@@ -264,7 +268,8 @@ def _check_combinations(cfg: DictConfig) -> None:
         if cfg.get("tensor_parallel_plan", None) is None:
             raise UserError(
                 f"tensor_parallel_dim: {cfg.tensor_parallel_dim} needs tensor_parallel_plan: set its _component_ to "
-                "torchtune.models.llama3.base_llama_tp_plan"
+                f"{_LLAMA_PLAN}, which fits Llama (but 3.2), Mistral, Qwen 2.5 from 7B on and Phi-4, to {_QWEN3_PLAN} "
+                "for Qwen 3 from 8B on, or set tensor_parallel_dim: 1"
             )
         if cfg.optimizer.get("fused", False):
             raise UserError("optimizer.fused: True does not work with tensor_parallel_dim above 1: set it to False")
@@ -324,6 +329,27 @@ def _meta_model(cfg: DictConfig) -> nn.Module:
             return config.instantiate(cfg.model)
     except Exception as error:
         raise UserError(f"model ({cfg.model._component_}) cannot be built: {one_line(error)}") from None
+
+
+def _check_tensor_parallel(cfg: DictConfig, model: nn.Module) -> None:
+    """The known plans split heads, and name what Llama and Qwen 3 have: what is beside it would fail or be wrong."""
+    if cfg.get("tensor_parallel_dim", 1) < 2:
+        return
+    plan = cfg.tensor_parallel_plan._component_
+    if plan not in (_LLAMA_PLAN, _QWEN3_PLAN):
+        return
+    remedy = "set tensor_parallel_dim: 1"
+    attentions = [layer.attn for layer in getattr(model, "layers", ()) if hasattr(layer, "attn")]
+    if not all(isinstance(attention, MultiHeadAttention) for attention in attentions):
+        reason = "an attention of its own, whose heads torchtune does not split"
+    elif hasattr(getattr(model, "output", None), "tied_module"):
+        reason = "an output layer that uses the embeddings"
+    elif plan == _LLAMA_PLAN and any(attention.q_norm is not None for attention in attentions):
+        reason = "norms of queries and keys, of which each device would see the gradients of its own heads alone"
+        remedy = f"take {_QWEN3_PLAN}, or {remedy}"
+    else:
+        return
+    raise UserError(f"tensor_parallel_plan._component_: {plan} does not fit this model, which has {reason}: {remedy}")
 
 
 def _check_lengths(cfg: DictConfig, model: nn.Module) -> None:

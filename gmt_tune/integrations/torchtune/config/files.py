@@ -2,21 +2,21 @@
 
 import inspect
 import json
-import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torchtune import training
 from torchtune.config._utils import _get_component_from_path
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from gmt_tune.errors import UserError, one_line
-from gmt_tune.integrations.torchtune.config.keys import is_number
+from gmt_tune.integrations.torchtune.config.release import OF_MODULES, check_release
+from gmt_tune.models.checkpointer import FullModelHFCheckpointer, family_of
 
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -25,40 +25,6 @@ _KINDS_OF_FILES = ("json", "csv", "text", "parquet", "arrow", "xml", "pandas")
 
 # Sections that name files of a model; the second is that of a recipe with a reference model.
 _CHECKPOINTERS = ("checkpointer", "ref_checkpointer")
-
-# "model_type" of a Hugging Face config.json to the model types of torchtune's checkpointers.
-_FAMILIES = {
-    "llama": ("LLAMA2", "LLAMA3", "LLAMA3_2"),
-    "mistral": ("MISTRAL",),
-    "gemma": ("GEMMA",),
-    "gemma2": ("GEMMA2",),
-    "phi3": ("PHI3_MINI", "PHI4"),
-    "qwen2": ("QWEN2",),
-}
-
-# The rotary base of a config.json that names none, as Llama 2's first ones: transformers' default for these families.
-_ROPE_THETA = 10000.0
-
-# Keys of a config.json to what torchtune's builders call them, where they take them.
-_KEYS_OF_BUILDERS = {"rope_theta": "rope_base", "rms_norm_eps": "norm_eps"}
-
-# Keys of a config.json to where torchtune's models have them.
-_PARTS_OF_MODELS = {
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "layers.0.attn.num_kv_heads",
-    "head_dim": "layers.0.attn.head_dim",
-    "intermediate_size": "layers.0.mlp.w1.out_features",
-    "rms_norm_eps": "norm.eps",
-    "rope_theta": "layers.0.attn.pos_embeddings.base",
-}
-
-# What stretches positions in Llama 3.1 and 3.2: key in a config.json, torchtune's name, and the releases' value.
-_LLAMA3_SCALING = {
-    "factor": ("scale_factor", 8.0),
-    "low_freq_factor": ("low_freq_factor", 1.0),
-    "high_freq_factor": ("high_freq_factor", 4.0),
-    "original_max_position_embeddings": ("old_context_len", 8192.0),
-}
 
 
 def check_files(cfg: DictConfig, model: nn.Module) -> None:
@@ -69,7 +35,7 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
             _check_model_files(section, cfg[section])
-            _check_family(cfg, section, model)
+            check_release(cfg, section, model)
     for key in ("path", "merges_file"):
         path = cfg.tokenizer.get(key, None)
         if isinstance(path, str) and not Path(path).is_file():
@@ -110,8 +76,23 @@ def _check_model_files(section: str, checkpointer: DictConfig) -> None:
     for name in names:
         _check_weights_file(section, folder / name, folder)
     _check_no_shard_is_missing(section, names, folder)
+    _check_model_type(section, checkpointer)
     if "HF" in checkpointer._component_ and not (folder / "config.json").is_file():
         raise UserError(f"{folder / 'config.json'} is missing: checkpoint_dir must be a Hugging Face model folder")
+
+
+def _check_model_type(section: str, checkpointer: DictConfig) -> None:
+    """Raise UserError if a Hugging Face checkpointer has no way to convert the weights of a ``model_type``."""
+    component = _get_component_from_path(checkpointer._component_)
+    if not (inspect.isclass(component) and issubclass(component, training.FullModelHFCheckpointer)):
+        return
+    kind = checkpointer.get("model_type", None)
+    is_module = kind is not None and family_of(kind, f"{section}.model_type") is not None
+    if is_module and not issubclass(component, FullModelHFCheckpointer):
+        raise UserError(
+            f"{section}.model_type {kind} is a module, which {checkpointer._component_} does not take: set "
+            f"{section}._component_={OF_MODULES}"
+        )
 
 
 def _file_names(section: str, files: object) -> list[str]:
@@ -174,98 +155,6 @@ def _check_weights_file(section: str, file: Path, folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from None
-
-
-def _check_family(cfg: DictConfig, section: str, model: nn.Module) -> None:
-    """Compare a Hugging Face config.json, where there is one, with the model that the config builds."""
-    config_json = Path(cfg[section].checkpoint_dir) / "config.json"
-    if not config_json.is_file():
-        return
-    try:
-        theirs = dict(json.loads(config_json.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{config_json} is no valid JSON ({one_line(error)}): download the model again") from None
-    allowed = _FAMILIES.get(str(theirs.get("model_type")))
-    ours = str(cfg[section].get("model_type", ""))
-    if allowed and ours not in (*allowed, "REWARD"):
-        raise UserError(
-            f"{section}.model_type is {ours}, but {config_json.parent} holds a {theirs['model_type']} model: "
-            f"set it to {' or '.join(allowed)} and choose the model builder that fits, or another checkpoint_dir"
-        )
-    built = _built(model)
-    if ours == "REWARD":
-        built.pop("tie_word_embeddings", None)  # its output layer is another
-    theirs |= _rope_of(theirs)
-    for key, value in built.items():
-        read = theirs.get(key, None)
-        are_numbers = is_number(read) and is_number(value)
-        is_same = math.isclose(read, value, rel_tol=1e-6) if are_numbers else read == value  # type: ignore[arg-type]
-        if value is not None and read is not None and not is_same:
-            raise UserError(
-                f"the model in {config_json.parent} has {key} {read}, but model ({cfg.model._component_}) "
-                f"builds {value}: {_way_out(cfg.model, key, read)}, or choose another {section}.checkpoint_dir"
-            )
-
-
-def _way_out(cfg_model: DictConfig, key: str, value: Any) -> str:
-    """How to build a model with a value of a config.json: by a key of its builder, or else by another builder."""
-    name = _KEYS_OF_BUILDERS.get(key)
-    if name is not None and name in inspect.signature(_get_component_from_path(cfg_model._component_)).parameters:
-        return f"set model.{name}: {value}"
-    return "choose torchtune's builder of this release, if it has one"
-
-
-def _built(model: nn.Module) -> dict[str, Any]:
-    """What a model is, by the keys of a Hugging Face config.json; empty for one of a kind that we do not know."""
-    embeddings, layers = _part(model, "tok_embeddings.weight"), _part(model, "layers")
-    if embeddings is None or not layers:
-        return {}
-    output = _part(model, "output")
-    built = {
-        "vocab_size": embeddings.shape[0],
-        "hidden_size": embeddings.shape[1],
-        "num_hidden_layers": len(layers),
-        **{key: _part(model, path) for key, path in _PARTS_OF_MODELS.items()},
-        "tie_word_embeddings": hasattr(output, "tied_module") or _part(output, "weight") is embeddings,
-    }
-    if built["rope_theta"] is not None:
-        positions = _part(model, "layers.0.attn.pos_embeddings")
-        scaling = {key: _part(positions, ours) for key, (ours, _) in _LLAMA3_SCALING.items()}
-        built["rope_scaling"] = _scaling(None if scaling["factor"] is None else "llama3", scaling)
-    return built
-
-
-def _part(model: Any, path: str) -> Any:
-    """An attribute of an attribute of a model; None where there is none."""
-    for name in path.split("."):
-        model = getattr(model, name, None)
-    return model
-
-
-def _rope_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling`` of a config.json, in which transformers 5 has both in ``rope_parameters``."""
-    rope = theirs.get("rope_parameters", None)
-    if not isinstance(rope, dict):
-        scaling = theirs.get("rope_scaling", None)
-        rope = {"rope_theta": theirs.get("rope_theta", None), **(scaling if isinstance(scaling, dict) else {})}
-    if any(isinstance(value, dict) for value in rope.values()):
-        return {}  # other ones for other layers, as in no model that torchtune builds
-    theta = rope.get("rope_theta", None)
-    if theta is None and str(theirs.get("model_type")) in _FAMILIES:
-        theta = _ROPE_THETA
-    return {"rope_theta": theta, "rope_scaling": _scaling(rope.get("rope_type", rope.get("type", None)), rope)}
-
-
-def _scaling(kind: object, rope: Mapping[str, Any]) -> str:
-    """How positions are stretched, in words that are the same for what computes the same."""
-    factor = rope.get("factor", None)
-    # "dynamic" begins to stretch beyond the positions that the model was trained on
-    if kind in (None, "default", "dynamic") or factor == 1:
-        return "none"
-    if kind != "llama3":
-        return f"{kind}" if factor is None else f"{kind} (factor {factor})"
-    values = {key: rope.get(key, default) for key, (_, default) in _LLAMA3_SCALING.items()}
-    return f"llama3 ({', '.join(f'{k} {float(v) if is_number(v) else v}' for k, v in values.items())})"
 
 
 def _check_is_writable(key: str, folder: Path) -> None:
