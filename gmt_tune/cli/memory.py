@@ -32,7 +32,7 @@ def add_parser(subparsers) -> None:
     which.add_argument("--config", metavar="NAME_OR_PATH", help="a config's name, as `tune ls` shows it, or its file")
     which.add_argument("--all", action="store_true", help="print a Markdown table of all configs of this package")
     parser.add_argument(
-        "--by-card", action="store_true", help="with --all: print which configs fit on which card, a line for each card"
+        "--by-card", action="store_true", help="with --all: print which configs fit on which card, by model"
     )
     parser.add_argument(
         "--beside", metavar="NAME_OR_PATH", help="with --config: print a Markdown table of both configs, part by part"
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         reports = [report(name, args.world_size, args.overrides) for name in config_paths()]
         print(json.dumps(reports, indent=2) if args.json else table(reports))
         return 0
+    if args.measure:
+        _answer_without_driver(args.config, args.overrides)
     result = report(args.config, args.world_size, args.overrides)
     if args.beside is not None:
         both = [result, report(args.beside, args.world_size, args.overrides)]
@@ -83,10 +85,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _answer_without_driver(name: str, overrides: list[str]) -> None:
+    """Before the estimate, which runs autograd: that looks for devices once in a process."""
+    from gmt_tune.memory.simulation.driver import answer_without_driver
+
+    cfg, _ = load_config(name, overrides)
+    if not _is_gpu({"device": str(cfg.get("device", "cuda"))}):
+        raise UserError(f"--measure simulates a GPU, and {name} runs on the CPU: add device=cuda")
+    answer_without_driver()
+
+
 def measured(report: dict, overrides: list[str]) -> dict:
     """What a simulated training step of a reported config takes, as plain data: bytes of the first device."""
-    if not _is_gpu(report):
-        raise UserError(f"--measure simulates a GPU, and {report['config']} runs on the CPU: add device=cuda")
     import torch
 
     from gmt_tune.memory.simulation.recipe import measure
@@ -225,24 +235,34 @@ def beside_table(reports: list[dict]) -> str:
 
 
 def card_table(reports: list[dict]) -> str:
-    """One line for each card: the configs that need no larger one, those of selected entries alone first.
+    """One line for each model, one column for each card: the model's configs that need no larger card.
 
-    Behind those for several, how many of it.
+    A config's name is that of the line with what stands in the cell behind it; in brackets, how many cards it takes.
+    Models are in the order of families and sizes; configs of selected entries alone come first.
     """
     from gmt_tune.memory import CARDS
 
-    reports = sorted(reports, key=lambda report: "_compact" not in report["config"])
-    lines = ["| card | on one | on several |", "|---|---|---|"]
-    on_cpu = [f"`{r['config']}`" for r in reports if not _is_gpu(r)]
-    if on_cpu:
-        lines.append(f"| none: a CPU | {', '.join(on_cpu)} | |")
-    for card in CARDS:
-        needing = [r for r in reports if _is_gpu(r) and r["fits_on"][:1] == [card]]
-        alone = [f"`{r['config']}`" for r in needing if r["world_size"] == 1]
-        together = [f"`{r['config']}` ({r['world_size']})" for r in needing if r["world_size"] > 1]
-        if needing:
-            lines.append(f"| {card} | {', '.join(alone)} | {', '.join(together)} |")
+    models: dict[str, dict[str, list[str]]] = {}
+    for r in sorted(reports, key=lambda r: (_size(r["config"]), "_compact" not in r["config"])):
+        before, mark, _ = r["config"].partition("_gmt")
+        model = before + mark if mark else before.partition("_")[0]
+        ending = r["config"].removeprefix(model)
+        cell = (f"`{ending}`" if ending else "itself") + (f" ({r['world_size']})" if r["world_size"] > 1 else "")
+        column = r["fits_on"][:1] if _is_gpu(r) else ["CPU"]
+        for card in column:  # none, if it fits on no card
+            models.setdefault(model, {}).setdefault(card, []).append(cell)
+    columns = [card for card in ("CPU", *CARDS) if any(card in cells for cells in models.values())]
+    lines = [f"| config | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for model, cells in models.items():
+        lines.append(f"| `{model}` | {' | '.join(', '.join(cells.get(card, ())) for card in columns)} |")
     return "\n".join(lines)
+
+
+def _size(name: str) -> tuple[str, float]:
+    """The family of a config's model, and its parameters: ``("llama3_1", 8e9)``."""
+    family, _, rest = name.partition("/")
+    size = re.match(r"([\d.]+)([MB])", rest)
+    return family, float(size[1]) * {"M": 1e6, "B": 1e9}[size[2]] if size else 0.0
 
 
 def report(name: str, world_size: int | None, overrides: list[str]) -> dict:

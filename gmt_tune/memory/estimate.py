@@ -22,7 +22,7 @@ from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.masking import GradientMask
 from gmt_tune.memory import activations as act
 from gmt_tune.memory.compact import CompactBytes, compact_bytes
-from gmt_tune.memory.moments import Job, Moment, kept_activations, moments
+from gmt_tune.memory.moments import Activations, Job, Moment, activations, moments
 from gmt_tune.memory.sharding import Mesh, gathered_units, local_shapes
 from gmt_tune.memory.states import mask_bits_bytes, optimizer_state_bytes
 from gmt_tune.optim import CompactAdamW
@@ -92,11 +92,19 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
     compact = _compact(cfg, model, optimizer, stepped, dtype)
     job = Job(cfg, model, dtype, mesh, shapes, stepped, gathered, units, optimizer, compact, _loss(cfg))
     rows_of_sample = 2 if job.has_reference else 1  # chosen and rejected together
-    shape = act.shape_of(model, rows_of_sample * cfg.batch_size, _seq_len(cfg, model)[0], dtype.itemsize)
-    most = max(moments(job, shape), key=lambda moment: moment.total)
+    passing, reason = None, ""
+    try:
+        passing = activations(job, rows_of_sample * cfg.batch_size, _seq_len(cfg, model)[0])
+    except act.NotRun as error:
+        reason = str(error)
+    most = max(moments(job, passing), key=lambda moment: moment.total)
     nccl = RESERVE_NCCL if world_size > 1 else 0
     note = "CUDA context, workspaces, fragmentation" + (", NCCL buffers" if nccl else "")
-    rows = [*_state_rows(job, most), *_passing_rows(job, most, shape), Row("reserve", RESERVE + nccl, note=note)]
+    rows = [
+        *_state_rows(job, most),
+        *_passing_rows(job, most, passing, reason),
+        Row("reserve", RESERVE + nccl, note=note),
+    ]
     device = str(cfg.get("device", "cuda"))
     save = _save_host_bytes(job, rows, world_size, on_host=job.is_offloaded or device.startswith("cpu"))
     return Estimate(world_size, device, rows, _assumptions(job), save)
@@ -184,16 +192,15 @@ def _mask_row(job: Job) -> Row:
     return _lasting(job, "gradient mask", mask_bits_bytes(masked), "1 bit an entry, kept between refreshes")
 
 
-def _passing_rows(job: Job, most: Moment, shape: act.Shape | None) -> list[Row]:
-    """What comes and goes in a step, at the moment when most is there."""
-    if shape is None:
+def _passing_rows(job: Job, most: Moment, passing: Activations | None, reason: str) -> list[Row]:
+    """What comes and goes in a step, at the moment when most is there; ``reason``: why nothing is known of it."""
+    if passing is None:
         return [
-            Row("activations", 0, note=f"not estimated for a {type(job.model).__name__}"),
+            Row("activations", 0, note=f"not estimated: {reason}"),
             Row("working memory", most.working, note=f"{most.name}; of all else, nothing is known"),
         ]
-    _, on_host, note = kept_activations(job, shape)
     rows = [
-        Row("activations", most.activations, on_host, note=note),
+        Row("activations", most.activations, passing.on_host, note=passing.note),
         Row("working memory", most.working, note=f"{most.name}, the most of what follows one another"),
     ]
     if job.mesh.data > 1:
@@ -247,7 +254,12 @@ def _meta_model(cfg: DictConfig, dtype: torch.dtype) -> nn.Module:
         )
     try:
         with training.set_default_dtype(dtype), torch.device("meta"):
-            return config.instantiate(cfg.model)
+            model = config.instantiate(cfg.model)
+        for module in model.modules():  # recipes call it on their device: some tables can't be made without values
+            if hasattr(module, "rope_init") and not hasattr(module, "cache"):
+                module.rope_init()
+                module.to("meta")
+        return model
     except Exception as error:  # anything a builder may raise
         raise UserError(f"model cannot be built ({one_line(error)}): check the section model") from None
 
@@ -265,9 +277,9 @@ def _makes_module(component: Any) -> bool:
 def _tensor_parallel_plan(cfg: DictConfig) -> dict:
     path = component_path("tensor_parallel_plan", cfg.tensor_parallel_plan)
     plan = import_component("tensor_parallel_plan._component_", path) if is_known_package(path) else None
-    if not str(getattr(plan, "__module__", "")).startswith("torchtune.models."):
+    if not str(getattr(plan, "__module__", "")).startswith(("torchtune.models.", "gmt_tune.models.")):
         raise UserError(
-            f"tensor_parallel_plan._component_ {path} is none of torchtune's plans, which gmt-tune memory knows: take "
+            f"tensor_parallel_plan._component_ {path} is none of torchtune's or gmt-tune's plans: take "
             "torchtune.models.llama3.base_llama_tp_plan for the estimate"
         )
     return config.instantiate(cfg.tensor_parallel_plan)
@@ -363,6 +375,6 @@ def sequence_length(cfg: DictConfig) -> int:
 
 
 def _rope_bytes(model: nn.Module) -> int:
-    """Rotary tables, which recipes compute on the device in fp32: a cosine and a sine for each position and pair."""
-    ropes = [m for m in model.modules() if hasattr(m, "rope_init")]
-    return sum(4 * getattr(m, "max_seq_len", 0) * getattr(m, "dim", 0) for m in ropes)
+    """Rotary tables, which recipes compute on the device."""
+    tables = (getattr(m, "cache", None) for m in model.modules() if hasattr(m, "rope_init"))
+    return sum(table.nbytes for table in tables if isinstance(table, torch.Tensor))

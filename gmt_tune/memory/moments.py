@@ -11,7 +11,7 @@ its gradients are whole until they are reduced, which is waited for one unit lat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,24 +120,41 @@ class Job:
         return max((shape.numel() for shape in self.stepped.values()), default=0)
 
 
+@dataclass(frozen=True)
+class Activations:
+    """What a micro-batch needs on the device besides weights and gradients.
+
+    Attributes:
+        first, last: of the model's layers; head: final norm, output layer and loss.
+        kept, on_host: bytes that all layers keep for backward, on the device and on the host.
+        note: how these come about.
+    """
+
+    first: act.Passing
+    last: act.Passing
+    head: act.Passing
+    kept: int
+    on_host: int
+    note: str
+
+
 def has_reference(cfg: DictConfig) -> bool:
     """Whether a reference model runs beside the one that is trained: DPO, on pairs of sequences."""
     return cfg.get("ref_checkpointer", None) is not None
 
 
-def moments(job: Job, shape: act.Shape | None) -> Iterator[Moment]:
+def moments(job: Job, passing: Activations | None) -> Iterator[Moment]:
     """The moments of a step that can be its largest one.
 
     Args:
         job: of this device.
-        shape: of the model and its micro-batch; None leaves out what depends on activations.
+        passing: of a micro-batch; None leaves out what depends on activations.
     """
     gradients = 0 if job.is_offloaded else job.gradients
     yield Moment("optimizer step", gradients, working=_step_scratch(job))
-    if shape is None:
+    if passing is None:
         return
     e, is_sharded = job.dtype.itemsize, job.mesh.data > 1
-    kept, _, _ = kept_activations(job, shape)
     before = gradients if job.accumulates else 0
     tied = "output.weight" not in job.shapes
     head, embeddings = (job.gradient_of(f"{name}.weight") for name in ("output", "tok_embeddings"))
@@ -148,47 +165,68 @@ def moments(job: Job, shape: act.Shape | None) -> Iterator[Moment]:
     all_weights = 0 if job.cfg.get("fsdp_reshard_after_forward", True) else e * sum(job.units.values())
     with_head = all_weights or rest + e * job.units.get("output", 0)
 
-    loss, chunks = job.loss
+    kept = passing.kept
+    loss, _ = job.loss
     if inspect.isclass(loss) and issubclass(loss, LinearCrossEntropyLoss):
-        working = act.linear_head_bytes(shape, chunks, head // e)
         gathered = with_head + e * job.units.get("output", 0)  # what it was gathered into is there until the next one
-        yield Moment("loss and gradient of the output layer", before, kept, gathered, working)
+        yield Moment("loss and gradient of the output layer", before, kept, gathered, passing.head.peak)
     else:
-        working = act.head_bytes(shape, chunks, pairs=job.has_reference)
-        yield Moment("logits and loss", before, kept, all_weights, working)
-        if chunks:
-            working = act.head_backward_bytes(shape, chunks, head // e)
-            yield Moment("backward of loss and output layer", before, kept, with_head, working)
+        yield Moment("logits and loss", before, kept, all_weights, passing.head.forward)
+        yield Moment("backward of loss and output layer", before, kept, with_head, passing.head.backward)
     if job.in_backward:
         yield Moment("optimizer step of the output layer", gradients, kept, rest, _step_scratch(job))
 
-    one_layer = act.layer_scratch_bytes(shape, job.mesh.tensor)
-    if _checkpointed_layers(job.cfg, shape.num_layers)[0]:
-        one_layer += act.layer_bytes(shape, job.mesh.tensor)
     # Beside a layer's weights there are the next one's, and the gradients before, which are being reduced
     gathered = (all_weights - e * job.units.get("output", 0) if all_weights else rest + 2 * layer) + head * is_sharded
-    there = before or (0 if job.in_backward or job.is_offloaded else head // job.mesh.data)
-    yield Moment("backward of the last layer", there, kept, gathered, one_layer + waiting * (not is_sharded))
+    waits = 0 if is_sharded else waiting
+    there = before or (0 if job.in_backward or job.is_offloaded or waits else head // job.mesh.data)
+    working = passing.last.peak - passing.last.kept
+    yield Moment("backward of the last layer", there, kept, gathered, working + waits)
     prefetched = e * job.units.get("tok_embeddings", 0)
     lacking = 0 if before else (layer + prefetched) // job.mesh.data
     gathered = rest + 2 * layer + max(layer, prefetched)
-    there = max(0, gradients - lacking)
-    yield Moment("backward of the first layer", there, act.layer_input_bytes(shape), gathered, one_layer + waiting)
+    there, working = max(0, gradients - lacking), passing.first.peak - passing.first.kept
+    yield Moment("backward of the first layer", there, passing.first.kept, gathered, working + waiting)
     # Under FSDP2 it is there whole, and copied for its reduction; else it is added to that of the step so far
     working = 3 * waiting if tied else embeddings if job.accumulates and not is_sharded else 0
     yield Moment("gradient of the embeddings", gradients, 0, rest + layer + 2 * prefetched, working)
 
 
-def kept_activations(job: Job, shape: act.Shape) -> tuple[int, int, str]:
-    """Bytes kept for backward on the device and on the host, and how that comes about."""
-    tensor = job.mesh.tensor
-    checkpointed, note = _checkpointed_layers(job.cfg, shape.num_layers)
-    whole = (shape.num_layers - checkpointed) * act.layer_bytes(shape, tensor)
-    inputs = checkpointed * act.layer_input_bytes(shape)
+def activations(job: Job, batch_size: int, seq_len: int) -> Activations:
+    """What a micro-batch needs: a layer of each kind is run, and the head.
+
+    Raises:
+        act.NotRun: if the model is of another make than torchtune's, or does not run without data.
+    """
+    tensor, is_sharded = job.mesh.tensor, job.mesh.data > 1
+    model = act.decoder(act.on_one_of(job.model, job.gathered, tensor) if tensor > 1 else job.model)
+    count, stay = len(model.layers), is_sharded or not (job.accumulates or job.in_backward or job.compact is not None)
+    batch = torch.Size((batch_size, seq_len, model.tok_embeddings.embedding_dim))
+    checkpointed, note = _checkpointed_layers(job.cfg, count)
+
+    kinds = [act.kind_of(layer) for layer in model.layers]
+
+    def of_kinds(checkpointed: bool) -> dict[Hashable, act.Passing]:
+        return {
+            kind: act.layer_bytes(layer, batch, job.dtype, checkpointed=checkpointed, gradients_stay=stay)
+            for kind, layer in dict(zip(kinds, model.layers, strict=True)).items()
+        }
+
+    passing = of_kinds(checkpointed > 0)
+    first, last = passing[kinds[0]], passing[kinds[-1]]
+    inputs, whole = checkpointed * first.kept, 0
+    if checkpointed < count:
+        kept = of_kinds(False) if checkpointed else passing
+        whole = sum(kept[kind].kept for kind in kinds) * (count - checkpointed) // count
+    loss, chunks = job.loss
+    head = act.head_bytes(
+        model, batch, job.dtype, loss=loss, chunks=chunks, pairs=job.has_reference, gradients_stay=stay
+    )
     if not job.cfg.get("enable_activation_offloading", False):
-        return whole + inputs, 0, note
-    stash = min(act.OFFLOAD_STASH, checkpointed) * act.layer_input_bytes(shape)
-    return whole + stash, inputs, f"{note}, offloaded to the host but for {act.OFFLOAD_STASH}"
+        return Activations(first, last, head, whole + inputs, 0, note)
+    stash = min(act.OFFLOAD_STASH, checkpointed) * first.kept
+    note = f"{note}, offloaded to the host but for {act.OFFLOAD_STASH}"
+    return Activations(first, last, head, whole + stash, inputs, note)
 
 
 def _checkpointed_layers(cfg: DictConfig, layers: int) -> tuple[int, str]:

@@ -169,7 +169,7 @@ def test_the_mask_launches_as_often_for_more_layers():
         ("single device", 0.05),
         ("no activation checkpointing", 0.05),
         ("preferences", 0.05),
-        # What a few layers of this size need at once is less than what the formula takes for the most at real size
+        # What a few layers of this size need at once is less than the most at real size
         ("optimizer in backward", 0.1),
     ],
 )
@@ -179,9 +179,10 @@ def test_the_estimate_is_what_is_measured(name, within):
 
     config, ranks, _, changes = RUNS[name]
     cfg = config_of(config, **changes)
+    peak = measure(cfg, ranks).peak  # first: autograd, which the estimate runs, looks for devices once
     rows = estimate(cfg, ranks).rows
     estimated = sum(row.device_bytes for row in rows if row.name != "reserve")
-    assert abs(estimated / measure(cfg, ranks).peak - 1) <= within
+    assert abs(estimated / peak - 1) <= within
 
 
 def test_measuring_leaves_nothing_behind():

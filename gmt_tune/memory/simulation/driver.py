@@ -14,7 +14,9 @@ _SOURCE = Path(__file__).with_name("driver.cpp")
 
 @functools.cache
 def answer_without_driver() -> None:
-    """Once in a process. What it changes lasts, and only what has no driver can notice it.
+    """Once in a process, before autograd's first backward pass, which looks for devices.
+
+    What it changes lasts, and only what has no driver can notice it.
 
     Raises:
         UserError: if PyTorch is no build for CUDA, or there is no C++ compiler.
@@ -36,3 +38,4 @@ def answer_without_driver() -> None:
     get_hooks = torch_cpu._ZN2at6detail12getCUDAHooksEv  # at::detail::getCUDAHooks()
     get_hooks.restype = ctypes.c_void_p
     library.answer_without_driver(ctypes.c_void_p(get_hooks()))
+    torch._C._ensureCUDADeviceGuardSet()

@@ -87,7 +87,6 @@ class SimulatedGPU(contextlib.ExitStack):
 
     def __enter__(self) -> SimulatedGPU:
         answer_without_driver()
-        torch._C._ensureCUDADeviceGuardSet()
         torch.utils._device._device_constructors()  # kept from the first call on: not those that are put in place here
         _clear_caches()
         self.callback(_clear_caches)
