@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from released_models import Model
+
 from gmt_tune.integrations.torchtune.config.keys import GROUPS, KEYS, find, listed_as
 
 WIDTH = 120
@@ -12,7 +14,6 @@ WIDTH = 120
 COMMON = {
     "seed": "null",
     "shuffle": "True",
-    "checkpointer._component_": "torchtune.training.FullModelHFCheckpointer",
     "checkpointer.recipe_checkpoint": "null",
     "checkpointer.output_dir": "${output_dir}",
     "resume_from_checkpoint": "False",
@@ -76,43 +77,6 @@ ALPACA = {"_component_": "torchtune.datasets.alpaca_dataset"}
 
 
 @dataclass(frozen=True)
-class Model:
-    """One pretrained model: where it comes from and what torchtune calls it."""
-
-    title: str
-    repo: str
-    component: str
-    tokenizer: str
-    tokenizer_file: str
-    files: tuple[str, int]  # file name format, number of files
-    model_type: str
-    ignore: str  # what `tune download` leaves out
-    lr: str
-    is_tied: bool = False  # the output layer uses the embeddings, which cannot be gathered by themselves
-    needs_token: bool = True  # for the download
-
-    @property
-    def folder(self) -> str:
-        return f"/tmp/{self.repo.split('/')[1]}"
-
-    @property
-    def download(self) -> str:
-        token = " --hf-token <HF_TOKEN>" if self.needs_token else ""
-        return f'tune download {self.repo} --output-dir {self.folder} --ignore-patterns "{self.ignore}"{token}'
-
-    @property
-    def checkpointer(self) -> dict[str, str]:
-        """Values of a checkpointer's section, besides the common ones."""
-        pattern, count = self.files
-        if count > 8:
-            files = f'\n    filename_format: {pattern}\n    max_filename: "{count:05d}"'
-        else:
-            names = [pattern.format(f"{i:05d}", f"{count:05d}") for i in range(1, count + 1)]
-            files = "[\n" + ",\n".join(f"    {name}" for name in names) + "\n  ]"
-        return {"checkpoint_dir": self.folder, "checkpoint_files": files, "model_type": self.model_type}
-
-
-@dataclass(frozen=True)
 class Config:
     """What sets one config apart. Defaults are those of one device without special measures."""
 
@@ -131,7 +95,7 @@ class Config:
     lr: str = ""
     warmup: int = 100
     decay: str = "0.01"
-    dense: str = '["*norm*"]'
+    dense: str = ""  # if not the model's
     density: str = "0.2"
     refresh: str = "1"
     clip: str = "null"
@@ -142,16 +106,25 @@ class Config:
     held_out: Mapping[str, str] | None = None  # the section dataset_val
     preferences: bool = False  # DPO: two models, and a data set of pairs
 
+    @property
+    def paragraphs(self) -> list[str]:
+        """What the top of the file says besides purpose, memory, download and run line."""
+        plan = ""
+        if self.devices * self.nodes > 1 and self.model.why_no_plan:
+            plan = f"No tensor-parallel plan fits this model: {self.model.why_no_plan}."
+        return [text for text in (self.notes, plan, self.model.note) if text]
+
     def values(self) -> dict[str, str]:
         """YAML text by key, besides what all configs have."""
         model = self.model
         found = {
-            "model._component_": model.component,
+            "model._component_": model.builder,
             "tokenizer._component_": model.tokenizer,
             "tokenizer.path": f"{model.folder}/{model.tokenizer_file}",
             "tokenizer.max_seq_len": f"{self.max_seq_len}",
+            **_section("tokenizer", model.tokenizer_keys),
             **_section("dataset", self.dataset),
-            **_section("checkpointer", model.checkpointer),
+            **_section("checkpointer", model.weights),
             "epochs": f"{self.epochs}",
             "batch_size": f"{self.batch_size}",
             "gradient_accumulation_steps": f"{self.accumulation}",
@@ -162,7 +135,7 @@ class Config:
             "lr_scheduler.num_warmup_steps": f"{self.warmup}",
             "gradient_mask.density": self.density,
             "gradient_mask.refresh_every": self.refresh,
-            "gradient_mask.dense": self.dense,
+            "gradient_mask.dense": self.dense or model.dense,
             "clip_grad_norm": self.clip,
             **_section("loss", DPO_LOSS if self.preferences else CE_LOSS),
             "enable_activation_offloading": f"{self.offloading}",
@@ -184,12 +157,12 @@ class Config:
             found |= {"dataset_val": "", **_section("dataset_val", self.held_out), "run_val_every_n_steps": "200"}
         if self.preferences:
             common = {name.partition(".")[2]: text for name, text in COMMON.items() if name.startswith("checkpointer.")}
-            found |= _section("ref_checkpointer", common | model.checkpointer)
+            found |= _section("ref_checkpointer", common | model.weights)
         else:
             found["dataset.packed"] = "False"
         if self.tensor_parallel:
             found["tensor_parallel_dim"] = "1"
-            found["tensor_parallel_plan._component_"] = "torchtune.models.llama3.base_llama_tp_plan"
+            found["tensor_parallel_plan._component_"] = model.tensor_parallel_plan
         if self.devices * self.nodes > 1:
             layers = "null  # Not tok_embeddings, whose weights the output layer shares"
             found["custom_sharded_layers"] = layers if model.is_tied else "['tok_embeddings', 'output']"
@@ -252,7 +225,8 @@ def _head(name: str, c: Config, memory: str) -> list[str]:
         launch = f"--nnodes {c.nodes} {launch}--rdzv_id 1 --rdzv_backend c10d --rdzv_endpoint <FIRST_NODE>:29500 "
     run = f"tune run {launch}{'gmt_full_dpo' if c.preferences else 'gmt_full_finetune'} --config {name}"
     head = [f"Gradient-mask tuning of {c.model.title} {c.purpose}.", "", memory]
-    head += ["", *textwrap.wrap(c.notes, 112)] if c.notes else []
+    for paragraph in c.paragraphs:
+        head += ["", *textwrap.wrap(paragraph, 112)]
     head += ["", "This config assumes that you have downloaded the model first:", f"  {c.model.download}"]
     head += ["", "Then train with:" if c.nodes == 1 else "Then train with, on each node (docs/multi_node.md):"]
     head += [f"  {run}"]

@@ -1,19 +1,24 @@
-"""Writes the Llama and Mistral configs, and the tables of docs/configs.md, docs/compact.md and README.md.
+"""Writes the configs of all model families, and the tables of docs/configs.md, docs/compact.md and README.md.
 
-    python scripts/make_configs.py          # writes configs/llama*/, configs/mistral/ and the tables
+    python scripts/make_configs.py          # writes the configs and the tables
     python scripts/make_configs.py --check  # writes nothing; exits with 1 if a file differs
 
-A config is a whole file that users copy and change; here is what sets each of them apart, in config_template.py what
-they share. The memory in their first lines is what `gmt-tune memory` says.
+A config is a whole file that users copy and change; here is what sets each of them apart, in released_models.py the
+models, in config_template.py what the files share. The memory in their first lines is what `gmt-tune memory` says.
 """
 
 import argparse
+import functools
 import json
+import re
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from config_template import Config, Model, render
+import released_models as models
+from config_template import Config, render
+from released_models import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, README = ROOT / "docs" / "configs.md", ROOT / "README.md"
@@ -36,43 +41,6 @@ BESIDE_TABLE = (
     "<!-- end -->\n",
 )
 GIB = 2**30
-
-
-def _llama2(size: str, files: int) -> Model:
-    return Model(
-        f"Llama 2 {size.upper()}", f"meta-llama/Llama-2-{size}-hf", f"torchtune.models.llama2.llama2_{size}",
-        "torchtune.models.llama2.llama2_tokenizer", "tokenizer.model", ("pytorch_model-{}-of-{}.bin", files), "LLAMA2",
-        "*.safetensors", "2e-5",
-    )  # fmt: skip
-
-
-def _llama3(
-    version: str, size: str, repo: str, files: int, family: str, ignore: str = "original/consolidated*", **more
-) -> Model:
-    instruct = " Instruct" if repo.endswith("Instruct") else ""
-    name = f"{version.replace('.', '_')}_{size}"
-    return Model(
-        f"Llama {version} {size.upper()}{instruct}", f"meta-llama/{repo}", f"torchtune.models.{family}.llama{name}",
-        "torchtune.models.llama3.llama3_tokenizer", "original/tokenizer.model",
-        ("model-{}-of-{}.safetensors" if files > 1 else "model.safetensors", files),
-        "LLAMA3_2" if version == "3.2" else "LLAMA3", ignore, "2e-5", **more,
-    )  # fmt: skip
-
-
-LLAMA2_7B, LLAMA2_13B, LLAMA2_70B = _llama2("7b", 2), _llama2("13b", 3), _llama2("70b", 15)
-LLAMA3_8B = _llama3("3", "8b", "Meta-Llama-3-8B-Instruct", 4, "llama3")
-LLAMA3_8B_BASE = _llama3("3", "8b", "Meta-Llama-3-8B", 4, "llama3")
-LLAMA3_70B = _llama3("3", "70b", "Meta-Llama-3-70B-Instruct", 30, "llama3")
-LLAMA3_1_8B = _llama3("3.1", "8b", "Meta-Llama-3.1-8B-Instruct", 4, "llama3_1")
-LLAMA3_1_70B = _llama3("3.1", "70b", "Meta-Llama-3.1-70B-Instruct", 30, "llama3_1")
-LLAMA3_2_1B = _llama3("3.2", "1b", "Llama-3.2-1B-Instruct", 1, "llama3_2", is_tied=True)
-LLAMA3_2_3B = _llama3("3.2", "3b", "Llama-3.2-3B-Instruct", 2, "llama3_2", is_tied=True)
-LLAMA3_3_70B = _llama3("3.3", "70b", "Llama-3.3-70B-Instruct", 30, "llama3_3")
-MISTRAL_7B = Model(
-    "Mistral 7B v0.1", "mistralai/Mistral-7B-v0.1", "torchtune.models.mistral.mistral_7b",
-    "torchtune.models.mistral.mistral_tokenizer", "tokenizer.model", ("pytorch_model-{}-of-{}.bin", 2), "MISTRAL",
-    "*.safetensors", "5e-6",
-)  # fmt: skip
 
 
 def _multi(model: Model, card: str, **more) -> Config:
@@ -102,7 +70,7 @@ def _compact(model: Model, card: str, **more) -> Config:
 COMPACT = (
     "Gradients and optimizer states exist for the selected entries alone, and the other weights stand still "
     "(docs/compact.md). The memory is an estimate; that of Llama 3.1 8B agrees with a run on a GPU. "
-    "The density is 0.1 where that fits the card, else 0.05."
+    "The density, 0.1 or 0.05, leaves room on the card."
 )
 TP = {"tensor_parallel": True, "devices": 8}
 PAPER = "The GMT paper (Li et al., AAAI 2025, arXiv 2406.15330) trains this model on this data."
@@ -119,21 +87,21 @@ def _instructions(source: str, rows: int, question: str) -> dict[str, str]:
 
 
 MAGICODER = Config(
-    MISTRAL_7B, "for code, on Magicoder-Evol-Instruct-110K", "24 GB", devices=8, optimizer="AdamW", batch_size=4,
+    models.MISTRAL_7B, "for code, on Magicoder-Evol-Instruct-110K", "24 GB", devices=8, optimizer="AdamW", batch_size=4,
     accumulation=4, max_seq_len=1024, epochs=2, warmup=52, decay="0.0", dense="[]",
     notes=PAPER + " Length and epochs are those that the authors of the data trained with; learning rate, batch (128), "
     "schedule and density are ours.",
     dataset=_instructions("ise-uiuc/Magicoder-Evol-Instruct-110K", 111_183, "instruction"),
 )  # fmt: skip
 METAMATH = Config(
-    MISTRAL_7B, "for math, on MetaMathQA", "24 GB", devices=8, optimizer="AdamW", batch_size=4, accumulation=4,
+    models.MISTRAL_7B, "for math, on MetaMathQA", "24 GB", devices=8, optimizer="AdamW", batch_size=4, accumulation=4,
     max_seq_len=512, epochs=3, warmup=278, decay="0.0", dense="[]",
     dataset=_instructions("meta-math/MetaMathQA", 395_000, "query"),
     notes=PAPER + " Learning rate, batch (128), epochs, cosine schedule with 3 % warm-up and no weight decay are those "
     "that the authors of the data published for Mistral 7B; prompt, length and density are ours.",
 )  # fmt: skip
 TULU = Config(
-    LLAMA2_7B, "for general tasks, on the Tulu v2 mixture", "24 GB", devices=8, optimizer="AdamW", batch_size=2,
+    models.LLAMA2_7B, "for general tasks, on the Tulu v2 mixture", "24 GB", devices=8, optimizer="AdamW", batch_size=2,
     accumulation=8, max_seq_len=2048, epochs=2, warmup=153, decay="0.0", dense="[]",
     notes=PAPER + " Learning rate, batch (128), epochs, 3 % warm-up, no weight decay and the prompt are those that the "
     "authors of the data published for Llama 2; cosine in place of their linear schedule, length and density are ours.",
@@ -163,10 +131,6 @@ def _ultrafeedback(pairs: int, split: str) -> dict[str, str]:
     }
 
 
-LLAMA2_7B_CHAT = replace(LLAMA2_7B, title="Llama 2 7B Chat", repo="meta-llama/Llama-2-7b-chat-hf")
-MISTRAL_7B_INSTRUCT = replace(MISTRAL_7B, title="Mistral 7B Instruct v0.1", repo="mistralai/Mistral-7B-Instruct-v0.1")
-
-
 def _dpo(model: Model, card: str, **more) -> Config:
     options = {"devices": 8, "batch_size": 2, "accumulation": 4, **more}
     where = f"{options['devices']} cards" if options["devices"] > 1 else f"one {card} card"
@@ -181,81 +145,154 @@ def _dpo(model: Model, card: str, **more) -> Config:
 
 
 CONFIGS = {
-    "llama2/7B_gmt": _multi(LLAMA2_7B, "24 GB"),
-    "llama2/7B_gmt_single_device": _single(LLAMA2_7B, "48 GB"),
-    "llama2/7B_gmt_low_memory": _low(LLAMA2_7B, "40 GB"),
-    "llama2/7B_gmt_compact": _compact(LLAMA2_7B, "24 GB", density="0.1"),
+    "gemma2/2B_gmt": _multi(models.GEMMA2_2B, "24 GB"),
+    "gemma2/2B_gmt_single_device": _single(models.GEMMA2_2B, "40 GB"),
+    "gemma2/2B_gmt_low_memory": _low(models.GEMMA2_2B, "24 GB"),
+    "gemma2/2B_gmt_compact": _compact(models.GEMMA2_2B, "16 GB", density="0.1"),
+    "gemma2/9B_gmt": _multi(models.GEMMA2_9B, "40 GB"),
+    "gemma2/9B_gmt_single_device": _single(models.GEMMA2_9B, "80 GB"),
+    "gemma2/9B_gmt_low_memory": _low(models.GEMMA2_9B, "48 GB"),
+    "gemma2/9B_gmt_compact": _compact(models.GEMMA2_9B, "40 GB", density="0.1"),
+    "gemma2/9B_gmt_dpo": _dpo(models.GEMMA2_9B, "48 GB"),
+    "gemma2/27B_gmt": _multi(models.GEMMA2_27B, "40 GB", optimizer="AdamW8bit", devices=8),
+    "gemma2/27B_gmt_low_memory": _low(models.GEMMA2_27B, "24 GB", optimizer="AdamW4bit", devices=8),
+    "gemma2/27B_gmt_compact": _compact(models.GEMMA2_27B, "80 GB"),
+    "llama2/7B_gmt": _multi(models.LLAMA2_7B, "24 GB"),
+    "llama2/7B_gmt_single_device": _single(models.LLAMA2_7B, "48 GB"),
+    "llama2/7B_gmt_low_memory": _low(models.LLAMA2_7B, "40 GB"),
+    "llama2/7B_gmt_compact": _compact(models.LLAMA2_7B, "24 GB", density="0.1"),
     "llama2/7B_gmt_tulu": TULU,
-    "llama2/7B_gmt_dpo": _dpo(LLAMA2_7B_CHAT, "24 GB"),
-    "llama2/13B_gmt": _multi(LLAMA2_13B, "40 GB"),
-    "llama2/13B_gmt_single_device": _single(LLAMA2_13B, "80 GB", in_backward=True, accumulation=1),
-    "llama2/13B_gmt_low_memory": _low(LLAMA2_13B, "48 GB", optimizer="AdamW4bit"),
-    "llama2/13B_gmt_compact": _compact(LLAMA2_13B, "40 GB", density="0.1"),
-    "llama2/13B_gmt_tulu": replace(TULU, model=LLAMA2_13B),
-    "llama2/70B_gmt": _multi(LLAMA2_70B, "80 GB", optimizer="AdamW8bit", **TP),
-    "llama3/8B_gmt": _multi(LLAMA3_8B, "40 GB"),
-    "llama3/8B_gmt_single_device": _single(LLAMA3_8B, "80 GB"),
-    "llama3/8B_gmt_low_memory": _low(LLAMA3_8B, "40 GB"),
-    "llama3/8B_gmt_compact": _compact(LLAMA3_8B, "24 GB"),
+    "llama2/7B_gmt_dpo": _dpo(models.LLAMA2_7B_CHAT, "24 GB"),
+    "llama2/13B_gmt": _multi(models.LLAMA2_13B, "40 GB"),
+    "llama2/13B_gmt_single_device": _single(models.LLAMA2_13B, "80 GB", in_backward=True, accumulation=1),
+    "llama2/13B_gmt_low_memory": _low(models.LLAMA2_13B, "48 GB", optimizer="AdamW4bit"),
+    "llama2/13B_gmt_compact": _compact(models.LLAMA2_13B, "40 GB", density="0.1"),
+    "llama2/13B_gmt_tulu": replace(TULU, model=models.LLAMA2_13B),
+    "llama2/70B_gmt": _multi(models.LLAMA2_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3/8B_gmt": _multi(models.LLAMA3_8B, "40 GB"),
+    "llama3/8B_gmt_single_device": _single(models.LLAMA3_8B, "80 GB"),
+    "llama3/8B_gmt_low_memory": _low(models.LLAMA3_8B, "40 GB"),
+    "llama3/8B_gmt_compact": _compact(models.LLAMA3_8B, "24 GB"),
     "llama3/8B_gmt_metamath": replace(
         METAMATH,
-        model=LLAMA3_8B_BASE,
+        model=models.LLAMA3_8B_BASE,
         lr="1e-5",
         notes=PAPER + " Batch (128), epochs, cosine schedule with 3 % warm-up and no weight decay are those that the "
         "authors of the data published for Mistral 7B; learning rate, length and density are ours.",
     ),
-    "llama3/70B_gmt": _multi(LLAMA3_70B, "80 GB", optimizer="AdamW8bit", **TP),
-    "llama3_1/8B_gmt": _multi(LLAMA3_1_8B, "40 GB"),
-    "llama3_1/8B_gmt_single_device": _single(LLAMA3_1_8B, "80 GB"),
-    "llama3_1/8B_gmt_low_memory": _low(LLAMA3_1_8B, "40 GB"),
-    "llama3_1/8B_gmt_compact": _compact(LLAMA3_1_8B, "24 GB"),
-    "llama3_1/8B_gmt_dpo": _dpo(LLAMA3_1_8B, "40 GB"),
-    "llama3_1/8B_gmt_dpo_single_device": _dpo(LLAMA3_1_8B, "80 GB", devices=1, batch_size=1, accumulation=64),
-    "llama3_1/70B_gmt": _multi(LLAMA3_1_70B, "80 GB", optimizer="AdamW8bit", **TP),
-    "llama3_1/70B_gmt_low_memory": _low(LLAMA3_1_70B, "40 GB", optimizer="AdamW4bit", **TP),
-    "llama3_1/70B_gmt_compact": _compact(LLAMA3_1_70B, "40 GB", **TP),
-    "llama3_2/1B_gmt": _multi(LLAMA3_2_1B, "24 GB"),
-    "llama3_2/1B_gmt_single_device": _single(LLAMA3_2_1B, "24 GB", batch_size=4, accumulation=4),
-    "llama3_2/3B_gmt": _multi(LLAMA3_2_3B, "24 GB"),
-    "llama3_2/3B_gmt_single_device": _single(LLAMA3_2_3B, "40 GB"),
-    "llama3_2/3B_gmt_low_memory": _low(LLAMA3_2_3B, "24 GB"),
-    "llama3_2/3B_gmt_compact": _compact(LLAMA3_2_3B, "16 GB", density="0.1"),
-    "llama3_3/70B_gmt": _multi(LLAMA3_3_70B, "80 GB", optimizer="AdamW8bit", **TP),
-    "llama3_3/70B_gmt_multinode": _multi(LLAMA3_3_70B, "80 GB", nodes=2, **TP),
-    "mistral/7B_gmt": _multi(MISTRAL_7B, "24 GB"),
-    "mistral/7B_gmt_single_device": _single(MISTRAL_7B, "48 GB"),
-    "mistral/7B_gmt_low_memory": _low(MISTRAL_7B, "40 GB"),
-    "mistral/7B_gmt_compact": _compact(MISTRAL_7B, "24 GB", density="0.1"),
-    "mistral/7B_gmt_dpo": _dpo(MISTRAL_7B_INSTRUCT, "24 GB"),
+    "llama3/70B_gmt": _multi(models.LLAMA3_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3_1/8B_gmt": _multi(models.LLAMA3_1_8B, "40 GB"),
+    "llama3_1/8B_gmt_single_device": _single(models.LLAMA3_1_8B, "80 GB"),
+    "llama3_1/8B_gmt_low_memory": _low(models.LLAMA3_1_8B, "40 GB"),
+    "llama3_1/8B_gmt_compact": _compact(models.LLAMA3_1_8B, "24 GB"),
+    "llama3_1/8B_gmt_dpo": _dpo(models.LLAMA3_1_8B, "40 GB"),
+    "llama3_1/8B_gmt_dpo_single_device": _dpo(models.LLAMA3_1_8B, "80 GB", devices=1, batch_size=1, accumulation=64),
+    "llama3_1/70B_gmt": _multi(models.LLAMA3_1_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3_1/70B_gmt_low_memory": _low(models.LLAMA3_1_70B, "40 GB", optimizer="AdamW4bit", **TP),
+    "llama3_1/70B_gmt_compact": _compact(models.LLAMA3_1_70B, "40 GB", **TP),
+    "llama3_2/1B_gmt": _multi(models.LLAMA3_2_1B, "24 GB"),
+    "llama3_2/1B_gmt_single_device": _single(models.LLAMA3_2_1B, "16 GB", batch_size=4, accumulation=4),
+    "llama3_2/3B_gmt": _multi(models.LLAMA3_2_3B, "24 GB"),
+    "llama3_2/3B_gmt_single_device": _single(models.LLAMA3_2_3B, "40 GB"),
+    "llama3_2/3B_gmt_low_memory": _low(models.LLAMA3_2_3B, "24 GB"),
+    "llama3_2/3B_gmt_compact": _compact(models.LLAMA3_2_3B, "16 GB", density="0.1"),
+    "llama3_3/70B_gmt": _multi(models.LLAMA3_3_70B, "80 GB", optimizer="AdamW8bit", **TP),
+    "llama3_3/70B_gmt_multinode": _multi(models.LLAMA3_3_70B, "80 GB", nodes=2, **TP),
+    "mistral/7B_gmt": _multi(models.MISTRAL_7B, "24 GB"),
+    "mistral/7B_gmt_single_device": _single(models.MISTRAL_7B, "48 GB"),
+    "mistral/7B_gmt_low_memory": _low(models.MISTRAL_7B, "40 GB"),
+    "mistral/7B_gmt_compact": _compact(models.MISTRAL_7B, "24 GB", density="0.1"),
+    "mistral/7B_gmt_dpo": _dpo(models.MISTRAL_7B_INSTRUCT, "24 GB"),
     "mistral/7B_gmt_magicoder": MAGICODER,
     "mistral/7B_gmt_metamath": METAMATH,
+    "mistral_v0_3/7B_gmt": _multi(models.MISTRAL_7B_V0_3, "24 GB"),
+    "mistral_v0_3/7B_gmt_single_device": _single(models.MISTRAL_7B_V0_3, "48 GB"),
+    "mistral_v0_3/7B_gmt_low_memory": _low(models.MISTRAL_7B_V0_3, "40 GB"),
+    "mistral_v0_3/7B_gmt_compact": _compact(models.MISTRAL_7B_V0_3, "24 GB", density="0.1"),
+    "mistral_v0_3/7B_gmt_dpo": _dpo(models.MISTRAL_7B_V0_3, "24 GB"),
+    "phi4/14B_gmt": _multi(models.PHI4_14B, "40 GB"),
+    "phi4/14B_gmt_single_device": _single(models.PHI4_14B, "80 GB", in_backward=True, accumulation=1),
+    "phi4/14B_gmt_low_memory": _low(models.PHI4_14B, "40 GB", devices=2),
+    "phi4/14B_gmt_compact": _compact(models.PHI4_14B, "40 GB"),
+    "qwen2_5/0.5B_gmt": _multi(models.QWEN2_5_0_5B, "16 GB"),
+    "qwen2_5/0.5B_gmt_single_device": _single(models.QWEN2_5_0_5B, "16 GB", batch_size=4, accumulation=4),
+    "qwen2_5/1.5B_gmt": _multi(models.QWEN2_5_1_5B, "16 GB"),
+    "qwen2_5/1.5B_gmt_single_device": _single(models.QWEN2_5_1_5B, "16 GB"),
+    "qwen2_5/1.5B_gmt_low_memory": _low(models.QWEN2_5_1_5B, "16 GB"),
+    "qwen2_5/1.5B_gmt_compact": _compact(models.QWEN2_5_1_5B, "16 GB", density="0.1"),
+    "qwen2_5/3B_gmt": _multi(models.QWEN2_5_3B, "16 GB"),
+    "qwen2_5/3B_gmt_single_device": _single(models.QWEN2_5_3B, "40 GB"),
+    "qwen2_5/3B_gmt_low_memory": _low(models.QWEN2_5_3B, "16 GB"),
+    "qwen2_5/3B_gmt_compact": _compact(models.QWEN2_5_3B, "16 GB", density="0.1"),
+    "qwen2_5/7B_gmt": _multi(models.QWEN2_5_7B, "24 GB"),
+    "qwen2_5/7B_gmt_single_device": _single(models.QWEN2_5_7B, "80 GB"),
+    "qwen2_5/7B_gmt_low_memory": _low(models.QWEN2_5_7B, "40 GB"),
+    "qwen2_5/7B_gmt_compact": _compact(models.QWEN2_5_7B, "24 GB"),
+    "qwen2_5/7B_gmt_dpo": _dpo(models.QWEN2_5_7B, "40 GB"),
+    "qwen2_5/14B_gmt": _multi(models.QWEN2_5_14B, "40 GB"),
+    "qwen2_5/14B_gmt_single_device": _single(models.QWEN2_5_14B, "80 GB", in_backward=True, accumulation=1),
+    "qwen2_5/14B_gmt_low_memory": _low(models.QWEN2_5_14B, "40 GB", devices=2),
+    "qwen2_5/14B_gmt_compact": _compact(models.QWEN2_5_14B, "40 GB"),
+    "qwen2_5/32B_gmt": _multi(models.QWEN2_5_32B, "40 GB", optimizer="AdamW8bit", **TP),
+    "qwen2_5/32B_gmt_low_memory": _low(models.QWEN2_5_32B, "24 GB", optimizer="AdamW4bit", **TP),
+    "qwen2_5/32B_gmt_compact": _compact(models.QWEN2_5_32B, "40 GB", devices=4),
+    "qwen3/0.6B_gmt": _multi(models.QWEN3_0_6B, "16 GB"),
+    "qwen3/0.6B_gmt_single_device": _single(models.QWEN3_0_6B, "16 GB", batch_size=4, accumulation=4),
+    "qwen3/1.7B_gmt": _multi(models.QWEN3_1_7B, "16 GB"),
+    "qwen3/1.7B_gmt_single_device": _single(models.QWEN3_1_7B, "16 GB"),
+    "qwen3/1.7B_gmt_low_memory": _low(models.QWEN3_1_7B, "16 GB"),
+    "qwen3/1.7B_gmt_compact": _compact(models.QWEN3_1_7B, "16 GB", density="0.1"),
+    "qwen3/4B_gmt": _multi(models.QWEN3_4B, "16 GB"),
+    "qwen3/4B_gmt_single_device": _single(models.QWEN3_4B, "40 GB"),
+    "qwen3/4B_gmt_low_memory": _low(models.QWEN3_4B, "24 GB"),
+    "qwen3/4B_gmt_compact": _compact(models.QWEN3_4B, "16 GB", density="0.1"),
+    "qwen3/8B_gmt": _multi(models.QWEN3_8B, "24 GB"),
+    "qwen3/8B_gmt_single_device": _single(models.QWEN3_8B, "80 GB"),
+    "qwen3/8B_gmt_low_memory": _low(models.QWEN3_8B, "40 GB"),
+    "qwen3/8B_gmt_compact": _compact(models.QWEN3_8B, "24 GB"),
+    "qwen3/8B_gmt_dpo": _dpo(models.QWEN3_8B, "40 GB"),
+    "qwen3/14B_gmt": _multi(models.QWEN3_14B, "40 GB"),
+    "qwen3/14B_gmt_single_device": _single(models.QWEN3_14B, "80 GB", in_backward=True, accumulation=1),
+    "qwen3/14B_gmt_low_memory": _low(models.QWEN3_14B, "40 GB", devices=2),
+    "qwen3/14B_gmt_compact": _compact(models.QWEN3_14B, "40 GB"),
+    "qwen3/32B_gmt": _multi(models.QWEN3_32B, "40 GB", optimizer="AdamW8bit", **TP),
+    "qwen3/32B_gmt_low_memory": _low(models.QWEN3_32B, "24 GB", optimizer="AdamW4bit", **TP),
+    "qwen3/32B_gmt_compact": _compact(models.QWEN3_32B, "40 GB", devices=4),
 }
+
+
+def _report(name: str, text: str) -> dict:
+    """What `gmt-tune memory` finds of a config's text, whatever the text says of it."""
+    return _report_of(re.sub(r"^# Needs about .*$", "#", text, flags=re.MULTILINE)) | {"config": name}
+
+
+@functools.cache
+def _report_of(text: str) -> dict:
+    from gmt_tune.cli import memory
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        return memory.report(file.name, None, [])
 
 
 def build() -> dict[str, str]:
     """All configs by name, with the memory in their first lines.
 
     Raises:
-        ValueError: if one does not fit on the card that it is meant for.
+        ValueError: if one does not fit on the card that it is meant for, or names a larger one than it needs.
     """
-    from omegaconf import OmegaConf
-
-    from gmt_tune.cli.memory import devices_of_run_line
-    from gmt_tune.memory import cards_that_fit, estimate
-
     texts = {}
     for name, c in CONFIGS.items():
-        draft = render(name, c, "")
-        cfg = OmegaConf.create(draft)
-        OmegaConf.resolve(cfg)
-        result = estimate(cfg, devices_of_run_line(draft))
-        cards = cards_that_fit(result.device_bytes)
-        gib = result.device_bytes / GIB
+        report = _report(name, render(name, c, ""))
+        gib, host, cards = report["device_bytes"] / GIB, report["host_bytes"] / GIB, report["fits_on"]
         if c.card not in cards:
             raise ValueError(f"{name} needs {gib:.1f} GiB and does not fit on a {c.card} card")
-        each = f" on each of {result.world_size} cards" if result.world_size > 1 else ""
-        host = f", and {result.host_bytes / GIB:.0f} GiB of the host's" if result.host_bytes > GIB else ""
-        memory = f"Needs about {gib:.0f} GiB{each}{host}, says `gmt-tune memory`: fits cards of {cards[0]} or more."
+        if c.card in c.purpose and c.card != cards[0]:
+            raise ValueError(f"{name} says {c.card}, and needs no more than {cards[0]}")
+        each = f" on each of {report['world_size']} cards" if report["world_size"] > 1 else ""
+        on_host = f", and {host:.0f} GiB of the host's" if host > 1 else ""
+        memory = f"Needs about {gib:.0f} GiB{each}{on_host}, says `gmt-tune memory`: fits cards of {cards[0]} or more."
         texts[name] = render(name, c, memory)
     return texts
 
@@ -268,7 +305,7 @@ def build_docs() -> dict[Path, str]:
     from gmt_tune.cli import memory
     from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 
-    reports = [memory.report(name, None, []) for name in config_paths()]
+    reports = [_report(name, path.read_text(encoding="utf-8")) for name, path in config_paths().items()]
     simulated = json.loads(SIMULATED.read_text(encoding="utf-8"))
     both = [memory.report(name, None, BESIDE[2]) for name in BESIDE[:2]]
     made = {}

@@ -1,17 +1,12 @@
-"""Tiny Llama 2, Llama 3 and Mistral models with tokenizers of their own kinds, and data in the configs' columns."""
+"""Packaged configs on tiny models of their families, and data in the configs' columns."""
 
-import base64
 import importlib.util
 import json
 import random
 from pathlib import Path
 
 import pytest
-
-# One shape for all, so that the low-bit optimizers meet few different tensors.
-SHAPE = {"num_layers": 2, "num_heads": 4, "embed_dim": 16, "max_seq_len": 4096}
-KV_HEADS = 2
-VOCAB = 512  # for Llama 3: 256 bytes, and as many special tokens
+from tiny_families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -52,52 +47,24 @@ def local_data(tmp_path_factory) -> dict[str, Path]:
     return files
 
 
-def _rope(family: str) -> dict:
-    """Rotary base and scaling of the family's releases, as its builder has them."""
-    if not family.startswith("llama3"):
-        return {"rope_theta": 10000.0}
-    scaling = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"factor": 32.0 if family == "llama3_2" else 8.0, "original_max_position_embeddings": 8192}
-    return {"rope_theta": 500000.0, "rope_scaling": None if family == "llama3" else scaling}
-
-
 @pytest.fixture(scope="session")
-def tiny_families(tmp_path_factory, local_data) -> dict[str, Path]:
-    """Builder module of a family, such as ``torchtune.models.llama2``, to a folder with its model and tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
+def tiny_model(tmp_path_factory, local_data):
+    """Function from the name of a family's tiny model to a folder with model and tokenizer."""
     root = tmp_path_factory.mktemp("tiny_families")
     texts = [line for file in local_data.values() for line in file.read_text().splitlines()]
-    folders = {}
-    for family in ("llama2", "llama3", "llama3_1", "llama3_2", "llama3_3", "mistral"):
-        folder = root / family
-        folder.mkdir()
-        if family.startswith("llama3"):
-            _write_tiktoken(folder)
-        else:
-            _write_sentencepiece(folder / "tokenizer.model", texts)
-        config, model = (LlamaConfig, LlamaForCausalLM)
-        if family == "mistral":
-            config, model = (MistralConfig, MistralForCausalLM)
-        model(
-            config(
-                vocab_size=VOCAB,
-                hidden_size=SHAPE["embed_dim"],
-                intermediate_size=SHAPE["embed_dim"],
-                num_hidden_layers=SHAPE["num_layers"],
-                num_attention_heads=SHAPE["num_heads"],
-                num_key_value_heads=_kv_heads(family),
-                tie_word_embeddings=family == "llama3_2",
-                rms_norm_eps=1e-5,
-                **_rope(family),
-            )
-        ).save_pretrained(folder)
-        folders[f"torchtune.models.{family}"] = folder
-    return folders
+
+    def folder_of(name: str) -> Path:
+        folder = root / name.replace(" ", "_")
+        if not folder.exists():
+            FAMILIES[name].hf().save_pretrained(folder)
+            FAMILIES[name].write_tokenizer(folder, texts)
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def on_tiny_model(tiny_families, local_data):
+def on_tiny_model(tiny_model, local_data):
     """Function that turns a packaged config into one that trains two steps on a tiny model of its family."""
     from omegaconf import OmegaConf
 
@@ -105,18 +72,10 @@ def on_tiny_model(tiny_families, local_data):
 
     def make(name: str, output_dir: Path, **changes):
         cfg = OmegaConf.load(config_paths()[name])
-        package = str(cfg.model._component_).rpartition(".")[0]  # torchtune.models.llama3_1
-        family = package.rpartition(".")[2]
-        folder = tiny_families[package]
-        builder = "torchtune.models.llama3_1.llama3_1" if family == "llama3_3" else f"{package}.{family}"
-        cfg.model = {
-            "_component_": builder,
-            "vocab_size": VOCAB,
-            "intermediate_dim": SHAPE["embed_dim"],
-            "num_kv_heads": _kv_heads(family),
-            **SHAPE,
-        }
-        cfg.tokenizer.path = str(folder / "tokenizer.model")
+        family = _family_of(name)
+        folder = tiny_model(family)
+        cfg.model = FAMILIES[family].section()
+        cfg.tokenizer.path = str(folder / Path(cfg.tokenizer.path).name)
         if family.startswith("llama3"):
             cfg.tokenizer.special_tokens_path = str(folder / "special_tokens.json")
         cfg.tokenizer.max_seq_len = 128  # of single bytes, mostly
@@ -174,29 +133,8 @@ def make_configs():
     return module
 
 
-def _kv_heads(family: str) -> int:
-    return SHAPE["num_heads"] if family == "llama2" else KV_HEADS
-
-
-def _write_tiktoken(folder: Path) -> None:
-    """A byte-level vocabulary in tiktoken's format (base64 of the bytes, and their rank), and Llama 3's special tokens
-    right behind it instead of from 128,000 on."""
-    from torchtune.models.llama3._tokenizer import LLAMA3_SPECIAL_TOKENS
-
-    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)]
-    (folder / "tokenizer.model").write_text("".join(lines))
-    special = [{"content": token, "id": 256 + i} for i, token in enumerate(LLAMA3_SPECIAL_TOKENS)]
-    (folder / "special_tokens.json").write_text(json.dumps({"added_tokens": special}))
-
-
-def _write_sentencepiece(path: Path, texts: list[str]) -> None:
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(path.with_suffix("")),
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
+def _family_of(name: str) -> str:
+    """The tiny model of a config; Qwen's models of less than 5B have tied embeddings."""
+    family, _, size = name.partition("/")
+    is_small = f"{family} tied" in FAMILIES and float(size.partition("B")[0]) < 5
+    return f"{family} tied" if is_small else family
