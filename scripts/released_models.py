@@ -155,7 +155,7 @@ def _qwen3(size: str, file_count: int, **more) -> Model:
         file_count,
         tokenizer="gmt_tune.models.qwen3.qwen3_tokenizer",
         tokenizer_file="tokenizer.json",
-        tokenizer_keys={"enable_thinking": "False  # For data without reasoning: prompts end with empty <think> marks"},
+        tokenizer_keys={"enable_thinking": "False"},
         model_type="gmt_tune.models.qwen3",
         checkpointer="gmt_tune.models.FullModelHFCheckpointer",
         tensor_parallel_plan="gmt_tune.models.qwen3.qwen3_tp_plan",
