@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import config
 
-from gmt_tune.errors import UserError
+from gmt_tune.models.tied import check_copy_of_embeddings
 
 
 def drop_tied_output(state_dict: dict[str, Any], cfg_model: DictConfig) -> None:
@@ -30,9 +30,5 @@ def drop_tied_output(state_dict: dict[str, Any], cfg_model: DictConfig) -> None:
     with torch.device("meta"):
         if "output.weight" in config.instantiate(cfg_model).state_dict():
             return
-    if output.shape != embeddings.shape or not torch.equal(output, embeddings):
-        raise UserError(
-            f"model ({cfg_model._component_}) uses its embeddings as the output layer, but the files in "
-            "checkpoint_dir have another one (lm_head.weight): choose a builder that does not tie the two"
-        )
+    check_copy_of_embeddings(output, embeddings, f"model ({cfg_model._component_})")
     del state_dict["output.weight"]
