@@ -98,7 +98,7 @@ def count_launches(device: torch.device, rehearse: bool, out: Path) -> list[dict
         for p in parameters.values():
             p.grad = torch.empty_like(p)
         for mode, arguments in MODES.items():
-            mask = GradientMask(parameters.items(), 0.2, **arguments)
+            mask = GradientMask(parameters.items(), 0.2, dense=(), **arguments)
             for step in range(5):
                 for p in parameters.values():
                     p.grad.copy_(p.detach())
@@ -165,7 +165,7 @@ def profile_steps(device: torch.device, rehearse: bool, out: Path) -> list[dict]
                 for hook in list((p._post_accumulate_grad_hooks or {}).values()):
                     hook(p)
 
-        mask = GradientMask(parameters.items(), 0.2)
+        mask = GradientMask(parameters.items(), 0.2, dense=())
         write_gradients()
         mask.mask_grads_()
         write_gradients()
@@ -286,7 +286,7 @@ def select_sharded(device: torch.device, rehearse: bool, out: Path) -> list[dict
         }
         found = {}
         for kind, parameters in (("whole", whole), ("sharded", sharded)):
-            mask = GradientMask(parameters.items(), 0.2)
+            mask = GradientMask(parameters.items(), 0.2, dense=())
 
             def write_gradients(kind=kind, parameters=parameters, gradients=gradients) -> None:
                 for name, p in parameters.items():

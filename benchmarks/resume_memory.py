@@ -54,7 +54,7 @@ def _run(rank: int, size: int, saves: bool, folder: str, optimizer: str, layers:
     for layer in model:
         fully_shard(layer)
     made = getattr(importlib.import_module(OPTIMIZERS[optimizer]), optimizer)(model.parameters())
-    mask = GradientMask(model.named_parameters(), 0.2, refresh_every=None)
+    mask = GradientMask(model.named_parameters(), 0.2, refresh_every=None, dense=())
     parts = TrainingParts(model, [made], None, mask, None, torch.device("cpu"), None)
     if saves:
         mask.register(made)

@@ -98,11 +98,11 @@ def touch_memory(parameters: dict[str, Tensor], density: float) -> None:
 
 
 def mask_by_gmt_tune(parameters: dict[str, Tensor], density: float) -> None:
-    GradientMask(parameters.items(), density).mask_grads_()
+    GradientMask(parameters.items(), density, dense=()).mask_grads_()
 
 
 def mask_globally_by_gmt_tune(parameters: dict[str, Tensor], density: float) -> None:
-    GradientMask(parameters.items(), density, scope="global").mask_grads_()
+    GradientMask(parameters.items(), density, dense=(), scope="global").mask_grads_()
 
 
 def mask_by_saliency(parameters: dict[str, Tensor], density: float) -> None:
@@ -110,7 +110,7 @@ def mask_by_saliency(parameters: dict[str, Tensor], density: float) -> None:
 
 
 def mask_at_random(parameters: dict[str, Tensor], density: float) -> None:
-    GradientMask(parameters.items(), density, score="random").mask_grads_()
+    GradientMask(parameters.items(), density, dense=(), score="random").mask_grads_()
 
 
 def mask_by_topk(parameters: dict[str, Tensor], density: float) -> None:

@@ -1,4 +1,4 @@
-"""Gradient-Mask Tuning: update only the entries whose accumulated gradient is largest in magnitude.
+"""Gradient-Mask Tuning: only the largest entries of the accumulated gradient reach the optimizer.
 
 Public names are resolved on first use, so that importing this package (which PyTorch's autoload does
 while torch itself is still being imported) costs nothing and imports nothing.
@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING
 from gmt_tune._version import __version__
 
 if TYPE_CHECKING:
-    from gmt_tune.masking import GradientMask, MaskStatistics, kth_largest_magnitude, mask_grads_
+    from gmt_tune.masking import GradientMask, MaskNumbers, MaskStatistics, kth_largest_magnitude, mask_grads_
     from gmt_tune.optim import CompactAdamW
 
-__all__ = ["CompactAdamW", "GradientMask", "MaskStatistics", "__version__", "kth_largest_magnitude", "mask_grads_"]
+__all__ = [
+    "CompactAdamW",
+    "GradientMask",
+    "MaskNumbers",
+    "MaskStatistics",
+    "__version__",
+    "kth_largest_magnitude",
+    "mask_grads_",
+]
 
 
 def __getattr__(name: str):

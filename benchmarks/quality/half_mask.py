@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmt_tune import GradientMask
+from gmt_tune.masking.parameters import DEFAULT_DENSE
 from gmt_tune.masking.parts import Part
 from gmt_tune.masking.selection import Selection, WholeSelection
 
@@ -44,7 +45,7 @@ class HalfMask(GradientMask):
         *,
         refresh_every: int | None = 100,
         seed: int = 0,
-        dense: Sequence[str] = (),
+        dense: Sequence[str] = DEFAULT_DENSE,
         frozen: Sequence[str] = (),
         error_if_nonfinite: bool = True,
     ) -> None:

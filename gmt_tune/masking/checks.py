@@ -5,7 +5,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -81,7 +81,10 @@ def _check_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def names_unknown_keys(init: Callable) -> Callable:
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def names_unknown_keys(init: Init) -> Init:
     """Let a misspelt keyword fail with the nearest right one; ``inspect.signature`` still sees the original."""
     known = [name for name in inspect.signature(init).parameters if name != "self"]
 
@@ -94,4 +97,4 @@ def names_unknown_keys(init: Callable) -> Callable:
                 raise TypeError(f"{type(self).__name__} has no argument '{key}' (given {value!r}): {hint}")
         init(self, *args, **kwargs)
 
-    return checked
+    return cast(Init, checked)  # type checkers see the original too

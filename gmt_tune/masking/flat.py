@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+__all__ = ["FlatShard"]
+
 _AS_IT_IS = {torch.ops.aten.detach, torch.ops.aten.alias, torch.ops.aten.clone, torch.ops.aten._to_copy}
 
 

@@ -152,7 +152,8 @@ def mask_grads_(
     if error_if_nonfinite and not all(seen):
         raise_for_flags(titles, nonfinite_gradients(parts))
     if density < 1.0:
-        selections: Sequence[Selection] = ranking.select(parts, density, scope)
+        scopes = range(len(parts)) if scope == "tensor" else [0] * len(parts)
+        selections: Sequence[Selection] = ranking.select(parts, density, scopes)
     else:
         selections = [WholeSelection(part) for part in parts]
     if error_if_nonfinite and all(seen):

@@ -7,6 +7,7 @@ masked, ``parameters`` says; what is selected of their gradients, ``scores`` and
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from gmt_tune.masking.optimizers import (
     unwrap_optimizer,
 )
 from gmt_tune.masking.packing import check_saved_bits, pack_selection
-from gmt_tune.masking.parameters import MaskedParameters
+from gmt_tune.masking.parameters import DEFAULT_DENSE, MaskedParameters
 from gmt_tune.masking.parts import (
     Part,
     is_sharded,
@@ -47,6 +48,9 @@ from gmt_tune.masking.schedule import Schedule, spread_turns
 from gmt_tune.masking.scores import Random, Score, UserScore, make_score
 from gmt_tune.masking.selection import PackedSelection, PlacedSelection, Selection, WholeSelection, apply_, pack
 from gmt_tune.masking.ties import place_exactly
+
+# What a subclass may override: which of them it does, a saved state says
+_RULES = ("compute_score", "select", "apply_", "refreshes", "scope_of")
 
 
 class GradientMask:
@@ -68,7 +72,8 @@ class GradientMask:
         scope: over what the top fraction is taken: each "tensor", or all masked tensors together ("global").
         refresh_every: optimizer steps between two selections; None selects once, at the first step.
             Selections that outlive a step are kept at 1 bit per entry.
-        dense: name patterns (``fnmatch``) of parameters that are updated in full.
+        dense: name patterns (``fnmatch``) of parameters that are updated in full. By default norms, as far as their
+            names say so: "ln_1" does not. The default leaves to ``frozen`` what both match; ``()`` masks all.
         frozen: name patterns of parameters that are not updated at all: they stop requiring gradients.
         seed: of the random score.
         error_if_nonfinite: raise if the gradient of a masked or dense parameter holds NaN or infinity, before any
@@ -84,8 +89,10 @@ class GradientMask:
         >>> mask = GradientMask(model.named_parameters(), density=0.2)
         >>> handle = mask.register(optimizer)
 
-    A subclass overrides :meth:`compute_score` for a new score, :meth:`select` for another rule of selection, or
-    :meth:`apply_` for something else than zeroing what is not selected.
+    A subclass overrides :meth:`compute_score` for a new score, :meth:`refreshes` for another rule of when selections
+    are made, :meth:`scope_of` for another scope, :meth:`select` for another rule of selection, or :meth:`apply_` for
+    something else than zeroing what is not selected. A saved state names what was overridden and by which class, so
+    that going on under another rule is refused; a rule's own arguments are its class's to add to :meth:`policy`.
     """
 
     @checks.names_unknown_keys
@@ -97,7 +104,7 @@ class GradientMask:
         score: str = "magnitude",
         scope: str = "tensor",
         refresh_every: int | None = 1,
-        dense: Sequence[str] = (),
+        dense: Sequence[str] = DEFAULT_DENSE,
         frozen: Sequence[str] = (),
         seed: int = 0,
         error_if_nonfinite: bool = True,
@@ -115,6 +122,7 @@ class GradientMask:
         self._parameters = MaskedParameters(named_parameters, self.dense, self.frozen)
         self._schedule = Schedule(self.refresh_every)
         self._phases: dict[str, int] = {}  # of tensors that take turns, by name
+        self._last_due: dict[str, tuple[int, int]] = {}  # by name, under a rule of a subclass: the step, seen up to
         self._is_compact = False  # the optimizer keeps gradients and states of selected entries alone
         self._steps: dict[str, int] = {}  # optimizer steps that were masked, by name
         self._selections: dict[str, PackedSelection | PlacedSelection] = {}
@@ -145,6 +153,30 @@ class GradientMask:
         """
         return grad * parameter.detach() if self.score == "saliency" else grad
 
+    def refreshes(self, name: str, step: int) -> bool:
+        """Whether a tensor gets a new selection in an optimizer step. Override it for another schedule.
+
+        It is asked before the backward pass, more than once, also of steps that are over, and on every rank: the answer
+        may depend on its arguments and on what :meth:`policy` says alone. A tensor that has no selection yet gets one
+        in its first step whatever the answer is, except with a compact optimizer and ``refresh_every`` above 1.
+
+        Args:
+            name: the parameter's name.
+            step: of this parameter's optimizer steps, counted from 0.
+        """
+        return self._schedule.is_due(step, self._phases.get(name, 0))
+
+    def scope_of(self, name: str) -> str:
+        """Over what the top fraction is taken: over all tensors with the same answer. Override it for another scope.
+
+        The answer may depend on the name alone. Tensors of one scope should be due at the same steps: those that are
+        due compete with each other. Several tensors in a scope do not work with a compact optimizer.
+
+        Args:
+            name: the parameter's name.
+        """
+        return name if self.scope == "tensor" else "global"
+
     def select(self, parts: Sequence[Part]) -> list[Selection]:
         """Which entries stay of gradients that get a new selection in this step. Override it for another rule.
 
@@ -156,7 +188,7 @@ class GradientMask:
         """
         if self.density == 1.0:
             return [WholeSelection(part) for part in parts]
-        return self._score().select(parts, self.density, self.scope)
+        return self._score().select(parts, self.density, [self.scope_of(part.name) for part in parts])
 
     def apply_(
         self, parts: Sequence[Part], selections: Sequence[Selection], optimizer: Optimizer | None
@@ -192,7 +224,7 @@ class GradientMask:
             TypeError: if it is no optimizer, or one that runs no step hooks.
             ValueError: if it has this mask already, or one that masks the same parameters; if it holds no parameter of
                 this mask, or one that the mask does not know and whose group does not say ``"gradient_mask": False``;
-                for scope "global", if it lacks a masked parameter.
+                if it holds a part of the parameters of a scope; for a compact one, if a scope has several.
 
         Not for a step that is captured in a CUDA graph, which fails with an error of CUDA's: capture forward and
         backward alone.
@@ -218,11 +250,12 @@ class GradientMask:
                 "named_parameters() of the model as the optimizer sees it, after wrapping or moving it"
             )
         self._parameters.sort(optimizer, lambda p: p.requires_grad)
-        if self.scope == "global" and (lacking := masked.keys() - held):
-            names = sorted(masked[p] for p in lacking)
+        own_scopes = {self.scope_of(masked[p]) for p in masked.keys() & held}
+        if lacking := [name for p, name in masked.items() if p not in held and self.scope_of(name) in own_scopes]:
+            name = min(lacking)
             raise ValueError(
-                f"scope 'global' needs one optimizer that holds all masked parameters, and this one lacks '{names[0]}' "
-                f"({len(names)} in all): give it all of them, or use scope 'tensor'"
+                f"scope '{self.scope_of(name)}' needs one optimizer that holds all masked parameters of it, and this "
+                f"one lacks '{name}' ({len(lacking)} in all): give it all of them, or use scope 'tensor'"
             )
         hooks = self._take_turns(optimizer) if isinstance(optimizer, CompactOptimizer) else []
         self._optimizers.add(optimizer)
@@ -234,8 +267,8 @@ class GradientMask:
 
     def _take_turns(self, optimizer: CompactOptimizer) -> list[RemovableHandle]:
         """Let an optimizer have selected entries alone: tensors take turns, and what is not due is freed at once."""
-        if self.scope == "global":
-            raise ValueError(f"scope 'global' does not work with {type(optimizer).__name__}: use scope 'tensor'")
+        if scopes := self.scopes_of_several():
+            raise ValueError(f"scope '{scopes[0]}' does not work with {type(optimizer).__name__}: use scope 'tensor'")
         if type(self).apply_ is not GradientMask.apply_:
             raise TypeError(
                 f"{type(self).__name__} overrides apply_, which changes whole gradients, and "
@@ -297,13 +330,31 @@ class GradientMask:
 
     def is_due(self, name: str) -> bool:
         """Whether a parameter gets a new selection in the next step; can be asked before the backward pass."""
-        step, phase = self._steps.get(name, 0), self._phases.get(name, 0)
-        has_none = name not in self._selections and not isinstance(self._score(), Random)
-        return (has_none and not self._schedule.in_turns) or self._schedule.is_due(step, phase)
+        # A random one is kept by a compact optimizer alone
+        has_none = name not in self._selections and (self._is_compact or not isinstance(self._score(), Random))
+        return (has_none and not self._schedule.in_turns) or self.refreshes(name, self._steps.get(name, 0))
 
     def draw(self, name: str) -> int:
-        """Which selection of a parameter is in force in this step, counted from 0: it changes at each refresh."""
-        return self._schedule.draw(self._steps.get(name, 0) - self._repeats, self._phases.get(name, 0))
+        """Which selection of a parameter is in force in this step, a number from 0 on that rises at each refresh."""
+        step = self._steps.get(name, 0) - self._repeats
+        if "refreshes" not in self._rules():
+            return self._schedule.draw(step, self._phases.get(name, 0))
+        last, seen = self._last_due.get(name, (0, 0))
+        if step < seen:  # an earlier state was loaded
+            last, seen = 0, 0
+        last = next((s for s in range(step, seen, -1) if self.refreshes(name, s)), last)
+        self._last_due[name] = last, step
+        return last
+
+    def scopes_of_several(self) -> list[str]:
+        """The scopes over which several tensors compete, "global" among them; none with scope "tensor"."""
+        tensors = Counter(self.scope_of(name) for name in self.maskable_parameters)
+        return [scope for scope, count in tensors.items() if count > 1 or scope == self.scope == "global"]
+
+    @property
+    def keeps_selections(self) -> bool:
+        """Whether a selection is used in more than one step."""
+        return self._schedule.keeps or "refreshes" in self._rules()
 
     def selection(self, p: Tensor) -> PlacedSelection | None:
         """Which entries of a parameter are selected, for an optimizer that keeps these alone; None if none are yet."""
@@ -370,7 +421,7 @@ class GradientMask:
                 self._mask(masked, dense, optimizer, is_repeated=is_repeated)
 
         def keep_selections() -> None:
-            if not self._schedule.keeps and not isinstance(self._score(), Random):
+            if not self.keeps_selections and not isinstance(self._score(), Random):
                 for name, p in self.parameters_of(optimizer).items():
                     if p.grad is not None:
                         entries, threshold = own_entries(p.grad), self.statistics.thresholds.get(name)
@@ -385,7 +436,7 @@ class GradientMask:
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._grad_scale = None
-        if not self._schedule.keeps and not self._is_compact:
+        if not self.keeps_selections and not self._is_compact:
             self._selections.clear()  # what the calls of one step's closure had in common
         self._flags.raise_behind_backward()
 
@@ -417,7 +468,7 @@ class GradientMask:
         now = make_parts({self._parameters.names[p]: p for p in dense if self.error_if_nonfinite})
         for batch, selections in self._select_finite(due, score, [*now, *kept]):
             thresholds = [score.unscaled(s.threshold, self._grad_scale) for s in selections]
-            if self._schedule.keeps:
+            if self.keeps_selections:
                 lasting = [i for i, selection in enumerate(selections) if selection.outlasts_step]
                 for i in lasting:  # not beside the new ones: their bits are a gigabyte for 8 B entries
                     self._selections.pop(batch[i].name, None)
@@ -439,7 +490,7 @@ class GradientMask:
         # Selecting looks at most gradients anyway: these are not read once more for it
         later = {part.name for part in due if self.density < 1.0 and score.sees_nonfinite(part)}
         self._raise_if_nonfinite([*others, *(part for part in due if part.name not in later)])
-        for batch in score.batches(due, self.scope):
+        for batch in score.batches(due, [self.scope_of(part.name) for part in due]):
             selections = self.select(batch)
             seen = [(part, s.nonfinite) for part, s in zip(batch, selections, strict=True) if part.name in later]
             self._raise_if_nonfinite([part for part, flag in seen if flag is None])
@@ -503,8 +554,9 @@ class GradientMask:
     # ------------------------------------------------------------------ state
 
     def policy(self) -> dict[str, object]:
-        """The arguments that decide what is selected, for checkpoints and logs."""
+        """What decides what is selected, for checkpoints and logs: arguments, and methods that a subclass overrides."""
         return {
+            **self._rules(),
             "score": self.score,
             "density": self.density,
             "scope": self.scope,
@@ -512,6 +564,15 @@ class GradientMask:
             "dense": list(self.dense),
             "frozen": list(self.frozen),
             "seed": self.seed,
+        }
+
+    def _rules(self) -> dict[str, str]:
+        """The methods that a subclass overrides, by their full names."""
+        own = {rule: getattr(type(self), rule) for rule in _RULES}
+        return {
+            rule: f"{method.__module__}.{method.__qualname__}"
+            for rule, method in own.items()
+            if method is not getattr(GradientMask, rule)
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -545,7 +606,11 @@ class GradientMask:
         except (TypeError, ValueError):
             raise ValueError("this is no GradientMask state: load what state_dict() gave") from None
         own = self.policy()
-        differing = [f"{key} is {own[key]!r}, was {saved.get(key)!r}" for key in own if own[key] != saved.get(key)]
+        differing = [
+            f"{key} is {own.get(key)!r}, was {saved.get(key)!r}"
+            for key in {**own, **saved}
+            if own.get(key) != saved.get(key)
+        ]
         if differing:
             raise ValueError(
                 f"the gradient mask differs from the saved one: {'; '.join(differing)}. "

@@ -10,6 +10,8 @@ from gmt_tune.masking.bits import INT_DTYPE, row_major_blocks
 from gmt_tune.masking.parts import own_entries, own_ranges
 from gmt_tune.masking.search.entries import Product
 
+__all__ = ["pack_selection"]
+
 _BLOCK = {"cpu": 1 << 18, "other": 1 << 21}  # entries packed at a time: bounds the passing memory
 # Multiplying 8 bytes of 0 or 1 by this gathers them, in order, in the product's upper byte
 _GATHER = 0x0102040810204080

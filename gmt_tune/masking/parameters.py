@@ -10,13 +10,18 @@ from torch.optim import Optimizer
 from gmt_tune.masking.flat import FlatShard
 from gmt_tune.masking.names import bare_names
 
+#: What is dense where nobody says: norms, under the names of most models ("input_layernorm", "sa_norm", "q_norm"),
+#: though not GPT-2's ("ln_1", "ln_f"). That it matches nothing, or what is frozen, is no mistake of the user's.
+DEFAULT_DENSE = ("*norm*",)
+
 
 class MaskedParameters:
     """The parameters of one model, sorted by name patterns.
 
     Args:
         named_parameters: pairs of name and parameter.
-        dense, frozen: name patterns; parameters that ``frozen`` matches stop requiring gradients.
+        dense: name patterns; ``DEFAULT_DENSE`` itself may match nothing, and leaves to ``frozen`` what both match.
+        frozen: name patterns; parameters that it matches stop requiring gradients.
 
     Attributes:
         masked: name by parameter, without what wrappers put into the name; those that are unfrozen later join it.
@@ -28,8 +33,11 @@ class MaskedParameters:
 
     def __init__(self, named_parameters: Any, dense: Sequence[str], frozen: Sequence[str]) -> None:
         parameters, self._given_names = _check_named_parameters(named_parameters)
-        self._dense = _match("dense", dense, self._given_names)
+        is_default = dense is DEFAULT_DENSE  # the same pattern, written by a user, is held to what it says
+        self._dense = _match("dense", dense, self._given_names, must_match=not is_default)
         self._frozen = _match("frozen", frozen, self._given_names)
+        if is_default:
+            self._dense -= self._frozen
         for name in self._dense & self._frozen:
             raise ValueError(f"'{name}' matches both dense and frozen: remove it from one of the two")
         for name in self._frozen:
@@ -39,9 +47,9 @@ class MaskedParameters:
         self.names = {p: name for name, p in parameters.items()}
         self.masked = {p: name for name, p in parameters.items() if name not in self._dense and p.requires_grad}
         if not self.masked:
+            remedy = "dense=[] masks norms as well" if is_default else "remove patterns from dense and frozen"
             raise ValueError(
-                "no parameter is left to mask: all are dense, frozen, or do not require gradients; "
-                "remove patterns from dense and frozen"
+                f"no parameter is left to mask: all are dense, frozen, or do not require gradients; {remedy}"
             )
 
     def flatten(self, shards: Mapping[Tensor, FlatShard]) -> None:
@@ -152,14 +160,14 @@ def _check_named_parameters(named_parameters) -> tuple[dict[str, Tensor], dict[s
     return parameters, given
 
 
-def _match(key: str, patterns: Sequence[str], given_names: dict[str, str]) -> set[str]:
+def _match(key: str, patterns: Sequence[str], given_names: dict[str, str], must_match: bool = True) -> set[str]:
     """The bare names that a pattern matches, as they are or as they were given."""
-    matched = set()
+    matched: set[str] = set()
     for pattern in patterns:
         names = {
             name for name, given in given_names.items() if fnmatchcase(name, pattern) or fnmatchcase(given, pattern)
         }
-        if not names:
+        if not names and must_match:
             some = ", ".join(list(given_names)[:3])
             raise ValueError(f"{key}: the pattern {pattern!r} matches no parameter; names look like {some}")
         matched |= names

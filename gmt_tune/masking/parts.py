@@ -16,6 +16,8 @@ from torch import Tensor
 from gmt_tune.masking.flat import FlatShard
 from gmt_tune.masking.nonfinite import nonfinite_flags
 
+__all__ = ["Part"]
+
 
 @dataclass(frozen=True, eq=False)
 class Part:

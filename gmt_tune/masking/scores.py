@@ -1,7 +1,7 @@
 """What entries are ranked by, as objects that make selections: the decisions that depend on the score are here."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +25,16 @@ class Score:
         """What this process's entries of a gradient are ranked by, of the same shape."""
         raise NotImplementedError
 
-    def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
-        """For each part a selection of k = max(1, floor(density * n)) of the n entries in the scope, and ties.
+    def select(self, parts: Sequence[Part], density: float, scopes: Sequence[Hashable]) -> list[Selection]:
+        """For each part a selection of k = max(1, floor(density * n)) of the n entries in its scope, and ties.
 
-        With scope "tensor", no more than one score of its own memory need be alive: give a part at a time.
+        Args:
+            parts: of gradients.
+            density: in (0, 1].
+            scopes: of each part; those of equal scopes compete. No more scores need be alive than those of a scope:
+                give one at a time.
         """
-        return list(select_largest(parts, [self.rank(part) for part in parts], density, scope))
+        return list(select_largest(parts, [self.rank(part) for part in parts], density, scopes))
 
     def unscaled(self, threshold: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
         """A threshold without the loss scale that a fused optimizer will divide gradients by, inside its step."""
@@ -38,7 +42,7 @@ class Score:
             return threshold
         return threshold.float() / grad_scale.to(threshold.device)
 
-    def batches(self, parts: Sequence[Part], scope: str) -> list[Sequence[Part]]:
+    def batches(self, parts: Sequence[Part], scopes: Sequence[Hashable]) -> list[Sequence[Part]]:
         """The parts to select of together: all, unless their scores would take memory at the same time."""
         return [parts] if parts else []
 
@@ -89,9 +93,9 @@ class Random(Score):
             ranks[i - first] = whole[tuple(slice(*held) for held in others)]
         return ranks
 
-    def select(self, parts: Sequence[Part], density: float, scope: str) -> list[Selection]:
+    def select(self, parts: Sequence[Part], density: float, scopes: Sequence[Hashable]) -> list[Selection]:
         if self._is_exact:
-            return super().select(parts, density, scope)
+            return super().select(parts, density, scopes)
         for part in parts:
             check_dtype(part.local)
         return [RandomSelection(part, density, self._key(part)) for part in parts]
@@ -138,34 +142,34 @@ class UserScore(Score):
     def unscaled(self, threshold: Tensor | None, grad_scale: Tensor | None) -> Tensor | None:
         return threshold  # gradients were divided before
 
-    def batches(self, parts: Sequence[Part], scope: str) -> list[Sequence[Part]]:
-        if scope == "global" or any(part.groups for part in parts):  # what is sharded shares collectives
-            return super().batches(parts, scope)
-        return [[part] for part in parts]
+    def batches(self, parts: Sequence[Part], scopes: Sequence[Hashable]) -> list[Sequence[Part]]:
+        if any(part.groups for part in parts):  # what is sharded shares collectives
+            return super().batches(parts, scopes)
+        return [[parts[i] for i in members] for members in _in_scopes(range(len(parts)), scopes)]
 
 
 def select_largest(
     parts: Sequence[Part],
     scores: Sequence[Tensor | Product],
     density: float,
-    scope: str = "tensor",
+    scopes: Sequence[Hashable] | None = None,
 ) -> list[ThresholdSelection]:
-    """The measuring step: the threshold of each part, or of all together, changing nothing.
+    """The measuring step: the threshold of each part, or of the parts of a scope together, changing nothing.
 
     Args:
         parts: of gradients; where they are sharded, all ranks give the same ones in the same order.
         scores: of each part's entries, on the same device.
         density: fraction of entries that stay, in (0, 1].
-        scope: "tensor" or "global".
+        scopes: of each part; None: each is its own.
 
     Returns:
-        Selections; with scope "global" their thresholds are equal, and of the scores' dtype, or float32 where dtypes
+        Selections; within a scope their thresholds are equal, and of the scores' dtype, or float32 where dtypes
         differ. The threshold of a gradient without entries is infinity.
     """
     for score in scores:
         check_dtype(score)
     filled = [i for i, part in enumerate(parts) if part.numel]
-    groups = [[i] for i in filled] if scope == "tensor" else [filled] if filled else []
+    groups = _in_scopes(filled, range(len(parts)) if scopes is None else scopes)
     ks = [entries_to_keep(sum(parts[i].numel for i in group), density) for group in groups]
     found = find_thresholds([[(scores[i], parts[i]) for i in group] for group in groups], ks)
     selections = {}
@@ -176,6 +180,13 @@ def select_largest(
                 scores[i], result.threshold, count, flag if is_gradients else None, result.search
             )
     return [selections[i] if i in selections else _select_nothing(score) for i, score in enumerate(scores)]
+
+
+def _in_scopes(indices: Iterable[int], scopes: Sequence[Hashable]) -> list[list[int]]:
+    members: dict[Hashable, list[int]] = {}
+    for i in indices:
+        members.setdefault(scopes[i], []).append(i)
+    return list(members.values())
 
 
 def _select_nothing(score: Tensor | Product) -> ThresholdSelection:

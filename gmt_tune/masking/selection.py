@@ -30,6 +30,8 @@ from gmt_tune.masking.places import Places
 from gmt_tune.masking.search.devices import is_served, kernels_for, try_triton
 from gmt_tune.masking.search.entries import Product
 
+__all__ = ["PackedSelection", "PlacedSelection", "Selection", "apply_"]
+
 _BLOCK = {"cpu": 1 << 17, "other": 1 << 21}  # entries compared at a time: bounds the passing memory
 
 
@@ -289,7 +291,7 @@ class WholeSelection(Selection):
 
 @torch.no_grad()
 def apply_(parts: Sequence[Part], selections: Sequence[Selection]) -> list[Tensor]:
-    """Zero, in place, what selections leave out of gradients. On CUDA it does not wait for the device.
+    """Zero, in place, what ``selections`` leave out of the gradients of ``parts``, without waiting for a CUDA device.
 
     Returns:
         For each gradient a 0-d int64 tensor: how many entries of the whole gradient stay.

@@ -222,7 +222,11 @@ class CompactAdamW(CompactOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update the selected entries and the dense parameters, and let go of the gradient's selected entries."""
+        """Update the selected entries and the dense parameters, and let go of the gradient's selected entries.
+
+        Args:
+            closure: as for every optimizer: computes the loss and its gradient once more.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -255,6 +259,7 @@ class CompactAdamW(CompactOptimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every optimizer (``set_to_none`` too); selected entries that were taken in are dropped."""
         self._waiting.clear()
         self._taken.clear()
         super().zero_grad(set_to_none)

@@ -328,7 +328,7 @@ def count_collectives() -> dict[str, tuple[int, int, int, set[str]]]:
         model = llama_of_30_layers(dtype_of(dtype, ""))
         for policy in policies:
             # Checking for NaN, which is on, and statistics are part of what is counted
-            mask = GradientMask(model.named_parameters(), 0.2, **policy)
+            mask = GradientMask(model.named_parameters(), 0.2, dense=(), **policy)
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             if "refresh_every" in policy:

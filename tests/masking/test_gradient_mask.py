@@ -361,3 +361,45 @@ def test_scope_global_is_refused_with_one_optimizer_per_parameter():
     mask = GradientMask(model.named_parameters(), density=0.2, scope="global")
     with pytest.raises(ValueError, match=r"needs one optimizer that holds all masked parameters"):
         mask.register(torch.optim.SGD([model[1].weight], lr=0.1))
+
+
+def normed_model() -> nn.Module:
+    """Norms under the names of most models, beside one under GPT-2's."""
+    return nn.ModuleDict(
+        {
+            "q_proj": nn.Linear(8, 8, bias=False),
+            "ln_1": nn.LayerNorm(8, bias=False),
+            "input_layernorm": nn.LayerNorm(8, bias=False),
+        }
+    )
+
+
+def masked_of(model, **options):
+    return list(GradientMask(model.named_parameters(), density=0.2, **options).masked_parameters)
+
+
+def test_norms_are_dense_where_nobody_says_otherwise():
+    model = normed_model()
+    assert masked_of(model) == masked_of(model, dense=["*norm*"]) == ["q_proj.weight", "ln_1.weight"]
+    assert masked_of(model, dense=[]) == masked_of(model, dense=()) == [name for name, _ in model.named_parameters()]
+    assert GradientMask(model.named_parameters(), density=0.2).policy()["dense"] == ["*norm*"]
+
+
+def test_the_default_may_match_nothing_and_yields_to_frozen_where_a_written_pattern_does_not():
+    linear = nn.Linear(3, 3)
+    assert masked_of(linear) == ["weight", "bias"]
+    with pytest.raises(ValueError, match=r"dense: the pattern '\*norm\*' matches no parameter"):
+        masked_of(linear, dense=["*norm*"])
+    assert masked_of(normed_model(), frozen=["*norm*"]) == ["q_proj.weight", "ln_1.weight"]
+    with pytest.raises(ValueError, match="matches both dense and frozen"):
+        masked_of(normed_model(), frozen=["*norm*"], dense=["*norm*"])
+    with pytest.raises(ValueError, match=r"no parameter is left to mask: .*; dense=\[\] masks norms as well"):
+        masked_of(normed_model(), frozen=["q_proj*", "ln_1*"])
+
+
+def test_a_mask_saved_with_another_dense_is_refused_by_name():
+    model = normed_model()
+    before = GradientMask(model.named_parameters(), density=0.2, dense=[]).state_dict()
+    mask = GradientMask(model.named_parameters(), density=0.2)
+    with pytest.raises(ValueError, match=r"dense is \['\*norm\*'\], was \[\]\. Set it as it was, or start a new run"):
+        mask.load_state_dict(before)

@@ -4,7 +4,7 @@ Axolotl trains with trainers derived from the Hugging Face Trainer, so this plug
 config to the callback of ``gmt_tune.integrations.transformers``.
 """
 
-from gmt_tune.integrations.axolotl.args import GradientMaskArgs
+from gmt_tune.integrations.axolotl.args import GradientMaskArgs, GradientMaskSection
 from gmt_tune.integrations.axolotl.plugin import GradientMaskPlugin
 
-__all__ = ["GradientMaskArgs", "GradientMaskPlugin"]
+__all__ = ["GradientMaskArgs", "GradientMaskPlugin", "GradientMaskSection"]

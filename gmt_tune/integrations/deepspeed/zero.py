@@ -52,16 +52,16 @@ def register(mask: GradientMask, engine: Any) -> RemovableHandle:
     _refuse_unmaskable(zero)
     shards = dict(_shards(zero))
     flat = {id(shard.within) for shard in shards.values()}
-    if mask.scope == "global" and len(flat) > 1:
+    if len(flat) > 1 and (scopes := mask.scopes_of_several()):
         raise ValueError(
-            f"scope 'global' needs all gradients at once, and ZeRO steps {len(flat)} groups one behind the other: use "
-            "scope 'tensor', or one parameter group (and in stage 3 a sub_group_size that holds all)"
+            f"scope '{scopes[0]}' needs all gradients at once, and ZeRO steps {len(flat)} groups one behind the other: "
+            "use scope 'tensor', or one parameter group (and in stage 3 a sub_group_size that holds all)"
         )
     return mask.register(zero.optimizer, shards=shards)
 
 
 def zero_optimizer(engine: Any) -> Any:
-    """The ZeRO optimizer of an engine, or inside accelerate's wrapper, or this object itself; None if there is none.
+    """The ZeRO optimizer of ``engine``: an engine, accelerate's wrapper, or this object itself; None if there is none.
 
     Its attribute ``optimizer`` is the ``torch.optim.Optimizer`` that it wraps.
     """

@@ -62,7 +62,7 @@ def restore_mask(mask: GradientMask, args: TrainingArguments, state: TrainerStat
                 _check_optimizer(path.parent, content.get("compact", False), compact)
                 mask.load_state_dict(content["mask"])
                 return
-    if mask.refresh_every == 1 and mask.score != "random" and compact is None:
+    if not mask.keeps_selections and mask.score != "random" and compact is None:
         # Each step makes a selection of its own gradient: nothing is lost but the count of steps.
         steps = dict.fromkeys(mask.state_dict()["steps"], state.global_step)
         mask.load_state_dict({"policy": mask.policy(), "steps": steps, "selections": {}})

@@ -51,7 +51,7 @@ def test_a_section_reaches_the_mask_as_it_was_written(validate, axolotl_config, 
 
     cfg = validate(axolotl_config(gradient_mask=section))
     [callback] = GradientMaskPlugin().add_callbacks_pre_trainer(cfg, model=None)
-    defaults = {"score": "magnitude", "scope": "tensor", "refresh_every": 1, "dense": [], "frozen": []}
+    defaults = {"score": "magnitude", "scope": "tensor", "refresh_every": 1, "frozen": []}
     assert callback._options == {**defaults, "seed": 0, "error_if_nonfinite": True, **section}
 
 

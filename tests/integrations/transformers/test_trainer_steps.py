@@ -35,7 +35,7 @@ def test_density_1_equals_the_trainer_without_callback(make_trainer, same_bits):
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
 def test_a_step_moves_the_entries_that_a_full_sort_selects(make_trainer, moves_only_selected, changes):
-    callback = GradientMaskCallback(density=0.1)
+    callback = GradientMaskCallback(density=0.1, dense=[])
     moves_only_selected(lambda watch: make_trainer([callback, watch], max_steps=1, **SGD, **changes), density=0.1)
     assert callback.mask.step == 1
 
@@ -46,7 +46,7 @@ def test_the_mask_comes_after_what_other_callbacks_do_to_gradients(make_trainer,
             for p in model.parameters():
                 p.grad = torch.where(p.grad.abs() > p.grad.abs().median(), p.grad * 1e-3, p.grad)
 
-    callbacks = [GradientMaskCallback(density=0.1), ShrinksTheLargest()]
+    callbacks = [GradientMaskCallback(density=0.1, dense=[]), ShrinksTheLargest()]
     moves_only_selected(lambda watch: make_trainer([*callbacks, watch], max_steps=1, **SGD), density=0.1)
 
 

@@ -61,7 +61,7 @@ def make_sft_or_dpo(tiny_world, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_step_moves_the_entries_that_a_full_sort_selects(make_sft_or_dpo, moves_only_selected, kind):
-    callback = GradientMaskCallback(density=0.2)
+    callback = GradientMaskCallback(density=0.2, dense=[])
     moves_only_selected(lambda watch: make_sft_or_dpo(kind, [callback, watch], **SGD), density=0.2)
     assert callback.mask.step == 1
 
