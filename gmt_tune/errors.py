@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+__all__ = ["UserError"]
+
 
 class UserError(Exception):
     """One sentence that names what is wrong and what would be right; shown without a traceback."""

@@ -52,7 +52,8 @@ def quickstart_preference_dataset(
 ) -> PreferenceDataset:
     """The same questions, each with its answer and a worse one: a true sentence that answers another question.
 
-    The arguments are those of :func:`quickstart_dataset`; rows are those of ``torchtune.datasets.preference_dataset``.
+    Arguments (``tokenizer``, ``split``, ``size``, ``seed``) are those of :func:`quickstart_dataset`;
+    rows are those of ``torchtune.datasets.preference_dataset``.
     """
     return _PairDataset(_first(preferences(split, seed), split, size), tokenizer)
 

@@ -15,8 +15,11 @@ from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
 from gmt_tune.data.files import fault_of_files
-from gmt_tune.data.rows import CheckedRows, cause_in_words
+from gmt_tune.data.rows import ROWS_CHECKED_AHEAD, CheckedRows, cause_in_words
+from gmt_tune.data.scan import files_of_section, scan_section
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
+
+ROWS_LIKE_SCANNED = 100
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
@@ -53,11 +56,13 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
 
 def _build_part(part: DictConfig, tokenizer, key: str):
     """The data set of one section: packed, or with rows that say what is wrong with them."""
-    files = part.get("data_files", None)
-    if isinstance(files, (ListConfig, DictConfig)):
-        files = OmegaConf.to_container(files)
-    origin = files if isinstance(files, str) else part.get("source", None)
-    name = key if origin is None else f"{key} ({origin})"
+    section = OmegaConf.to_container(part, resolve=True)
+    assert isinstance(section, dict)
+    files, origin = section.get("data_files"), section.get("source")
+    try:
+        is_scanned = scan_section(section, key, getattr(tokenizer, "check_messages", None))
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith((key, "row ")) else f"{key}: {error}") from error
     try:
         dataset = config.instantiate(part, tokenizer)
         len(dataset)
@@ -65,26 +70,33 @@ def _build_part(part: DictConfig, tokenizer, key: str):
         raise
     except Exception as error:
         if "_pack" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
-            _name_bad_row(part, tokenizer, name)
-        fault = fault_of_files(files, part.get("source", None))
+            _name_bad_row(part, tokenizer, key)
+        fault = fault_of_files(files, origin)
         if fault is not None:
             raise UserError(f"{key}: {fault}") from error
         raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
     if isinstance(dataset, PackedDataset):
-        CheckedRows(dataset.ds, name).check(None)  # for a row that is wrong and raised no error
+        _checked(dataset.ds, section, key).check(None)  # for a row that is wrong and raised no error
         return dataset
-    rows = CheckedRows(dataset, name)
-    rows.check()
+    rows = _checked(dataset, section, key)
+    # What was scanned can differ only in the types that loading gives to whole columns
+    rows.check(ROWS_LIKE_SCANNED if is_scanned else ROWS_CHECKED_AHEAD)
     return rows
 
 
-def _name_bad_row(part: DictConfig, tokenizer, name: str) -> None:
+def _checked(dataset, section: dict, key: str) -> CheckedRows:
+    files = section.get("data_files")
+    origin = files if isinstance(files, str) else section.get("source")
+    return CheckedRows(dataset, key, origin, files_of_section(section))
+
+
+def _name_bad_row(part: DictConfig, tokenizer, key: str) -> None:
     """Packing reads all rows and says nothing of the one that it fails at: raise UserError if one of them fails."""
     try:
         dataset = config.instantiate(OmegaConf.merge(part, {"packed": False}), tokenizer)
     except Exception:
         return  # it is not the rows
-    rows = CheckedRows(dataset, name)
+    rows = _checked(dataset, OmegaConf.to_container(part, resolve=True), key)
     rows.check(None)
     for index in range(len(rows)):
         rows[index]
