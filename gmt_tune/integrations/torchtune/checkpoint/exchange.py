@@ -46,6 +46,7 @@ class Position:
         skipped_steps: that were left out, since their gradients were not finite.
         is_final: the run is complete, and nothing that resuming needs is kept.
         val_loss: at this step; None without a validation.
+        tokens: that the steps were divided by, in all; None where a version that did not count them began the run.
     """
 
     global_step: int
@@ -58,3 +59,4 @@ class Position:
     seed: int
     is_final: bool
     val_loss: float | None = None
+    tokens: int | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from gmt_tune.errors import UserError
@@ -12,6 +14,7 @@ from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint.config_differences import config_differences
 from gmt_tune.integrations.torchtune.checkpoint.manifest import FORMAT, Checkpoint
 from gmt_tune.integrations.torchtune.checkpoint.model import check_config_json
+from gmt_tune.integrations.torchtune.config.files import file_names
 
 log = utils.get_logger("INFO")
 
@@ -35,8 +38,7 @@ def find_checkpoint(
     if found is not None and found.format != FORMAT:
         raise UserError(
             f"{found.path} was saved by an earlier version of gmt-tune, whose training state this one cannot read: "
-            f"go on with that version, or start a new run from its weights with checkpointer.checkpoint_dir="
-            f"{found.path} and another output_dir"
+            f"go on with that version, or start a new run from its weights with {new_run_from(found, cfg)}"
         )
     folders.remove_incomplete(output_dir)
     if not cfg.resume_from_checkpoint:
@@ -56,6 +58,22 @@ def find_checkpoint(
     else:
         log.info(f"No checkpoint in {output_dir} yet: starting from the beginning.")
     return found
+
+
+def new_run_from(found: Checkpoint, cfg: DictConfig) -> str:
+    """What to write at the end of a command line for a new run from a checkpoint's weights, and not its state."""
+    words = [f"checkpointer.checkpoint_dir={found.path}"]
+    written = found.progress.model_files
+    given = cfg.checkpointer.checkpoint_files
+    numbers = re.fullmatch(r"(.*?)\d+-of-(\d+)(.*)", written[-1])
+    if file_names("checkpointer", given) != written:
+        if OmegaConf.is_dict(given) and numbers is not None:  # OmegaConf puts no list in the place of a section
+            words.append(f"checkpointer.checkpoint_files.filename_format={numbers[1]}{{}}-of-{{}}{numbers[3]}")
+            words.append(f"checkpointer.checkpoint_files.max_filename={numbers[2]}")
+        else:
+            words.append(f"checkpointer.checkpoint_files=[{','.join(written)}]")
+    words.append(f"output_dir={found.path.parent}_next")
+    return shlex.join(words)
 
 
 def _check_inputs(cfg: DictConfig, inputs: dict[str, str], is_resumed: bool) -> None:

@@ -87,6 +87,11 @@ def incomplete_path(output_dir: Path, name: str) -> Path:
     return output_dir / f"{_INCOMPLETE}{name}"
 
 
+def by_final_name(message: str) -> str:
+    """A message whose paths are in the folder of :func:`incomplete_path`, with the name that users know."""
+    return message.replace(_INCOMPLETE, "")
+
+
 def make_incomplete(folder: Path) -> None:
     """Make the folder of :func:`incomplete_path`, empty."""
     remove(folder)

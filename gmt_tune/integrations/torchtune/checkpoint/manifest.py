@@ -16,6 +16,9 @@ from gmt_tune.integrations.torchtune.checkpoint.exchange import Position
 
 MANIFEST = "training_progress.json"
 
+# For people, who may change it: no part of what makes a checkpoint whole
+CARD = "README.md"
+
 # Of what a checkpoint holds; the one before kept each rank's state in a file of its own
 FORMAT = 2
 
@@ -69,8 +72,10 @@ class Checkpoint:
         return value if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
 
     def damage(self) -> str | None:
-        """What is wrong with its files, in words, or None. Reads every byte."""
+        """What is wrong with its files, in words, or None. Reads every byte, but of its model card."""
         for name, (size, checksum) in self.files.items():
+            if name == CARD:
+                continue
             file = self.path / name
             try:
                 if not file.is_file():

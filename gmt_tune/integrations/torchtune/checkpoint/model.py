@@ -19,7 +19,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint import deferred
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint import state as training_state
-from gmt_tune.integrations.torchtune.checkpoint.manifest import MANIFEST, read_json_object
+from gmt_tune.integrations.torchtune.checkpoint.manifest import CARD, MANIFEST, read_json_object
 from gmt_tune.models.checkpointer import FullModelHFCheckpointer
 
 # What torchtune's loader for Hugging Face folders reads of config.json, for the model types that it knows by name.
@@ -69,7 +69,7 @@ def write_model(checkpointer, weights: Mapping[str, Tensor], folder: Path, files
         checkpointer: the config's.
         weights: of the model, by torchtune's names; deferred ones only where :func:`writes_one_by_one`.
         folder: exists; gets the files.
-        files_from: model folder whose files other than weights are copied.
+        files_from: model folder whose files other than weights are copied; not its README.md, which is about that one.
     """
     # Of weights in several dtypes, transformers names that of the first parameter too
     dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), None)
@@ -88,7 +88,7 @@ def write_model(checkpointer, weights: Mapping[str, Tensor], folder: Path, files
         checkpointer._output_dir, checkpointer._checkpoint_dir = given
         SUFFIXES_TO_NOT_COPY.remove(".distcp")
     for path in sorted((folder / "epoch_0").iterdir()):
-        if path.name in (MANIFEST, training_state.FOLDER):  # of that checkpoint too
+        if path.name in (CARD, MANIFEST, training_state.FOLDER):  # of that checkpoint too
             folders.remove(path)
         else:
             path.rename(folder / path.name)

@@ -18,16 +18,18 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchtune import utils
+from torchtune.training import FullModelHFCheckpointer
 
-from gmt_tune.errors import UserError
+from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint import state as training_state
 from gmt_tune.integrations.torchtune.checkpoint.exchange import Position, TrainingParts
-from gmt_tune.integrations.torchtune.checkpoint.finding import find_checkpoint
+from gmt_tune.integrations.torchtune.checkpoint.finding import find_checkpoint, new_run_from
 from gmt_tune.integrations.torchtune.checkpoint.lock import FileLock, lock_folder
-from gmt_tune.integrations.torchtune.checkpoint.manifest import Checkpoint, Progress
+from gmt_tune.integrations.torchtune.checkpoint.manifest import CARD, Checkpoint, Progress, read_checkpoint
 from gmt_tune.integrations.torchtune.checkpoint.model import model_files, write_model, writes_one_by_one
+from gmt_tune.integrations.torchtune.checkpoint.model_card import model_card, read_base
 from gmt_tune.integrations.torchtune.checkpoint.shards import ShardWriter
 from gmt_tune.integrations.torchtune.checkpoint.space import check_space
 from gmt_tune.integrations.torchtune.checkpoint.weights import copied, one_by_one
@@ -43,6 +45,7 @@ from gmt_tune.integrations.torchtune.checkpoint.writer import (
 )
 from gmt_tune.integrations.torchtune.config.inputs import inputs_in
 from gmt_tune.integrations.torchtune.config.public import environment_checks, public_config
+from gmt_tune.reporting.run_log import write_whole
 
 log = utils.get_logger("INFO")
 
@@ -72,6 +75,9 @@ class RunCheckpoints:
         self._locks: list[FileLock] = []
         self._is_async = bool(cfg.get("enable_async_checkpointing", False))
         self._pending: tuple[Writer, Path, str] | None = None
+        # Read now: the model's folder need not be there for long
+        writes_card = rank == 0 and cfg.get("save_model_card", True)
+        self._base = read_base(Path(cfg.checkpointer.checkpoint_dir)) if writes_card else None
 
     def find(self, dataset_rows: int, rows_of_a_step: int) -> DictConfig:
         """Look for the checkpoint to go on from, on rank 0 for all.
@@ -164,6 +170,11 @@ class RunCheckpoints:
         is_same_world = self.resumed.progress.world_size == self._world_size
         return training_state.restore(self.resumed.path / training_state.FOLDER, parts, is_same_world=is_same_world)
 
+    def new_run(self) -> str:
+        """The overrides of a new run from the weights of what this run goes on from."""
+        assert self.resumed is not None
+        return new_run_from(self.resumed, self._cfg)
+
     def is_due(self, global_step: int) -> bool:
         """Whether ``save_every_n_steps`` asks for a checkpoint at this step."""
         return bool(self.save_every_n_steps) and global_step % self.save_every_n_steps == 0
@@ -206,7 +217,7 @@ class RunCheckpoints:
             environment=self._environment,
             model_files=[],
         )
-        writer = Writer(lambda: self._write(folder, name, parts.checkpointer, weights, state, progress, mark))
+        writer = Writer(lambda: self._write(folder, name, parts, weights, state, progress, mark))
         self._pending = (writer, folder, name)
         writer.start()
         if not self._is_async:
@@ -224,8 +235,9 @@ class RunCheckpoints:
         (writer, folder, name), self._pending = self._pending, None
         writer.wait()
         if writer.has_lost_rank:  # whom a collective would wait for
+            reason = folders.by_final_name(str(writer.error))
             raise UserError(
-                f"the checkpoint {self.output_dir / name} is not whole: {writer.error}. Go on with "
+                f"the checkpoint {self.output_dir / name} is not whole: {reason}. Go on with "
                 f"resume_from_checkpoint: True; the last whole checkpoint: {self.last_saved or 'none yet'}"
             )
         with process_group.waiting_longer():
@@ -233,6 +245,35 @@ class RunCheckpoints:
         self.last_saved = self.output_dir / name
         if self._rank == 0:
             log.info(f"Saved {self.last_saved}.")
+
+    def describe_last(self, parts: TrainingParts) -> None:
+        """Write the model card of the newest checkpoint once more: the run has logged more numbers since."""
+        saved = read_checkpoint(self.last_saved) if self._base is not None and self.last_saved is not None else None
+        if saved is None or not (saved.path / CARD).is_file():
+            return
+        try:
+            self._write_card(saved.path, saved.path.name, parts, saved.progress)
+        except OSError as error:  # the checkpoint is whole
+            log.warning(f"The model card of {saved.path} could not be written: {error}")
+
+    def _write_card(self, folder: Path, name: str, parts: TrainingParts, progress: Progress) -> None:
+        """On rank 0: a checkpoint's README.md, if the config wants one."""
+        if self._base is None:
+            return
+        try:
+            text = model_card(
+                folder,
+                name,
+                progress,
+                base=self._base,
+                policy=parts.mask.policy() if parts.mask is not None else None,
+                parameters=sum(p.numel() for p in parts.model.parameters()),
+                is_hugging_face=isinstance(parts.checkpointer, FullModelHFCheckpointer),
+                run_dir=Path(self._cfg.output_dir),
+            )
+            write_whole(folder / CARD, text.encode(errors="replace"))
+        except Exception as error:  # of a component of the user's own, say: a checkpoint is worth more than its card
+            log.warning(f"{name} gets no {CARD}, which could not be written: {one_line(error, with_type=True)}")
 
     def _prepare(self, folder: Path, is_final: bool) -> None:
         folders.make_incomplete(folder)
@@ -244,7 +285,7 @@ class RunCheckpoints:
         self,
         folder: Path,
         name: str,
-        checkpointer,
+        parts: TrainingParts,
         weights: contextlib.AbstractContextManager[dict[str, Tensor]],
         state: ShardWriter | None,
         progress: Progress,
@@ -260,13 +301,14 @@ class RunCheckpoints:
                         wait_for_others(folder)  # also after an error, for which all ranks are about to meet
                 if self._rank > 0 or has_failed(folder):
                     return
-                write_model(checkpointer, by_name, folder, self._newest_model_folder())
+                write_model(parts.checkpointer, by_name, folder, self._newest_model_folder())
         finally:
             mark.release()
         by_others = take_written(folder)
         if state is not None:
             state.finish([written, *by_others])
         progress = replace(progress, model_files=model_files(folder))
+        self._write_card(folder, name, parts, progress)
         _, earlier = folders.complete(folder, name, progress)
         if earlier is not None:
             log.warning(f"Kept what had the name {name} before as {earlier}: delete it if it is of no use.")
@@ -301,8 +343,9 @@ class RunCheckpoints:
         if self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         last = self.last_saved or "none yet"
+        reason = folders.by_final_name(first)
         raise UserError(
-            f"the checkpoint {self.output_dir / name} could not be written ({first}): free disk space or choose "
+            f"the checkpoint {self.output_dir / name} could not be written ({reason}): free disk space or choose "
             f"another output_dir, then go on with resume_from_checkpoint: True; the last whole checkpoint: {last}"
         )
 
