@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
-from gmt_tune.errors import UserError, did_you_mean, one_line
+from gmt_tune.errors import UserError, one_line
 
 GIB = 2**30
 # Parts of a step's memory: by what holds them, and all else
@@ -117,10 +116,11 @@ def load_config(name: str, overrides: list[str]):
     from gmt_tune.integrations.torchtune.config.check import check_keys
     from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
     from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+    from gmt_tune.integrations.torchtune.plugin.registry import config_file
     from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
     register_resolver()
-    path = _path_of(name)
+    path = config_file(name)
     try:
         cfg = apply_overrides(read_file(path), overrides)
         expand_home(cfg)
@@ -288,20 +288,3 @@ def _fits(report: dict) -> str:
     if not _is_gpu(report):
         return "a CPU"
     return ", ".join(report["fits_on"]) or "no single card: use more devices, or a low-memory config"
-
-
-def _path_of(name: str) -> Path:
-    """The file of a config that is given by its name or as a file."""
-    import torchtune
-
-    from gmt_tune.integrations.torchtune.plugin.registry import config_paths
-
-    ours = config_paths()
-    if name in ours:
-        return ours[name]
-    theirs = Path(torchtune.__file__).parent.parent / "recipes" / "configs" / f"{name}.yaml"
-    for path in (theirs, Path(name).expanduser()):
-        if path.is_file():
-            return path
-    hint = did_you_mean(name, ours, "`tune ls` lists them", most=2, cutoff=0.5)
-    raise UserError(f"there is no config {name!r}, nor such a file: {hint}")

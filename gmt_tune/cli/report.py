@@ -10,7 +10,8 @@ def add_parser(subparsers) -> None:
         "report",
         help="draw a run, or several on the same axes, as one HTML page",
         description="Draw what a run logged as one HTML page without scripts or network: losses, learning rate, "
-        "density by layer and module, thresholds, throughput, memory. Several runs are drawn on the same axes.",
+        "density by layer and module, thresholds, throughput, memory. Several runs are drawn on the same axes; folders "
+        "that cannot be read are left out with a warning.",
         epilog="Example: gmt-tune report /tmp/run_a /tmp/run_b -o comparison.html",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=as_path, help="the output_dir of a run")

@@ -4,6 +4,7 @@ The model is built on the meta device, so that a 70B model costs no memory here 
 same time is added up; of the moments of a step, which ``moments`` lists, the largest counts.
 """
 
+import copy
 import functools
 import inspect
 from dataclasses import dataclass, replace
@@ -17,9 +18,16 @@ from torchtune import config, training
 
 from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune.checkpoint.space import host_bytes_of_save
-from gmt_tune.integrations.torchtune.config.components import component_path, import_component, is_known_package
+from gmt_tune.integrations.torchtune.config.check import check_mask, check_model, check_optimizer
+from gmt_tune.integrations.torchtune.config.components import (
+    component_path,
+    import_component,
+    is_known_package,
+    try_optimizer,
+)
 from gmt_tune.integrations.torchtune.config.mask import build_gradient_mask
 from gmt_tune.masking import GradientMask
+from gmt_tune.masking.parameters import DEFAULT_DENSE
 from gmt_tune.memory import activations as act
 from gmt_tune.memory.compact import CompactBytes, compact_bytes
 from gmt_tune.memory.moments import Activations, Job, Moment, activations, moments
@@ -81,6 +89,7 @@ def estimate(cfg: DictConfig, world_size: int = 1) -> Estimate:
         raise UserError(f"dtype must be bf16 or fp32 for full fine-tuning, got {cfg.dtype!r}")
     mesh = _mesh(cfg, world_size)
     model = _meta_model(cfg, dtype)
+    _check(cfg, model)
     trainable = _apply_mask_patterns(cfg, model)
     plan = _tensor_parallel_plan(cfg) if mesh.tensor > 1 else None
     shapes = local_shapes(model, mesh, plan)
@@ -187,7 +196,7 @@ def _mask_row(job: Job) -> Row:
         return Row("gradient mask", 0, note="none: plain full fine-tuning", exact=True)
     if section.get("refresh_every", 1) == 1 or section.get("score", "magnitude") == "random":
         return Row("gradient mask", 0, note="nothing is kept between steps", exact=True)
-    dense = _matching(job.stepped, section.get("dense", None) or ())
+    dense = _matching(job.stepped, section.get("dense", DEFAULT_DENSE) or ())
     masked = [shape.numel() for name, shape in job.stepped.items() if name not in dense]
     return _lasting(job, "gradient mask", mask_bits_bytes(masked), "1 bit an entry, kept between refreshes")
 
@@ -218,6 +227,9 @@ def _assumptions(job: Job) -> list[str]:
     source = "assumed, for tokenizer.max_seq_len is null" if assumed else "tokenizer.max_seq_len"
     rows = "pairs of sequences" if job.has_reference else "sequences"
     lines = [f"{job.cfg.batch_size} {rows} of {length} tokens in a micro-batch ({source})"]
+    if job.cfg.get("fsdp_cpu_offload", False) and not job.is_offloaded:
+        why = "the CPU" if job.on_cpu else "one device, or where each layer is split over all of them"
+        lines.append(f"fsdp_cpu_offload: True has no effect on {why}: nothing is sharded that could be brought back")
     if job.cfg.get("compile", False):
         lines.append("compile: True needs less than this estimate, which is made without it")
     return lines
@@ -232,6 +244,25 @@ def _count(entries: int) -> str:
 # A config is code: its components are called with its keys. An estimate is often asked for a config that somebody else
 # wrote, so what it calls is checked to be what the section is for; components of packages that we do not know are not
 # even imported, but for the model, which nothing else can count.
+
+
+def _check(cfg: DictConfig, model: nn.Module) -> None:
+    """What ``tune run`` refuses of model, optimizer and mask together, as far as their components are known."""
+    component, _, _ = _optimizer(cfg)
+    tried = None
+    if is_known_package(cfg.optimizer._component_):
+        scheduler = cfg.get("lr_scheduler", None)
+        path = component_path("lr_scheduler", scheduler) if scheduler is not None else ""
+        module = import_component("lr_scheduler._component_", path).__module__ if is_known_package(path) else ""
+        is_schedule = str(module).startswith(("torch.optim.lr_scheduler", "torchtune.training.lr_schedulers"))
+        tried = try_optimizer(cfg.optimizer, scheduler if is_schedule else None)
+        check_optimizer(cfg, tried)
+    check_model(cfg, model)
+    mask = cfg.get("gradient_mask", None)
+    path = mask.get("_component_", None) if OmegaConf.is_dict(mask) else None
+    if issubclass(component, CompactAdamW) and isinstance(path, str) and is_known_package(path):
+        _gradient_mask_class(path)
+        check_mask(cfg, copy.deepcopy(model), tried)  # which is left with hooks
 
 
 def _mesh(cfg, world_size: int) -> Mesh:
@@ -321,7 +352,7 @@ def _compact(
         )
     if section.get("density", None) is None:  # a mask of another package may do without
         raise UserError("gradient_mask.density is missing: without it the memory of CompactAdamW cannot be estimated")
-    dense = _matching(stepped, section.get("dense", None) or ())
+    dense = _matching(stepped, section.get("dense", DEFAULT_DENSE) or ())
     numels = {name: model.get_parameter(name).numel() for name in stepped}
     masked = stepped.keys() - dense
     return compact_bytes(options, numels, stepped, masked, section.density, section.get("refresh_every", 1), dtype)
@@ -347,11 +378,18 @@ def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
         for name in _matching([name for name, _ in model.named_parameters()], section.get("frozen", None) or ()):
             model.get_parameter(name).requires_grad_(False)
     else:
-        mask = GradientMask if path is None else import_component("gradient_mask._component_", path)
-        if not (inspect.isclass(mask) and issubclass(mask, GradientMask)):
-            raise UserError(f"gradient_mask._component_ {path} is no GradientMask: set it to gmt_tune.GradientMask")
+        if path is not None:
+            _gradient_mask_class(path)
         build_gradient_mask(section, model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _gradient_mask_class(path: object) -> type[GradientMask]:
+    """The class of a mask, checked to be one before anything calls it."""
+    mask = import_component("gradient_mask._component_", path)
+    if not (inspect.isclass(mask) and issubclass(mask, GradientMask)):
+        raise UserError(f"gradient_mask._component_ {path} is no GradientMask: set it to gmt_tune.GradientMask")
+    return mask
 
 
 def _matching(names, patterns) -> set[str]:

@@ -78,7 +78,12 @@ class Job:
 
     @property
     def is_offloaded(self) -> bool:
-        return bool(self.cfg.get("fsdp_cpu_offload", False)) and self.mesh.data > 1
+        """As the recipe sees it: where FSDP2 shards nothing, it brings nothing back."""
+        return bool(self.cfg.get("fsdp_cpu_offload", False)) and self.mesh.data > 1 and not self.on_cpu
+
+    @property
+    def on_cpu(self) -> bool:
+        return str(self.cfg.get("device", "cuda")).startswith("cpu")
 
     @property
     def in_backward(self) -> bool:

@@ -44,7 +44,7 @@ def optimizer_state_bytes(component: Callable, options: dict, shapes: Iterable[t
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
         raise UserError(
             f"the states of optimizer._component_ {component.__module__}.{component.__qualname__} cannot be counted "
             f"({one_line(error)}): check the section optimizer, or try torch.optim.AdamW for a comparison"

@@ -295,6 +295,13 @@ def test_sharded_rows_shrink_with_the_devices_and_cpu_offload_moves_them_to_the_
         assert rows_of(one)[name] / 4 <= rows_of(four)[name] < rows_of(one)[name] / 3
     offloaded = estimate(config(fsdp_cpu_offload=True), world_size=4)
     assert rows_of(offloaded)["gradients"] == rows_of(offloaded)["optimizer states"] == 0
+    assert not any("fsdp_cpu_offload" in line for line in offloaded.assumptions)
+    # The recipe leaves it out where nothing is sharded
+    for changes in ({}, {"device": "cpu"}):
+        alone = estimate(config(fsdp_cpu_offload=True, **changes), world_size=4 if changes else 1)
+        assert alone.host_bytes == 0 and any(
+            "fsdp_cpu_offload: True has no effect" in line for line in alone.assumptions
+        )
     assert offloaded.host_bytes > rows_of(four)["gradients"] + rows_of(four)["optimizer states"]
 
 
@@ -619,6 +626,21 @@ def test_wrong_requests_get_one_sentence(arguments, sentence, capsys):
         ("quickstart", "gradient_mask.densty=1", "did you mean gradient_mask.density?"),
         ("quickstart", "batch_size=0", "batch_size must be a whole number from 1 on, got 0"),
         ("quickstart", "gradient_mask.dense=[*norm*]", "write 'gradient_mask.dense=[\"*norm*\"]'"),
+        ("quickstart", "tokenizer.max_seq_len=100000", "the model takes at most 256 tokens: lower it"),
+        ("quickstart", "lr_scheduler.num_warmup_steps=few", "num_warmup_steps: few) cannot be made"),
+        (
+            "llama3_1/8B_gmt_compact",
+            "optimizer_in_bwd=True",
+            "optimizer_in_bwd: True needs gradient_accumulation_steps",
+        ),
+        ("llama3_1/8B_gmt_compact", "gradient_mask.scope=global", "scope 'global' does not work with CompactAdamW"),
+        (
+            "llama3_1/8B_gmt_compact",
+            "optimizer.max_grad_norm=3",
+            "clip_grad_norm is 1.0 and optimizer.max_grad_norm is 3",
+        ),
+        ("llama3_1/8B_gmt_compact", "gradient_mask=null", "and there is none: add the section, or take torch.optim"),
+        ("llama3_2/1B_gmt", "custom_sharded_layers=[tok_embeddings]", "must not name tok_embeddings for this model"),
         ("quickstart_dpo", "ref_checkpointer.modle_type=x", "ref_checkpointer.modle_type ('x') is no key of"),
         (
             "quickstart",
@@ -631,6 +653,13 @@ def test_what_tune_run_refuses_is_refused_here_too(config, override, sentence, c
     assert main(["memory", "--config", config, override]) == 1
     printed = capsys.readouterr()
     assert sentence in printed.err and printed.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it refuses machines without one")
+def test_an_optimizer_for_another_device_ends_in_the_sentence_of_tune_run(capsys):
+    plain = ["gradient_mask=null", "~optimizer.fused", "optimizer=torchao.optim.CPUOffloadOptimizer"]
+    assert main(["memory", "--config", "llama3_1/8B_gmt", *plain]) == 1
+    assert "cannot be made: CPU Offload currently only supports CUDA" in capsys.readouterr().err
 
 
 SECTIONS = (
@@ -680,7 +709,7 @@ def test_modules_of_others_are_not_imported_but_for_the_model(tmp_path, monkeypa
     assert rows["gradients"]["device_bytes"] == sum(real_bytes(p) for p in trained)
     assert not (tmp_path / "imported").exists()
 
-    sizes = {key: value for key, value in TINY.items() if key != "_component_"}
+    sizes = {key: value for key, value in TINY.items() if key != "_component_"} | {"max_seq_len": 128}
     for name, sentence in (("builder", ""), ("without_annotation", "add -> TransformerDecoder to your builder")):
         OmegaConf.save(complete(model={"_component_": f"of_others.{name}", **sizes}), "config.yaml")
         assert main(["memory", "--config", "config.yaml"]) == (1 if sentence else 0)

@@ -8,6 +8,9 @@ import pytest
 from reporting.fabricated import write_run
 
 from gmt_tune.cli.main import main
+from gmt_tune.reporting.run_log import RunLog
+from gmt_tune.reporting.run_reader import read_runs
+from gmt_tune.reporting.summary import summary_tables
 
 
 def complaint(capsys) -> str:
@@ -89,3 +92,42 @@ def test_usage_is_shown(arguments, capsys):
     with pytest.raises(SystemExit):
         main(["report", *arguments])
     assert "RUN_DIR" in "".join(capsys.readouterr())
+
+
+def test_of_several_folders_those_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, capsys, caplog):
+    runs = [write_run(tmp_path / name, steps=4, density=None) for name in ("a", "b")]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    page = tmp_path / "page.html"
+    assert main(["report", str(runs[0]), str(broken), str(runs[1]), "-o", str(page)]) == 0
+    assert "<h1>Fine-tuning report: a and b</h1>" in page.read_text()
+    (warning,) = caplog.messages
+    assert warning.startswith(f"Left out of the report: {broken} holds no logged step")
+    assert main(["report", str(broken), str(tmp_path / "nowhere")]) == 1
+    assert f"{broken} holds no logged step" in complaint_after_warnings(capsys)
+
+
+def complaint_after_warnings(capsys) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_resumed_run_says_what_it_began_from_and_what_it_went_on_from(tmp_path, capsys):
+    def begin(checkpoint_dir: str, step: int) -> RunLog:
+        log = RunLog(tmp_path / "run", {"checkpointer": {"checkpoint_dir": checkpoint_dir}})
+        log.truncate_after(step)
+        log.log(step + 1, {"loss": 1.0})
+        return log
+
+    begin("/models/base", 0)
+    assert started(tmp_path) == ("/models/base", None)
+    begin("/run/epoch_0", 1)
+    begin("/run/epoch_1", 2)
+    assert started(tmp_path) == ("/models/base", "/run/epoch_1")
+    begin("/models/other", 0)
+    assert started(tmp_path) == ("/models/other", None)
+
+
+def started(tmp_path) -> tuple[str | None, str | None]:
+    (_, set_up), *_ = summary_tables(read_runs([tmp_path / "run"]))
+    facts = {label: value for label, value in set_up.rows}
+    return facts.get("started from"), facts.get("resumed from")

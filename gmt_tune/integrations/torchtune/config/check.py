@@ -48,20 +48,32 @@ _QWEN3_PLAN = "gmt_tune.models.qwen3.qwen3_tp_plan"
 _IS_NEW = "gmt_tune_new_key:"
 
 
-def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
+def check_config(cfg: DictConfig, own_keys: Sequence[str] = (), *, needs_weights: bool = True) -> None:
     """Check keys, values, and the files that a config names. Reads no weights and imports no data.
 
     ``own_keys`` are top-level keys that a customised recipe reads besides those known here; it checks them itself.
-    Raises UserError for the first thing that is wrong.
+    Without ``needs_weights``, files of weights need not be there. Raises UserError for the first thing that is wrong.
     """
     check_keys(cfg, own_keys)
     optimizer = try_optimizer(cfg.optimizer, cfg.get("lr_scheduler", None))
-    if isinstance(optimizer, CompactOptimizer):
-        _check_compact(cfg, optimizer)
+    check_optimizer(cfg, optimizer)
     check_metric_logger(cfg.metric_logger)
     if cfg.get("collate_fn", None) is not None:
         import_component("collate_fn", cfg.collate_fn)
     model = _meta_model(cfg)
+    check_model(cfg, model)
+    check_files(cfg, model, needs_weights=needs_weights)
+    check_mask(cfg, model, optimizer)
+
+
+def check_optimizer(cfg: DictConfig, optimizer: object) -> None:
+    """Raise UserError if the optimizer that a config makes does not go with the config's other keys."""
+    if isinstance(optimizer, CompactOptimizer):
+        _check_compact(cfg, optimizer)
+
+
+def check_model(cfg: DictConfig, model: nn.Module) -> None:
+    """Raise UserError if the model that a config builds, on the meta device, does not go with its other keys."""
     if hasattr(getattr(model, "output", None), "tied_module") and "tok_embeddings" in (
         cfg.get("custom_sharded_layers", None) or ()
     ):
@@ -76,7 +88,10 @@ def check_config(cfg: DictConfig, own_keys: Sequence[str] = ()) -> None:
             "weights: take the model without them, or torchtune's own recipe for LoRA, which knows no gradient mask"
         )
     _check_lengths(cfg, model)
-    check_files(cfg, model)
+
+
+def check_mask(cfg: DictConfig, model: nn.Module, optimizer: object) -> None:
+    """Raise UserError if a config's mask does not fit its model, or an optimizer that keeps selected entries alone."""
     mask = build_gradient_mask(cfg.get("gradient_mask", None), model)
     if mask is not None and isinstance(optimizer, CompactOptimizer):
         try:  # on the model without memory, so that the mask says what it cannot do for such an optimizer
@@ -353,7 +368,7 @@ def _check_tensor_parallel(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def _check_lengths(cfg: DictConfig, model: nn.Module) -> None:
-    rows, fits = cfg.tokenizer.get("max_seq_len", None), getattr(model, "max_seq_len", None)
+    rows, fits = (cfg.get("tokenizer", None) or {}).get("max_seq_len", None), getattr(model, "max_seq_len", None)
     if is_number(rows) and is_number(fits) and rows > fits:
         raise UserError(
             f"tokenizer.max_seq_len is {rows}, but the model takes at most {fits} tokens: lower it, or raise "

@@ -127,7 +127,8 @@ def try_optimizer(cfg_optimizer: DictConfig, cfg_lr_scheduler: DictConfig | None
 def _make(name: str, section: DictConfig, *args, **kwargs):
     try:
         return config.instantiate(section, *args, **kwargs)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:  # of a wrong kind, or out of range
+    # Of a wrong kind, out of range, or for another device
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         values = [f"{key}: {value}" for key, value in OmegaConf.to_container(section).items() if key != "_component_"]
         written = ", ".join([section._component_, *values])
         raise UserError(f"{name} ({written}) cannot be made: {one_line(error)}") from None

@@ -27,14 +27,15 @@ _KINDS_OF_FILES = ("json", "csv", "text", "parquet", "arrow", "xml", "pandas")
 _CHECKPOINTERS = ("checkpointer", "ref_checkpointer")
 
 
-def check_files(cfg: DictConfig, model: nn.Module) -> None:
+def check_files(cfg: DictConfig, model: nn.Module, *, needs_weights: bool = True) -> None:
     """Check the files and folders that a config names, and that a model's files fit the model that the config builds.
 
-    The model may be on the meta device. Raises UserError for the first that is wrong.
+    The model may be on the meta device. Without ``needs_weights``, files of weights may lack. Raises UserError for the
+    first that is wrong.
     """
     for section in _CHECKPOINTERS:
         if cfg.get(section, None) is not None:
-            _check_model_files(section, cfg[section])
+            _check_model_files(section, cfg[section], needs_weights)
             check_release(cfg, section, model)
     for key in ("path", "merges_file"):
         path = cfg.tokenizer.get(key, None)
@@ -62,7 +63,7 @@ def _check_data_files(section: str, dataset: DictConfig) -> None:
         raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
 
 
-def _check_model_files(section: str, checkpointer: DictConfig) -> None:
+def _check_model_files(section: str, checkpointer: DictConfig, needs_weights: bool) -> None:
     for key in ("output_dir", "checkpoint_dir"):
         if key not in checkpointer:
             raise UserError(f"{section}.{key} is missing in the config: name a folder")
@@ -72,9 +73,10 @@ def _check_model_files(section: str, checkpointer: DictConfig) -> None:
             f"{section}.checkpoint_dir {folder} does not exist: download the model first, as the first lines of "
             "the config say, or name the folder that holds it"
         )
-    names = _file_names(section, checkpointer.get("checkpoint_files", None))
+    names = file_names(section, checkpointer.get("checkpoint_files", None))
     for name in names:
-        _check_weights_file(section, folder / name, folder)
+        if needs_weights or (folder / name).is_file():
+            _check_weights_file(section, folder / name, folder)
     _check_no_shard_is_missing(section, names, folder)
     _check_model_type(section, checkpointer)
     if "HF" in checkpointer._component_ and not (folder / "config.json").is_file():
@@ -95,7 +97,7 @@ def _check_model_type(section: str, checkpointer: DictConfig) -> None:
         )
 
 
-def _file_names(section: str, files: object) -> list[str]:
+def file_names(section: str, files: object) -> list[str]:
     """The names in ``checkpoint_files``: a list, or torchtune's ``filename_format`` with ``max_filename``."""
     if isinstance(files, DictConfig):
         try:

@@ -88,7 +88,7 @@ def check_release(cfg: DictConfig, section: str, model: nn.Module) -> None:
             f"{section}.model_type is {ours}, but {config_json.parent} holds a {theirs['model_type']} model: "
             f"set it to {' or '.join(allowed)}{by} and choose the model builder that fits, or another checkpoint_dir"
         )
-    built = _built(model)
+    built = described(model)
     if ours == "REWARD":
         built.pop("tie_word_embeddings", None)  # its output layer is another
     theirs |= _rope_of(theirs) | {key: "none" for key in _SOFT_CAPS if theirs.get(key, "") is None}
@@ -114,7 +114,7 @@ def _way_out(cfg_model: DictConfig, key: str, value: Any, family: str) -> str:
     return "choose torchtune's builder of this release, if it has one"
 
 
-def _built(model: nn.Module) -> dict[str, Any]:
+def described(model: nn.Module) -> dict[str, Any]:
     """What a model is, by the keys of a Hugging Face config.json; empty for one of a kind that we do not know."""
     embeddings, layers = _part(model, "tok_embeddings.weight"), _part(model, "layers")
     if embeddings is None or not layers:

@@ -4,11 +4,13 @@
 win: so ``ls``, ``cp``, ``cat``, ``validate`` and ``run`` treat our files like torchtune's own.
 """
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
 from gmt_tune._quiet import quiet_imports
+from gmt_tune.errors import UserError, did_you_mean
 from gmt_tune.integrations.torchtune.plugin.torchrun import shorten_tracebacks
 from gmt_tune.integrations.torchtune.plugin.versions import check_torchtune_version, make_torchtune_importable
 
@@ -31,6 +33,23 @@ def config_paths() -> dict[str, Path]:
     """Every config by the name that ``tune`` shows, such as ``llama3_1/8B_gmt``, with its absolute path."""
     root = _folder("configs")
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def config_file(name: str) -> Path:
+    """The file of a config: one of ours or torchtune's by the name that ``tune ls`` shows, or a file.
+
+    Raises UserError, with names that are near, if there is none.
+    """
+    ours = config_paths()
+    if name in ours:
+        return ours[name]
+    torchtune = importlib.util.find_spec("torchtune")
+    folder = Path(str(torchtune and torchtune.origin)).parent.parent / "recipes" / "configs"
+    for path in (Path(name).expanduser(), folder / f"{name}.yaml"):
+        if path.exists():
+            return path
+    hint = did_you_mean(name, ours, "`tune ls` lists them", most=2, cutoff=0.5)
+    raise UserError(f"there is no config {name!r}, nor such a file: {hint}")
 
 
 def recipe_of(config_name: str) -> str:

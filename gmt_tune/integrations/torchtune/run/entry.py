@@ -17,16 +17,19 @@ from gmt_tune.integrations.torchtune.config.check import check_config, check_mac
 from gmt_tune.integrations.torchtune.config.public import without_secrets_of
 from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
+from gmt_tune.integrations.torchtune.plugin.registry import config_file
 from gmt_tune.integrations.torchtune.run.signals import StopRun
+
+__all__ = ["parse", "run_recipe"]
 
 # Set to 1 to see the whole traceback of an error that is otherwise said in one sentence.
 DEBUG_VARIABLE = "GMT_TUNE_DEBUG"
 
 
 def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
-    """Decorator as ``torchtune.config.parse``, whose errors are one sentence each.
+    """Decorator of ``recipe_main`` as ``torchtune.config.parse``, whose errors are one sentence each.
 
-    What the command line may say besides is in :func:`config.reading.apply_overrides`.
+    What the command line may say besides is in ``config.reading.apply_overrides``.
     """
 
     @functools.wraps(recipe_main)
@@ -37,7 +40,7 @@ def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
         parser.add_argument("--config", required=True, help="name or path of a YAML file with the recipe's arguments")
         args, overrides = parser.parse_known_args()
         try:
-            cfg = apply_overrides(read_file(Path(args.config).expanduser()), overrides)
+            cfg = apply_overrides(read_file(config_file(args.config)), overrides)
         except UserError as error:
             if _is_first_of_node():
                 _show(str(error))
@@ -53,6 +56,7 @@ def parse(recipe_main: Callable[[DictConfig], int]) -> Callable[[], None]:
 def run_recipe(cfg: DictConfig, recipe: Callable[[DictConfig], None], own_keys: Sequence[str] = ()) -> int:
     """Check the config, run the recipe, and say what went wrong.
 
+    ``cfg`` is given to ``recipe``.
     ``own_keys`` are top-level keys that this recipe reads besides those of ``gmt_full_finetune``. Returns the exit
     status: 0, 1 for an error, or 128 and the signal's number for a run that was asked to stop.
     """

@@ -29,6 +29,8 @@ from gmt_tune.integrations.torchtune.run.recipe_setup import RecipeSetup
 from gmt_tune.integrations.torchtune.run.signals import StopRun
 from gmt_tune.reporting.report import report_at_end
 
+__all__ = ["MaskedRecipe"]
+
 log = utils.get_logger("INFO")
 
 
@@ -39,6 +41,9 @@ class MaskedRecipe(RecipeSetup):
     for each epoch :meth:`_epoch_batches`, for each optimizer step :meth:`_reduce`, :meth:`_check_finite`,
     :meth:`_scale_gradients`, :meth:`_clip_gradients`, :meth:`_log_step` and :meth:`_finish_step`, and then
     :meth:`_end_training`.
+
+    Args:
+        cfg: the config, composed with what the command line overrides.
     """
 
     def run(self, cfg: DictConfig) -> None:
@@ -89,8 +94,8 @@ class MaskedRecipe(RecipeSetup):
         if saved.is_final:
             if self.total_epochs > saved.total_epochs:
                 raise UserError(
-                    f"the run in {self._output_dir} is complete and kept no optimizer state: to train on, start a "
-                    f"new run with checkpointer.checkpoint_dir={checkpoint.path} and another output_dir"
+                    f"the run in {self._output_dir} is complete and kept no optimizer state: to train on, start a new "
+                    f"run from its model, without resume_from_checkpoint: {self._checkpoints.new_run()}"
                 )
             self.epochs_run = self.total_epochs
             return
@@ -103,6 +108,7 @@ class MaskedRecipe(RecipeSetup):
         self._batches_done = steps * self._gradient_accumulation_steps
         self._further_steps = saved.steps_in_epoch - steps
         self._finite.skipped_steps = saved.skipped_steps
+        self._tokens = saved.tokens
         schedule.report_new_schedule(
             self._lr_scheduler,
             self.global_step + 1,
@@ -123,6 +129,7 @@ class MaskedRecipe(RecipeSetup):
             seed=self.seed,
             is_final=is_final,
             val_loss=val_loss,
+            tokens=self._tokens,
         )
         self._checkpoints.save(name, self._parts, position)
 
@@ -291,6 +298,8 @@ class MaskedRecipe(RecipeSetup):
                 self._finite.end_run(check)
             self._last_numbers = numbers
             self._window_tokens += numbers["num_tokens"]
+            if self._tokens is not None:
+                self._tokens += int(numbers["num_tokens"]) // self.tensor_parallel_dim
             self._must_stop |= numbers["stops"] > 0
         self._knows_all = with_last
         if self._must_stop and not with_last:  # it is about to be saved
@@ -375,3 +384,5 @@ class MaskedRecipe(RecipeSetup):
             for name, value in results.items():
                 print(f"{name} {when}: {value:.4g}", flush=True)
             self._logs.log(self.global_step, {f"{name}_{when}": value for name, value in results.items()})
+            if when == "after":
+                self._checkpoints.describe_last(self._parts)

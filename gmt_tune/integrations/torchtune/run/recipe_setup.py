@@ -71,6 +71,7 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         self._reads_late = self._device.type == "cuda"
         self._last_numbers: dict[str, float] = {}  # that are known
         self._tokens_per_second: float | None = None
+        self._tokens: int | None = 0  # of all steps that the host knows of; None where a part of the run is not known
         self._window_tokens = 0.0  # of the steps since the host last waited for the device
         self._knows_all = True  # whether it has done so in this step
         self._profiler = RunProfiler(None)
@@ -103,7 +104,11 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
         original = cfg
         rows_of_a_step = cfg.batch_size * self.data_parallel_dim * self._gradient_accumulation_steps
         checkpointer = self._checkpoints.find(len(self._dataset), rows_of_a_step)
-        cfg = OmegaConf.merge(cfg, _WITHOUT_RESUMING, {"checkpointer": checkpointer})
+        cfg = OmegaConf.merge(cfg, _WITHOUT_RESUMING)
+        cfg.checkpointer = checkpointer  # replaced: its list of files does not merge with a filename_format
+        self._evaluate = None
+        if cfg.get("evaluation", None) is not None:
+            self._evaluate = config.instantiate(cfg.evaluation, self._tokenizer)
         self._checkpoint_client = CheckpointClient(cfg)
         super().setup(cfg)
         if self.world_size > 1:
@@ -153,9 +158,6 @@ class RecipeSetup(FullFinetuneRecipeDistributed):
                 rank=self.dp_rank,
                 world_size=self.dp_size,
             )
-        self._evaluate = None
-        if cfg.get("evaluation", None) is not None:
-            self._evaluate = config.instantiate(cfg.evaluation, self._tokenizer)
         self._parts = TrainingParts(
             model=self._model,
             optimizers=self._optimizers,
