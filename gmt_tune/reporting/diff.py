@@ -14,6 +14,8 @@ from gmt_tune.errors import UserError
 from gmt_tune.reporting.parameter_names import split_name
 from gmt_tune.reporting.weights_reader import Weights
 
+__all__ = ["Change", "Diff", "compare"]
+
 # Entries that are compared together: few enough that they stay in the cache from one operation to the next.
 _SLICE = 1 << 20
 
@@ -24,14 +26,24 @@ _OUTPUT, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor, or of several together."""
+    """The change of one tensor, or of several together.
+
+    Attributes:
+        numel: entries.
+        changed: entries that differ.
+        square_of_change: sum over the entries, of tuned minus base.
+        square_of_base: sum over the base's entries.
+        largest: magnitude by which an entry changed.
+        nonfinite: entries that are NaN or infinite on either side; they are in no norm.
+        tensors: how many there are.
+    """
 
     numel: int = 0
-    changed: int = 0  # entries
-    square_of_change: float = 0.0  # sum over the entries, of tuned minus base
+    changed: int = 0
+    square_of_change: float = 0.0
     square_of_base: float = 0.0
-    largest: float = 0.0  # magnitude by which an entry changed
-    nonfinite: int = 0  # entries that are NaN or infinite on either side; they are in no norm
+    largest: float = 0.0
+    nonfinite: int = 0
     tensors: int = 0
 
     def __add__(self, other: Change) -> Change:
@@ -52,6 +64,7 @@ class Change:
 
     @property
     def norm(self) -> float:
+        """Of the change."""
         return math.sqrt(self.square_of_change)
 
     @property
@@ -82,16 +95,25 @@ class Change:
 
 @dataclass
 class Diff:
-    """What changed between two checkpoints."""
+    """What changed between two checkpoints.
 
-    tensors: dict[str, Change] = field(default_factory=dict)  # by name, in the order of the base
-    notes: list[str] = field(default_factory=list)  # sentences on what was cast, tied, missing or not comparable
-    missing: list[str] = field(default_factory=list)  # names that only the base has
-    extra: list[str] = field(default_factory=list)  # names that only the tuned model has
-    reshaped: list[str] = field(default_factory=list)  # names whose shapes differ
+    Attributes:
+        tensors: changes by name, in the order of the base.
+        notes: sentences on what was cast, tied, missing or not comparable.
+        missing: names that only the base has.
+        extra: names that only the tuned model has.
+        reshaped: names whose shapes differ.
+    """
+
+    tensors: dict[str, Change] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> Change:
+        """Of all tensors together."""
         return sum(self.tensors.values(), Change())
 
     def by_module(self) -> dict[str, Change]:
@@ -103,7 +125,7 @@ class Diff:
         return dict(sorted(self._grouped(lambda name: split_name(name)[0]).items()))
 
     def moved_most(self, count: int) -> list[tuple[str, Change]]:
-        """The tensors with the largest relative change, the largest first; none that stood still."""
+        """The tensors with the largest relative change, the largest first, ``count`` at most; none that stood still."""
         moved = [item for item in self.tensors.items() if item[1].square_of_change > 0]
         return sorted(moved, key=lambda item: item[1].relative, reverse=True)[:count]
 
@@ -119,8 +141,17 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
     """Compare two checkpoints tensor by tensor; each may be sharded in its own way.
 
     Where dtypes differ, both tensors are cast to the one with fewer digits first, so that rounding does not count
-    as change; a note says so. ``watch`` wraps the names of the tensors as they are gone through, for a progress bar.
-    Raises UserError if the two have no tensor of the same name and shape, or a file cannot be read.
+    as change; a note says so.
+
+    Args:
+        base, tuned: the two checkpoints.
+        watch: wraps the names of the tensors as they are gone through, for a progress bar.
+
+    Returns:
+        The changes by tensor, and what could not be compared.
+
+    Raises:
+        UserError: if the two have no tensor of the same name and shape, or a file cannot be read.
     """
     diff = Diff()
     pairs = _pair(base, tuned, diff)

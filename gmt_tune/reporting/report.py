@@ -11,6 +11,8 @@ from gmt_tune.reporting.page import Section, write_page
 from gmt_tune.reporting.run_reader import read_runs
 from gmt_tune.reporting.summary import summary_tables
 
+__all__ = ["write_report"]
+
 log = logging.getLogger(__name__)
 
 
@@ -19,8 +21,17 @@ def write_report(
 ) -> tuple[Path, list[Path]]:
     """Draw the report of one run, or of several on the same axes, with PNG files if there is a folder for them.
 
-    The page is ``output``, or ``report.html`` in the first run's folder. Returns its path, and those of the PNG files.
-    Raises UserError if a folder holds no run, a file cannot be written, or matplotlib is missing.
+    Args:
+        run_dirs: the runs' output folders.
+        output: the page; default, ``report.html`` in the first run's folder.
+        png_dir: folder for a PNG file of each figure; default, none.
+
+    Returns:
+        The page's path, and those of the PNG files.
+
+    Raises:
+        UserError: if no folder holds a run (of several, those that do not are left out with a warning), a file cannot
+            be written, or matplotlib is missing.
     """
     require_matplotlib()
     runs = read_runs(run_dirs)

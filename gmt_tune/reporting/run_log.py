@@ -17,6 +17,8 @@ from pathlib import Path
 
 from gmt_tune.reporting.redaction import without_secrets
 
+__all__ = ["RunLog"]
+
 RUN_LOG_FILE = "run_log.jsonl"
 MASK_DETAIL_FILE = "mask_detail.jsonl"
 FORMAT = "gmt-tune run log"
@@ -32,20 +34,27 @@ class RunLog:
     """Writes a run's numbers to its output folder. Only one rank should have one.
 
     Call :meth:`truncate_after` once before the first step, with the step that the run starts from. A folder that cannot
-    be written to costs the log, not the run: that is warned about once. ``config``, the run's configuration as plain
-    dicts and lists, goes into the header, passwords and keys blanked.
+    be written to costs the log, not the run: that is warned about once.
+
+    Args:
+        output_dir: the run's folder.
+        config: the run's configuration as plain dicts and lists, which goes into the header, with
+            passwords and keys blanked.
     """
 
     def __init__(self, output_dir: str | os.PathLike, config: Mapping | None = None) -> None:
         self._folder = Path(output_dir)
         self._config = without_secrets(config or {})
+        self._base: str | None = None  # the model that the run began from, where it was resumed
         self._last_detail: int | None = None
         self._is_broken = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line: optimizer steps done, and name to number (anything that ``float`` takes).
+        """Append a line. A name may come again at the same step in another call; the last value counts.
 
-        A name may come again at the same step in another call; the last value counts.
+        Args:
+            step: optimizer steps done.
+            metrics: name to number, anything that ``float`` takes.
         """
         line = {"step": int(step), "time": round(time.time(), 3)}
         self._append(RUN_LOG_FILE, line | {name: _json_number(value) for name, value in metrics.items()})
@@ -55,7 +64,12 @@ class RunLog:
     ) -> Mapping[str, Mapping[str, float]]:
         """Append the numbers of every masked parameter, where that is due: always at first, later seldom.
 
-        Calls ``make_detail`` where it is due, as that waits for the device. Returns what was written, if anything.
+        Args:
+            step: optimizer steps done.
+            make_detail: called where it is due, as that waits for the device; gives kind to parameter to number.
+
+        Returns:
+            What was written, empty if nothing was.
         """
         if self._last_detail is not None and step - self._last_detail < max(1, step // _DETAIL_RATE):
             return {}
@@ -75,7 +89,9 @@ class RunLog:
             if lines is None:  # it cannot be read, and is not replaced by less
                 continue
             kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
-            if name == MASK_DETAIL_FILE:
+            if name == RUN_LOG_FILE:
+                self._base = base_in(next((line for line in lines if line.get("format") == FORMAT), {}))
+            else:
                 self._last_detail = kept[-1]["step"] if kept else None
             self._guarded(write_whole, path, b"".join(map(_dumps, [self._header_of(name), *kept])))
 
@@ -87,7 +103,9 @@ class RunLog:
 
     def _header_of(self, name: str) -> dict:
         header = {"format": FORMAT, "version": FORMAT_VERSION, "file": name, "time": round(time.time(), 3)}
-        return {**header, "config": self._config} if name == RUN_LOG_FILE else header
+        if name != RUN_LOG_FILE:
+            return header
+        return {**header, "config": self._config} | ({"base": self._base} if self._base is not None else {})
 
     def _guarded(self, action: Callable, path: Path, *content):
         try:
@@ -97,6 +115,15 @@ class RunLog:
                 log.warning("The run log %s cannot be written (%s): the run goes on without it.", path, error)
             self._is_broken = True
             return None
+
+
+def base_in(header: Mapping) -> str | None:
+    """The model that a run began from, by the header of its log: a resumed one's config names a checkpoint."""
+    base = header.get("base")
+    for key in ("config", "checkpointer", "checkpoint_dir"):
+        header = header.get(key) if isinstance(header, Mapping) else None
+    found = header if base is None else base
+    return found if isinstance(found, str) else None
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """Reads a run's folder back: its run log, or where there is none, the log of torchtune or of the HF Trainer."""
 
+import logging
 import math
 import os
 import re
@@ -11,7 +12,11 @@ from gmt_tune.errors import UserError
 from gmt_tune.reporting.foreign_logs import read_torchtune_log, read_trainer_log
 from gmt_tune.reporting.parameter_names import distinct_endings
 from gmt_tune.reporting.redaction import without_secrets
-from gmt_tune.reporting.run_log import FORMAT, FORMAT_VERSION, MASK_DETAIL_FILE, RUN_LOG_FILE, read_lines
+from gmt_tune.reporting.run_log import FORMAT, FORMAT_VERSION, MASK_DETAIL_FILE, RUN_LOG_FILE, base_in, read_lines
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Run", "Series", "read_run", "read_runs"]
 
 # Numbers and steps beyond these cannot be drawn. Nor can such characters, of which a name has no use.
 _LARGEST, _LARGEST_STEP = 1e300, 2**53
@@ -35,35 +40,51 @@ class Series:
 
     @property
     def last(self) -> float:
+        """The last value."""
         return self.values[-1]
 
     @property
     def finite(self) -> list[float]:
+        """The values that are neither NaN nor infinite."""
         return [value for value in self.values if math.isfinite(value)]
 
 
 @dataclass
 class Run:
-    """What a run left behind."""
+    """What a run left behind.
 
-    path: Path  # its folder
+    Attributes:
+        path: its folder.
+        name: the folder's, or as much of its path as sets it apart from other runs.
+        config: as the run's header holds it; empty where unknown.
+        base: the model that it began from.
+        series: by metric.
+        times: unix seconds of logged steps, where known.
+        details: kind ("density", "threshold", "overlap", "coverage") to a list of (step, {parameter: value}).
+    """
+
+    path: Path
     name: str
-    config: dict = field(default_factory=dict)  # as the run's header holds it; empty where unknown
-    series: dict[str, Series] = field(default_factory=dict)  # by metric
-    times: Series = field(default_factory=Series)  # unix seconds of logged steps, where known
-    # Kind ("density", "threshold", "overlap", "coverage") to a list of (step, {parameter: value})
+    config: dict = field(default_factory=dict)
+    base: str | None = None
+    series: dict[str, Series] = field(default_factory=dict)
+    times: Series = field(default_factory=Series)
     details: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
 
     def has(self, metric: str) -> bool:
+        """Whether a metric was logged."""
         return metric in self.series
 
 
 def read_run(run_dir: str | Path) -> Run:
     """Read a run's folder.
 
-    It has ``run_log.jsonl``; or torchtune's ``log*.txt`` in it or in a folder right below; or a Trainer's
-    ``trainer_state.json`` in it or in a checkpoint. Raises UserError if there is no such folder, no log with a step in
-    it, or one that cannot be read.
+    Args:
+        run_dir: it has ``run_log.jsonl``; or torchtune's ``log*.txt`` in it or in a folder right below; or a Trainer's
+            ``trainer_state.json`` in it or in a checkpoint.
+
+    Raises:
+        UserError: if there is no such folder, no log with a step in it, or one that cannot be read.
     """
     path = Path(os.path.expanduser(run_dir))
     if not os.path.isdir(path):
@@ -87,6 +108,7 @@ def _read_folder(path: Path) -> Run:
         )
     if isinstance(header.get("config"), dict):
         run.config = header["config"]
+        run.base = base_in(header)
     steps = _in_order(lines)
     if not steps:
         lines, saved_config = read_torchtune_log(path)
@@ -116,8 +138,25 @@ def _read_folder(path: Path) -> Run:
 
 
 def read_runs(run_dirs: Iterable[str | Path]) -> list[Run]:
-    """Read several runs and give each a name of its own: as many trailing parts of its path as it takes."""
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    """Read several runs and give each a name of its own: as many trailing parts of its path as it takes.
+
+    Args:
+        run_dirs: their folders, as :func:`read_run` takes them.
+
+    Raises:
+        UserError: if none can be read; of several, those that cannot are left out with a warning.
+    """
+    runs: list[Run] = []
+    errors: list[UserError] = []
+    for run_dir in run_dirs:
+        try:
+            runs.append(read_run(run_dir))
+        except UserError as error:
+            errors.append(error)
+    if not runs and errors:
+        raise errors[0]
+    for error in errors:
+        log.warning("Left out of the report: %s", error)
     parts = [run.path.resolve().parts for run in runs]
     for i, (run, ending) in enumerate(zip(runs, distinct_endings(parts), strict=True)):
         earlier = parts[:i].count(parts[i])

@@ -55,6 +55,11 @@ def _refresh(run: Run) -> str:
     return _config("gradient_mask", "refresh_every")(run)
 
 
+def _resumed_from(run: Run) -> str:
+    folder = _config("checkpointer", "checkpoint_dir")(run)
+    return folder if run.base not in (None, folder) else ""
+
+
 def _is_masked(run: Run) -> str:
     is_masked = isinstance(run.config.get("gradient_mask"), dict)
     if is_masked or not run.config or any(name.startswith("mask/") for name in run.series):
@@ -129,7 +134,8 @@ def _duration(run: Run) -> str:
 _Facts = tuple[tuple[str, Callable[[Run], str]], ...]
 _SET_UP: _Facts = (
     ("model", _config("model", "_component_")),
-    ("started from", _config("checkpointer", "checkpoint_dir")),
+    ("started from", lambda run: run.base or _config("checkpointer", "checkpoint_dir")(run)),
+    ("resumed from", _resumed_from),
     ("data", _dataset),
     ("mask", _is_masked),
     ("density", _config("gradient_mask", "density")),

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gmt_tune.errors import UserError
 
+__all__ = ["Weights"]
+
 
 class TensorInfo(NamedTuple):
     """Where a tensor lies and what it is; ``dtype`` is safetensors' name for it, such as ``BF16``."""
@@ -23,8 +25,14 @@ class TensorInfo(NamedTuple):
 class Weights:
     """The tensors, by name, of a folder with ``*.safetensors``, sharded or not, or of one such file.
 
-    ``ties_embeddings`` says whether the folder's ``config.json`` says that the output layer is the embedding. Raises
-    UserError if there is nothing to read, or a file is incomplete; says what would be right.
+    Args:
+        path: the folder or the file.
+
+    Attributes:
+        ties_embeddings: whether the folder's ``config.json`` says that the output layer is the embedding.
+
+    Raises:
+        UserError: if there is nothing to read, or a file is incomplete.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,10 +47,12 @@ class Weights:
 
     @property
     def files(self) -> set[Path]:
+        """Those that hold the tensors."""
         return {info.file for info in self.tensors.values()}
 
     def slices(self, name: str, numel: int) -> Iterator[Tensor]:
-        """A tensor's entries in order, 1-d, in slices of about ``numel``: of whole rows, where these are shorter."""
+        """The entries of the tensor ``name`` in order, 1-d, in slices of about ``numel``: of whole
+        rows, where these are shorter."""
         file, shape, _ = self.tensors[name]
         row = math.prod(shape[1:]) or 1
         size = numel if row > numel else numel // row * row
