@@ -1,14 +1,17 @@
 """The package as a user without a checkout gets it: built as a wheel, installed elsewhere, run from an empty folder."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from urllib.parse import urljoin
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 import gmt_tune
 
@@ -33,6 +36,14 @@ def test_it_carries_recipes_and_configs_and_claims_no_name_of_torchtunes(wheel):
     modules = {path.stem for path in (ROOT / "recipes").glob("*.py")}
     top_level = {name.split("/")[0].removesuffix(".py") for name in names if ".dist-info/" not in name}
     assert top_level == {"gmt_tune", *modules}  # "recipes" is torchtune's
+    assert "gmt_tune/py.typed" in names
+
+
+def _links(text: str) -> list[str]:
+    tokens = [token for block in MarkdownIt().enable("table").parse(text) for token in block.children or ()]
+    return [
+        str(token.attrs.get("href") or token.attrs["src"]) for token in tokens if token.type in ("link_open", "image")
+    ]
 
 
 def test_its_metadata_is_what_an_index_shows(wheel):
@@ -41,7 +52,15 @@ def test_its_metadata_is_what_an_index_shows(wheel):
     metadata = Parser().parsestr(archive.read(name).decode())
     assert metadata["Name"] == "gmt-tune" and metadata["Version"] == gmt_tune.__version__
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    urls = dict(entry.split(", ") for entry in metadata.get_all("Project-URL"))
+    address = urls["Repository"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["repository-code"] == address
+    assert all(url.startswith(f"{address}/") for name, url in urls.items() if name not in ("Repository", "Paper"))
+
+    readme, shown = (ROOT / "README.md").read_text(encoding="utf-8").strip(), metadata.get_payload().strip()
+    page = f"{address}/blob/main/"
+    assert _links(shown) == [link if link.startswith("#") else urljoin(page, link) for link in _links(readme)]
+    assert re.sub(r"\]\(.*?\)", "", shown) == re.sub(r"\]\(.*?\)", "", readme)
 
 
 def test_installed_elsewhere_it_trains_from_an_empty_folder(wheel, tmp_path, run_tune, tiny_config, logged_metrics):

@@ -15,6 +15,8 @@ from gmt_tune.models.chat_tokenizer import ChatTokenizer, Piece
 if TYPE_CHECKING:
     from torchtune.data import Message
 
+__all__ = ["ChatMLTokenizer"]
+
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"

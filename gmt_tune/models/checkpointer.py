@@ -105,7 +105,14 @@ class FullModelHFCheckpointer(training.FullModelHFCheckpointer):
         intermediate_checkpoint: bool = False,
         adapter_only: bool = False,
     ) -> None:
-        """Write what :meth:`load_checkpoint` gave, each weight into the file of the same number as it was read from."""
+        """Write what :meth:`load_checkpoint` gave, each weight into the file of the same number as it was read from.
+
+        Args:
+            state_dict: the weights by torchtune's names, under the key ``model``.
+            epoch: number in the name of the folder that is written.
+            intermediate_checkpoint: write the recipe's state too, if ``state_dict`` has it.
+            adapter_only: write an adapter's weights alone.
+        """
         with self._conversions():
             super().save_checkpoint(state_dict, epoch, intermediate_checkpoint, adapter_only)
 

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from gmt_tune.errors import UserError
 
+__all__ = ["LinearCrossEntropyLoss"]
+
 
 class LinearCrossEntropyLoss(nn.Module):
     """Mean cross-entropy, computed by the output layer itself, chunk by chunk, together with its gradients.

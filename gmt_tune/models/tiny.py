@@ -3,6 +3,8 @@
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
+__all__ = ["tiny_llama"]
+
 # One place for the numbers: the script that pretrains it writes them into its config.json too.
 VOCAB_SIZE = 832
 NUM_LAYERS = 4
@@ -20,6 +22,9 @@ def tiny_llama(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
     Its weights come with the package, in ``${gmt_asset:quickstart}``, as an ordinary Hugging Face folder; they have
     seen no more than 128 tokens at a time. Every head has its own keys and values, so that a model has only five
     shapes of parameters: torchao's optimizers compile their update once for each.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for.
     """
     return llama3_2(
         vocab_size=VOCAB_SIZE,

@@ -6,7 +6,16 @@ gmt_tune.models.gemma2``.
 """
 
 from gmt_tune.models.gemma2.model_builders import gemma2, gemma2_2b, gemma2_9b, gemma2_27b
-from gmt_tune.models.gemma2.tokenizer import gemma2_tokenizer
+from gmt_tune.models.gemma2.tokenizer import Gemma2Tokenizer, gemma2_tokenizer
 from gmt_tune.models.gemma2.weights import hf_to_tune, tune_to_hf
 
-__all__ = ["gemma2", "gemma2_27b", "gemma2_2b", "gemma2_9b", "gemma2_tokenizer", "hf_to_tune", "tune_to_hf"]
+__all__ = [
+    "Gemma2Tokenizer",
+    "gemma2",
+    "gemma2_27b",
+    "gemma2_2b",
+    "gemma2_9b",
+    "gemma2_tokenizer",
+    "hf_to_tune",
+    "tune_to_hf",
+]

@@ -24,17 +24,29 @@ MAX_SEQ_LEN = 8192
 
 
 def gemma2_2b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Gemma 2 2B: 26 layers of width 2304; 2.61 billion parameters."""
+    """Gemma 2 2B: 26 layers of width 2304; 2.61 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _gemma2(26, 8, 4, 256, 2304, 9216, query_pre_attn_scalar=256, max_seq_len=max_seq_len)
 
 
 def gemma2_9b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Gemma 2 9B: 42 layers of width 3584; 9.24 billion parameters."""
+    """Gemma 2 9B: 42 layers of width 3584; 9.24 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _gemma2(42, 16, 8, 256, 3584, 14_336, query_pre_attn_scalar=256, max_seq_len=max_seq_len)
 
 
 def gemma2_27b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Gemma 2 27B: 46 layers of width 4608, whose queries are not scaled by the size of a head; 27.2 billion."""
+    """Gemma 2 27B: 46 layers of width 4608, whose queries are not scaled by the size of a head; 27.2 billion.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _gemma2(46, 32, 16, 128, 4608, 36_864, query_pre_attn_scalar=144, max_seq_len=max_seq_len)
 
 
@@ -82,6 +94,11 @@ def gemma2(
     ``norm.scale``.
 
     Args:
+        vocab_size, num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: sizes, as in a config.json.
+        max_seq_len: number of positions that rotary embeddings are computed for.
+        head_dim: size of a head.
+        norm_eps: added to the mean square before its root is taken.
+        rope_base: of the rotary embeddings.
         hidden_capping_value: bound of the attention scores (``attn_logit_softcapping`` in a config.json).
         final_capping_value: bound of the logits (``final_logit_softcapping``).
         sliding_window_size: tokens that every other layer sees, from the first layer on.

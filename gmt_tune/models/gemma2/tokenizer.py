@@ -17,7 +17,7 @@ class Gemma2Tokenizer(ChatTokenizer):
     An answer ends with ``<end_of_turn>``, plain text with ``<eos>`` (``eos_id``); either stops generation. Padding is
     ``<pad>``.
 
-    Arguments and errors are ``ChatTokenizer``'s.
+    Arguments (``path``, ``max_seq_len``) and errors are ``ChatTokenizer``'s.
     """
 
     family = "Gemma 2"

@@ -29,7 +29,12 @@ def hf_to_tune(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 
 
 def tune_to_hf(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of :func:`hf_to_tune`."""
+    """The inverse of :func:`hf_to_tune`.
+
+    Args:
+        weights: tensor by torchtune's name.
+        config: the folder's config.json.
+    """
     theirs = {"norm.rms_norm.scale" if name == "norm.scale" else _exchanged(name): w for name, w in weights.items()}
     return gemma2_tune_to_hf(theirs, **_sizes(config))
 

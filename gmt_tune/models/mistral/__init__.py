@@ -4,6 +4,6 @@ In a config, load the weights with torchtune's ``FullModelHFCheckpointer`` and `
 """
 
 from gmt_tune.models.mistral.model_builders import mistral_7b_v0_3
-from gmt_tune.models.mistral.tokenizer import mistral_v0_3_tokenizer
+from gmt_tune.models.mistral.tokenizer import MistralV03Tokenizer, mistral_v0_3_tokenizer
 
-__all__ = ["mistral_7b_v0_3", "mistral_v0_3_tokenizer"]
+__all__ = ["MistralV03Tokenizer", "mistral_7b_v0_3", "mistral_v0_3_tokenizer"]

@@ -27,7 +27,7 @@ class MistralV03Tokenizer(ChatTokenizer):
 
     An answer and plain text end with ``</s>`` (``eos_id``). Padding is ``<unk>``: the release names none.
 
-    Arguments and errors are ``ChatTokenizer``'s.
+    Arguments (``path``, ``max_seq_len``) and errors are ``ChatTokenizer``'s.
     """
 
     family = "Mistral 7B v0.3"

@@ -4,6 +4,6 @@ In a config, load the weights with torchtune's ``FullModelHFCheckpointer`` and `
 """
 
 from gmt_tune.models.phi4.model_builders import phi4_14b
-from gmt_tune.models.phi4.tokenizer import phi4_tokenizer
+from gmt_tune.models.phi4.tokenizer import Phi4Tokenizer, phi4_tokenizer
 
-__all__ = ["phi4_14b", "phi4_tokenizer"]
+__all__ = ["Phi4Tokenizer", "phi4_14b", "phi4_tokenizer"]

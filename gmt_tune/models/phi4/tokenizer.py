@@ -16,7 +16,7 @@ class Phi4Tokenizer(ChatTokenizer):
     An answer and plain text end with ``<|im_end|>`` (``eos_id``). Padding is ``<|dummy_85|>``, as in the release.
     There is no beginning-of-sequence token.
 
-    Arguments and errors are ``ChatTokenizer``'s.
+    Arguments (``path``, ``max_seq_len``) and errors are ``ChatTokenizer``'s.
     """
 
     family = "Phi-4"

@@ -3,6 +3,6 @@
 In a config, load the weights with torchtune's ``FullModelHFCheckpointer`` and ``model_type: QWEN2``.
 """
 
-from gmt_tune.models.qwen2_5.tokenizer import qwen2_5_tokenizer
+from gmt_tune.models.qwen2_5.tokenizer import Qwen2_5Tokenizer, qwen2_5_tokenizer
 
-__all__ = ["qwen2_5_tokenizer"]
+__all__ = ["Qwen2_5Tokenizer", "qwen2_5_tokenizer"]

@@ -14,10 +14,11 @@ from gmt_tune.models.qwen3.model_builders import (
     qwen3_32b,
 )
 from gmt_tune.models.qwen3.parallelism import qwen3_tp_plan
-from gmt_tune.models.qwen3.tokenizer import qwen3_tokenizer
+from gmt_tune.models.qwen3.tokenizer import Qwen3Tokenizer, qwen3_tokenizer
 from gmt_tune.models.qwen3.weights import hf_to_tune, tune_to_hf
 
 __all__ = [
+    "Qwen3Tokenizer",
     "hf_to_tune",
     "qwen3",
     "qwen3_0_6b",

@@ -13,32 +13,56 @@ MAX_SEQ_LEN = 40_960
 
 
 def qwen3_0_6b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Qwen3-0.6B: 28 layers of width 1024, tied embeddings; 596 million parameters."""
+    """Qwen3-0.6B: 28 layers of width 1024, tied embeddings; 596 million parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _qwen3(28, 16, 1024, 3072, tie_word_embeddings=True, max_seq_len=max_seq_len)
 
 
 def qwen3_1_7b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Qwen3-1.7B: 28 layers of width 2048, tied embeddings; 1.72 billion parameters."""
+    """Qwen3-1.7B: 28 layers of width 2048, tied embeddings; 1.72 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _qwen3(28, 16, 2048, 6144, tie_word_embeddings=True, max_seq_len=max_seq_len)
 
 
 def qwen3_4b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Qwen3-4B: 36 layers of width 2560, tied embeddings; 4.02 billion parameters."""
+    """Qwen3-4B: 36 layers of width 2560, tied embeddings; 4.02 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _qwen3(36, 32, 2560, 9728, tie_word_embeddings=True, max_seq_len=max_seq_len)
 
 
 def qwen3_8b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Qwen3-8B: 36 layers of width 4096; 8.19 billion parameters."""
+    """Qwen3-8B: 36 layers of width 4096; 8.19 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _qwen3(36, 32, 4096, 12_288, tie_word_embeddings=False, max_seq_len=max_seq_len)
 
 
 def qwen3_14b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Qwen3-14B: 40 layers of width 5120; 14.77 billion parameters."""
+    """Qwen3-14B: 40 layers of width 5120; 14.77 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _qwen3(40, 40, 5120, 17_408, tie_word_embeddings=False, max_seq_len=max_seq_len)
 
 
 def qwen3_32b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """Qwen3-32B: 64 layers of width 5120; 32.76 billion parameters."""
+    """Qwen3-32B: 64 layers of width 5120; 32.76 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _qwen3(64, 64, 5120, 25_600, tie_word_embeddings=False, max_seq_len=max_seq_len)
 
 
@@ -81,6 +105,11 @@ def qwen3(
     """A dense Qwen 3 of any size; the arguments are those of torchtune's builders.
 
     Args:
+        vocab_size, num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: sizes, as in a config.json.
+        max_seq_len: number of positions that rotary embeddings are computed for.
+        attn_dropout: share of the attention's weights that are dropped in training.
+        norm_eps: added to the mean square before its root is taken.
+        rope_base: of the rotary embeddings.
         head_dim: size of a head, which need not be ``embed_dim / num_heads``.
         tie_word_embeddings: whether the output layer uses the embeddings.
     """

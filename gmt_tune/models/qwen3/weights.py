@@ -33,5 +33,10 @@ def hf_to_tune(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 
 
 def tune_to_hf(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of :func:`hf_to_tune`."""
+    """The inverse of :func:`hf_to_tune`.
+
+    Args:
+        weights: tensor by torchtune's name.
+        config: the folder's config.json.
+    """
     return {get_mapped_key(name, _TO_HF): weight for name, weight in weights.items()}

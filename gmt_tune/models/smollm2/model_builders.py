@@ -15,17 +15,29 @@ MAX_SEQ_LEN = 8192
 
 
 def smollm2_135m(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """SmolLM2-135M: 30 layers of width 576; 134.5 million parameters."""
+    """SmolLM2-135M: 30 layers of width 576; 134.5 million parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _smollm2(30, 9, 3, 576, 1536, rope_base=100_000, max_seq_len=max_seq_len)
 
 
 def smollm2_360m(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """SmolLM2-360M: 32 layers of width 960; 361.8 million parameters."""
+    """SmolLM2-360M: 32 layers of width 960; 361.8 million parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _smollm2(32, 15, 5, 960, 2560, rope_base=100_000, max_seq_len=max_seq_len)
 
 
 def smollm2_1_7b(max_seq_len: int = MAX_SEQ_LEN) -> TransformerDecoder:
-    """SmolLM2-1.7B: 24 layers of width 2048, every query head with its own key head; 1.71 billion parameters."""
+    """SmolLM2-1.7B: 24 layers of width 2048, every query head with its own key head; 1.71 billion parameters.
+
+    Args:
+        max_seq_len: number of positions that rotary embeddings are computed for; default, the model's limit.
+    """
     return _smollm2(24, 32, 32, 2048, 8192, rope_base=130_000, max_seq_len=max_seq_len)
 
 
