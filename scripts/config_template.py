@@ -73,6 +73,30 @@ DPO_LOSS = {
     "beta": "0.1",
     "label_smoothing": "0.0",
 }
+# What the section dataset may be in place of the config's own; docs/data.md has more.
+OWN_DATA = """\
+  # Your own file in place of it (csv and parquet too; docs/data.md). Chats:
+  # _component_: torchtune.datasets.chat_dataset
+  # source: json
+  # data_files: my_chats.jsonl
+  # conversation_column: messages  # The column with the lists of messages
+  # conversation_style: openai  # role and content; sharegpt: from and value
+  # Or questions with answers:
+  # _component_: torchtune.datasets.instruct_dataset
+  # source: json
+  # data_files: my_answers.jsonl
+  # column_map: {input: question, output: answer}  # Your columns behind the colons
+  # Or plain text:
+  # _component_: torchtune.datasets.text_completion_dataset
+  # source: json
+  # data_files: my_texts.jsonl
+  # column: text  # The column with the text"""
+OWN_PAIRS = """\
+  # Your own file in place of it (parquet too; docs/data.md): in each row two conversations, lists of role and content
+  # _component_: torchtune.datasets.preference_dataset
+  # source: json
+  # data_files: my_pairs.jsonl
+  # column_map: {chosen: chosen, rejected: rejected}  # Your columns behind the colons"""
 ALPACA = {"_component_": "torchtune.datasets.alpaca_dataset"}
 
 
@@ -186,6 +210,8 @@ def render(name: str, c: Config, memory: str) -> str:
             inner = sorted((name for name in values if name.startswith(f"{key}.")), key=_rank)
             if inner or key in values:
                 lines += [line for name in (key, *inner) for line in _lines(name, values.get(name, ""))]
+            if key == "dataset":
+                lines += (OWN_PAIRS if c.preferences else OWN_DATA).splitlines()
         if lines:
             heading = [] if title == "Output" else [f"# {title}"]
             blocks.append("".join(f"{line}\n" for line in heading + lines))
