@@ -101,6 +101,7 @@ def test_a_shipped_config_is_tried_without_weights(name, tmp_path, rows, capfd):
         assert line in out, out
 
 
+@pytest.mark.slow
 def test_the_example_tries_an_8b_config_with_chats_of_ones_own(tmp_path, rows):
     downloaded("llama3_1/8B_gmt_compact", tmp_path / "llama", rows)
     example = ROOT / "examples" / "dry_run_8b.sh"
@@ -120,6 +121,7 @@ def test_the_example_tries_an_8b_config_with_chats_of_ones_own(tmp_path, rows):
     assert "4 of 4 files are not in" in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_numbers_of_the_data_and_the_schedule_are_those_of_the_real_run(tmp_path, tiny_config, tiny_world, capfd):
     changes = {"epochs": 3, "max_steps_per_epoch": None, "save_every_n_steps": 3, "gradient_accumulation_steps": 2}
     tiny = tiny_config(tmp_path / "out", **changes)

@@ -11,7 +11,7 @@ from gmt_tune.integrations.torchtune.config import check
 from gmt_tune.integrations.torchtune.config.check import check_config
 
 COMPACT = {"_component_": "gmt_tune.CompactAdamW", "lr": 1e-3}
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3, "dense": []}
 # Micro-batches of different lengths, one of which each epoch leaves over
 ACCUMULATED = dict(epochs=2, gradient_accumulation_steps=3, max_steps_per_epoch=None)
 

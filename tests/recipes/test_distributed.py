@@ -18,7 +18,7 @@ from gmt_tune.integrations.torchtune.config.check import check_config
 from gmt_tune.integrations.torchtune.run.chunks import filled_length
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3}
 GRID = {
     "tensor_parallel_dim": 2,

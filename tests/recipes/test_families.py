@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, Family
 from torchtune.training import FullModelHFCheckpointer
 
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.01}
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 1}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 1, "dense": []}
 
 
 @pytest.fixture

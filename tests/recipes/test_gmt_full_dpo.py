@@ -18,7 +18,7 @@ from gmt_tune.integrations.torchtune.config.check import check_config
 from gmt_tune.integrations.torchtune.plugin.registry import config_paths, recipe_path
 from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS, check_preference_config
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 DENSITY_ONE = {**MASK, "density": 1.0}
 DPO = {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.5, "label_smoothing": 0.1}
 RSO = {"_component_": "torchtune.rlhf.loss.RSOLoss", "gamma": 0.5}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 
 
 def test_with_sgd_one_step_changes_exactly_what_a_full_sort_selects(tmp_path, tiny_config, run_recipe):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.needs_gpu
 
 ADAMW = {"_component_": "torch.optim.AdamW", "lr": 1e-3, "fused": True}
 ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 COMPACT = dict(
     optimizer={"_component_": "gmt_tune.CompactAdamW", "lr": 1e-3, "state_bits": 8, "bf16_stochastic_round": True},
     gradient_mask={**MASK, "refresh_every": 4, "dense": ["*norm*"]},

@@ -19,7 +19,7 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint.run_checkpoints import RunCheckpoints
 from gmt_tune.integrations.torchtune.checkpoint.space import space_needed
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3, "dense": []}
 TORCHRUN = [str(Path(sys.executable).parent / "tune"), "run", "--nproc_per_node", "2", "gmt_full_finetune", "--config"]
 
 

@@ -13,7 +13,7 @@ from gmt_tune.integrations.torchtune.run import step_numbers
 from gmt_tune.integrations.torchtune.run.recipe_setup import RecipeSetup
 from gmt_tune.integrations.torchtune.run.step_numbers import StepNumbers
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "refresh_every": 3, "dense": []}
 NAME = "layers.1.mlp.w2.weight"
 
 

@@ -17,7 +17,7 @@ from gmt_tune.integrations.torchtune.checkpoint import folder as checkpoint_fold
 from gmt_tune.integrations.torchtune.checkpoint import manifest
 from gmt_tune.integrations.torchtune.checkpoint import state as training_state
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 ADAMW_8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
 COMPACT = {"_component_": "gmt_tune.CompactAdamW", "lr": 1e-3}
 

@@ -18,7 +18,7 @@ from gmt_tune.integrations.torchtune.run.profiling import RunProfiler
 from gmt_tune.integrations.torchtune.run.signals import SIGNALS, StopRun, StopSignal
 from gmt_tune.integrations.torchtune.run.step_numbers import StepNumbers
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 UNCHUNKED = {"_component_": "torch.nn.CrossEntropyLoss"}
 TOO_LONG = {"question": "word " * 300, "answer": "A"}  # its question fills max_seq_len
 

@@ -18,7 +18,7 @@ from gmt_tune.integrations.torchtune.config.files import _check_data_files
 from gmt_tune.integrations.torchtune.config.reading import apply_overrides
 from gmt_tune.integrations.torchtune.run.schedule import warn_of_long_warmup
 
-MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2}
+MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": []}
 REMOVED = "(removed)"
 
 
