@@ -63,7 +63,7 @@ def _check_data_files(section: str, dataset: DictConfig) -> None:
         raise UserError(f"{section}.data_files {data_files} does not exist: name the file with the rows")
 
 
-def _check_model_files(section: str, checkpointer: DictConfig, needs_weights: bool) -> None:
+def _check_model_files(section: str, checkpointer: DictConfig, needs_weights: bool = True) -> None:
     for key in ("output_dir", "checkpoint_dir"):
         if key not in checkpointer:
             raise UserError(f"{section}.{key} is missing in the config: name a folder")
