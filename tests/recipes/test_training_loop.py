@@ -142,6 +142,7 @@ def make_recipe(gmt_recipe, **attributes):
         _device=torch.device("cpu"), _log_every_n_steps=100, _stop=StopSignal(), _profiler=RunProfiler(None),
         _checkpoints=SimpleNamespace(close=lambda: None), _stops=torch.tensor(0), _must_stop=False,
         _numbers=StepNumbers(), _finite=SimpleNamespace(end_step=lambda: None), _reads_late=False, _window_tokens=0,
+        _tokens=0,
     )  # fmt: skip
     for name, value in {**defaults, **attributes}.items():
         setattr(recipe, name, value)
