@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchtune import config, training
 from torchtune.data import padded_collate_sft
-from torchtune.models.llama3_2 import lora_llama3_2
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from gmt_tune import CompactAdamW, GradientMask
@@ -42,22 +41,8 @@ def base_model(weights: dict) -> nn.Module:
 
 def with_lora(weights: dict) -> nn.Module:
     """The same model with adapters on all matrices, which alone are trained."""
-    model = lora_llama3_2(
-        lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
-        apply_lora_to_mlp=True,
-        vocab_size=tiny.VOCAB_SIZE,
-        num_layers=tiny.NUM_LAYERS,
-        num_heads=tiny.NUM_HEADS,
-        num_kv_heads=tiny.NUM_HEADS,
-        embed_dim=tiny.EMBED_DIM,
-        intermediate_dim=tiny.INTERMEDIATE_DIM,
-        max_seq_len=tiny.MAX_SEQ_LEN,
-        rope_base=tiny.ROPE_BASE,
-        norm_eps=tiny.NORM_EPS,
-        scale_factor=1,
-        lora_rank=RANK,
-        lora_alpha=2 * RANK,
-    )
+    modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
+    model = tiny.lora_tiny_llama(modules, apply_lora_to_mlp=True, lora_rank=RANK, lora_alpha=2 * RANK)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and all("lora" in name for name in missing)
     set_trainable_params(model, get_adapter_params(model))

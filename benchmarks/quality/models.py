@@ -55,31 +55,9 @@ def lora_smollm2_135m(
     return model
 
 
-def lora_tiny_llama(
-    lora_attn_modules: list[str],
-    apply_lora_to_mlp: bool = False,
-    *,
-    lora_rank: int,
-    lora_alpha: float,
-    max_seq_len: int = tiny.MAX_SEQ_LEN,
-) -> TransformerDecoder:
-    """The quickstart's model with LoRA, as ``torchtune.models.llama3_2.lora_llama3_2`` builds it."""
-    model = lora_llama3_2(
-        list(lora_attn_modules),
-        apply_lora_to_mlp,
-        vocab_size=tiny.VOCAB_SIZE,
-        num_layers=tiny.NUM_LAYERS,
-        num_heads=tiny.NUM_HEADS,
-        num_kv_heads=tiny.NUM_HEADS,
-        embed_dim=tiny.EMBED_DIM,
-        intermediate_dim=tiny.INTERMEDIATE_DIM,
-        max_seq_len=max_seq_len,
-        rope_base=tiny.ROPE_BASE,
-        norm_eps=tiny.NORM_EPS,
-        scale_factor=1,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-    )
+def lora_tiny_llama(lora_attn_modules: list[str], apply_lora_to_mlp: bool = False, **options) -> TransformerDecoder:
+    """The quickstart's model with LoRA; ``options`` are those of ``gmt_tune.models.tiny.lora_tiny_llama``."""
+    model = tiny.lora_tiny_llama(list(lora_attn_modules), apply_lora_to_mlp, **options)
     model.register_state_dict_post_hook(_copy_weights)
     return model
 
