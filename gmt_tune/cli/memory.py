@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.cli.configs import add_arguments, check_world_size, devices_of_run_line, errors_of, read_config
+from gmt_tune.errors import UserError
 
 GIB = 2**30
 # Parts of a step's memory: by what holds them, and all else
@@ -42,22 +43,13 @@ def add_parser(subparsers) -> None:
         help="with --config: train the recipe for a few steps on a simulated GPU, too, and print its peak beside the "
         "estimate; takes minutes and PyTorch's build for CUDA, and no GPU",
     )
-    parser.add_argument(
-        "--world-size",
-        metavar="N",
-        type=int,
-        help="devices; default: as many as the run line at the top of the config says",
-    )
+    add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, with bytes instead of GiB")
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a key of the config, as in `tune run`"
-    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.world_size is not None and args.world_size < 1:
-        raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
+    check_world_size(args)
     if args.by_card and not args.all:
         raise UserError("--by-card is for all configs: give --all instead of --config")
     if args.beside is not None and args.all:
@@ -111,33 +103,15 @@ def load_config(name: str, overrides: list[str]):
     Raises UserError if there is no such config, or ``tune run`` would refuse it.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from gmt_tune.integrations.torchtune.config.check import check_keys
-    from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
-    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
-    from gmt_tune.integrations.torchtune.plugin.registry import config_file
     from gmt_tune.integrations.torchtune.run.preference import OWN_KEYS
 
-    register_resolver()
-    path = config_file(name)
-    try:
-        cfg = apply_overrides(read_file(path), overrides)
-        expand_home(cfg)
+    cfg, text = read_config(name, overrides)
+    with errors_of(name):
         check_keys(cfg, OWN_KEYS, only_known=True)
         OmegaConf.resolve(cfg)
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{name}: {one_line(error)}") from None
-    return cfg, devices_of_run_line(path.read_text(encoding="utf-8"))
-
-
-def devices_of_run_line(text: str) -> int:
-    """The number of devices that the first ``tune run`` in a config's comments starts: nodes times processes."""
-    line = re.search(r"^#.*\btune run\b(.*)$", text, re.MULTILINE)
-    if line is None:
-        return 1
-    options = dict(re.findall(r"--(nnodes|nproc[_-]per[_-]node)[ =](\d+)", line.group(1)))
-    return int(options.pop("nnodes", 1)) * int(next(iter(options.values()), 1))
+    return cfg, devices_of_run_line(text)
 
 
 def text_table(report: dict) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gmt_tune.errors import UserError, one_line
+from gmt_tune.cli.configs import add_arguments, check_world_size, devices_of_run_line, read_config
+from gmt_tune.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,28 +46,21 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--config", metavar="NAME_OR_PATH", required=True, help="a config's name, as `tune ls` shows it, or its file"
     )
-    parser.add_argument(
-        "--world-size",
-        metavar="N",
-        type=int,
-        help="devices of the real run; default: as many as the run line at the top of the config says",
-    )
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="replaces a key of the config, as in `tune run`"
-    )
+    add_arguments(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
     from gmt_tune.cli.dry_run.facts import look_at_rows, plan
     from gmt_tune.cli.dry_run.trial import try_out
     from gmt_tune.memory import estimate
     from gmt_tune.memory.moments import has_reference
 
-    if args.world_size is not None and args.world_size < 1:
-        raise UserError(f"--world-size must be a whole number from 1 on, got {args.world_size}")
+    check_world_size(args)
     start = time.monotonic()
-    cfg, text = _read(args.config, args.overrides)
+    cfg, text = read_config(args.config, args.overrides)
     is_dpo = has_reference(cfg)
     recipe = "gmt_full_dpo" if is_dpo else "gmt_full_finetune"
     devices = args.world_size or _devices(cfg, text)
@@ -84,11 +78,12 @@ def run(args: argparse.Namespace) -> int:
         held_out = look_at_rows(cfg, "dataset_val", pairs=is_dpo)
         _check_ids(held_out, vocab_size, cfg)
         _show("held out", _of_rows(held_out, cfg, is_dpo))
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     try:
-        memory, reason = estimate(_resolved(cfg), devices), ""
+        memory, reason = estimate(resolved, devices), ""
     except UserError as error:
         memory, reason = None, str(error)
-    steps = plan(_resolved(cfg), rows.packs or rows.rows, devices, parameters, memory)
+    steps = plan(resolved, rows.packs or rows.rows, devices, parameters, memory)
     _show("schedule", _of_plan(steps, cfg, devices, is_packed=rows.packs is not None))
     _show("disk", _of_disk(steps, cfg))
     with tempfile.TemporaryDirectory(prefix="gmt-tune-try-") as folder:
@@ -104,24 +99,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------- the config
-
-
-def _read(name: str, overrides: list[str]) -> tuple[DictConfig, str]:
-    """A config with its overrides, as ``tune run`` reads it, and the text of its file."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    from gmt_tune.integrations.torchtune.config.reading import apply_overrides, expand_home, read_file
-    from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
-    from gmt_tune.integrations.torchtune.plugin.registry import config_file
-
-    register_resolver()
-    path = config_file(name)
-    try:
-        cfg = apply_overrides(read_file(path), overrides)
-        expand_home(cfg)
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{name}: {one_line(error)}") from None
-    return cfg, path.read_text(encoding="utf-8")
 
 
 def _check(cfg: DictConfig, recipe: str, text: str) -> None:
@@ -170,15 +147,7 @@ def _folders_as_they_were(cfg: DictConfig) -> Iterator[None]:
                 path.rmdir()
 
 
-def _resolved(cfg: DictConfig) -> DictConfig:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-
-
 def _devices(cfg: DictConfig, text: str) -> int:
-    from gmt_tune.cli.memory import devices_of_run_line
-
     return max(devices_of_run_line(text), cfg.get("tensor_parallel_dim", 1))
 
 
