@@ -122,6 +122,7 @@ class GradientMask:
         self._parameters = MaskedParameters(named_parameters, self.dense, self.frozen)
         self._schedule = Schedule(self.refresh_every)
         self._phases: dict[str, int] = {}  # of tensors that take turns, by name
+        self._has_own_schedule = type(self).refreshes is not GradientMask.refreshes
         self._last_due: dict[str, tuple[int, int]] = {}  # by name, under a rule of a subclass: the step, seen up to
         self._is_compact = False  # the optimizer keeps gradients and states of selected entries alone
         self._steps: dict[str, int] = {}  # optimizer steps that were masked, by name
@@ -337,7 +338,7 @@ class GradientMask:
     def draw(self, name: str) -> int:
         """Which selection of a parameter is in force in this step, a number from 0 on that rises at each refresh."""
         step = self._steps.get(name, 0) - self._repeats
-        if "refreshes" not in self._rules():
+        if not self._has_own_schedule:
             return self._schedule.draw(step, self._phases.get(name, 0))
         last, seen = self._last_due.get(name, (0, 0))
         if step < seen:  # an earlier state was loaded
@@ -354,7 +355,7 @@ class GradientMask:
     @property
     def keeps_selections(self) -> bool:
         """Whether a selection is used in more than one step."""
-        return self._schedule.keeps or "refreshes" in self._rules()
+        return self._schedule.keeps or self._has_own_schedule
 
     def selection(self, p: Tensor) -> PlacedSelection | None:
         """Which entries of a parameter are selected, for an optimizer that keeps these alone; None if none are yet."""
