@@ -139,6 +139,8 @@ def _rows_of_one_json(path: Path) -> Iterator[tuple[int | None, Any]]:
         raise UserError(
             f"{path} is no valid JSON ({error.msg} in line {error.lineno}): correct it, or copy the file again"
         ) from None
+    except RecursionError as error:
+        raise UserError(f"{path} is no valid JSON ({error}): correct it, or copy the file again") from None
     rows = content if isinstance(content, list) else [content]
     if not rows:
         raise UserError(f"{path} is an empty list: there is nothing to read")

@@ -7,6 +7,7 @@ reader wants of it. CSV and Parquet have types that only loading gives them: the
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class RowFiles:
     def __iter__(self) -> Iterator[tuple[int, Place, Any]]:
         """Rows of the split with their numbers in it, from 0 on. UserError names a line that cannot be read."""
         number = 0
-        for begin, end in self._ranges():
+        for begin, end in self._ranges:
             for file, line, row in itertools.islice(self._all(), begin, end):
                 yield number, Place(file, line), row
                 number += 1
@@ -61,6 +62,7 @@ class RowFiles:
             for line, row in rows_of(path, self._kind):
                 yield path, line, row
 
+    @cached_property
     def _ranges(self) -> list[tuple[int, int | None]]:
         """The rows of the files that a split like "train[:95%]" takes: begin and end."""
         if self._instruction is None:
@@ -72,10 +74,7 @@ class RowFiles:
 
 
 def files_of_section(section: Mapping[str, Any]) -> RowFiles | None:
-    """The files that a section's data set is read from; None if they are not all here, or not read as they are.
-
-    Raises UserError if a pattern matches no file.
-    """
+    """The files that a section's data set is read from; None if they are not all here, or not read as they are."""
     kind, split = section.get("source"), section.get("split") or "train"
     if kind not in ("json", "csv", "text", "parquet") or any(section.get(key) is not None for key in _CHANGES_ROWS):
         return None
@@ -86,12 +85,10 @@ def files_of_section(section: Mapping[str, Any]) -> RowFiles | None:
         files = files[split]
     if not isinstance(split, str):
         return None
-    paths = local_files(files, section.get("data_dir"))
-    if paths is None:
-        return None
     try:
-        return RowFiles(paths, kind, split)
-    except (ValueError, AssertionError):  # of the split, which loading will say
+        paths = local_files(files, section.get("data_dir"))
+        return RowFiles(paths, kind, split) if paths is not None else None
+    except (UserError, ValueError, AssertionError):  # no file matches, or it is no split: loading will say so
         return None
 
 

@@ -59,10 +59,7 @@ def _build_part(part: DictConfig, tokenizer, key: str):
     section = OmegaConf.to_container(part, resolve=True)
     assert isinstance(section, dict)
     files, origin = section.get("data_files"), section.get("source")
-    try:
-        is_scanned = scan_section(section, key, getattr(tokenizer, "check_messages", None))
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith((key, "row ")) else f"{key}: {error}") from error
+    is_scanned = scan_section(section, key, getattr(tokenizer, "check_messages", None))
     try:
         dataset = config.instantiate(part, tokenizer)
         len(dataset)
