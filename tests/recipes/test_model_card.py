@@ -108,7 +108,8 @@ def test_no_secret_of_the_config_and_no_path_is_in_a_card(config, tmp_path, run_
     monkeypatch.setattr(
         "sys.argv",
         ["/home/alice/r/gmt_full_finetune.py", "--config", "/home/alice/c/mine.yaml", "dataset.token=hf_abcdefghijklmno"
-         "pqrstuvwxyz", "tokenizer.path=/home/alice/private/tokenizer.json", "~dataset_val", "unknown=sesame-1234"],
+         "pqrstuvwxyz", "tokenizer.path=/home/alice/private/tokenizer.json", "~dataset_val",
+         "dataset.data_files=[a,b]", "unknown=sesame-1234"],
     )  # fmt: skip
     text = model_card(
         saved.path,
@@ -122,6 +123,7 @@ def test_no_secret_of_the_config_and_no_path_is_in_a_card(config, tmp_path, run_
     )
     assert "rows.jsonl" in text and "more.jsonl" in text and "path=tokenizer.json" in text  # it has what it may have
     assert "tune run gmt_full_finetune --config mine.yaml 'dataset.token=***' tokenizer.path=tokenizer.json" in text
+    assert "~dataset_val 'dataset.data_files=[rows.jsonl,more.jsonl]'" in text
     leaked = ("hunter2", "AKIA", "secret-1234", "hf_abc", "key-1234", "alice", "bucket/a", "sig=", "sesame")
     assert [word for word in (*leaked, str(Path.home()) + "/") if word in text] == []
 

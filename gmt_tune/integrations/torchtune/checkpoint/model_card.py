@@ -285,8 +285,8 @@ def _command(config: Mapping, world_size: int) -> list[str]:
         if key.startswith("~"):
             words.append(key)
         elif (value := OmegaConf.select(values, key)) is not None:
-            shown = [str(_plain(v)) for v in value] if isinstance(value, ListConfig) else None
-            words.append(f"{key}={_plain(value) if shown is None else '[' + ','.join(shown) + ']'}")
+            shown = f"[{','.join(map(_plain, value))}]" if isinstance(value, ListConfig) else _plain(value)
+            words.append(f"{key}={shown}")
     return ["```sh\n" + shlex.join(words) + "\n```"]
 
 

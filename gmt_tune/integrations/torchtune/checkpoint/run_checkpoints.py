@@ -251,10 +251,7 @@ class RunCheckpoints:
         saved = read_checkpoint(self.last_saved) if self._base is not None and self.last_saved is not None else None
         if saved is None or not (saved.path / CARD).is_file():
             return
-        try:
-            self._write_card(saved.path, saved.path.name, parts, saved.progress)
-        except OSError as error:  # the checkpoint is whole
-            log.warning(f"The model card of {saved.path} could not be written: {error}")
+        self._write_card(saved.path, saved.path.name, parts, saved.progress)
 
     def _write_card(self, folder: Path, name: str, parts: TrainingParts, progress: Progress) -> None:
         """On rank 0: a checkpoint's README.md, if the config wants one."""
