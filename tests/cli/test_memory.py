@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from gmt_tune.cli.main import main
 from gmt_tune.cli.configs import devices_of_run_line
+from gmt_tune.cli.main import main
 from gmt_tune.cli.memory import allocated_bytes, card_table, report
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.plugin.registry import config_paths
