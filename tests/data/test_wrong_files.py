@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
 from gmt_tune.data import scan
+from gmt_tune.data.files import fault_of_files
 from gmt_tune.data.scan import files_of_section, scan_section
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
@@ -155,6 +156,26 @@ def test_what_is_not_known_is_left_alone(tmp_path, monkeypatch):
     ):
         assert not scan_section({**SECTION, **change}, "dataset")
     assert files_of_section({**SECTION, "source": "openai/gsm8k"}) is None
+
+
+@pytest.mark.parametrize("brackets", ["[" * 5000, "[" * 5000 + "\n" + "["])
+def test_json_that_is_nested_without_end_is_named(brackets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(brackets)
+    assert fault_of_files("rows.jsonl", "json").startswith("rows.jsonl is no valid JSON (")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"column_map": "answer"}, "column_map"),
+        ({"column_map": {"input": ["question"]}}, "column_map"),
+        ({"_component_": "torchtune.datasets.text_completion_dataset", "column": ["text"]}, "column"),
+    ],
+)
+def test_a_column_whose_name_is_no_text_is_refused_by_key(change, key):
+    with pytest.raises(UserError, match=rf"^dataset\.{key} must .*, got "):
+        scan_section({**SECTION, **change}, "dataset")
 
 
 def test_a_sample_is_looked_at_where_there_are_very_many_rows(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_no_secret_of_the_config_and_no_path_is_in_a_card(config, tmp_path, run_
     )
     assert "rows.jsonl" in text and "more.jsonl" in text and "path=tokenizer.json" in text  # it has what it may have
     assert "tune run gmt_full_finetune --config mine.yaml 'dataset.token=***' tokenizer.path=tokenizer.json" in text
-    assert "~dataset_val 'dataset.data_files=[rows.jsonl,more.jsonl]'" in text
+    assert "'~dataset_val' 'dataset.data_files=[rows.jsonl,more.jsonl]'\n" in text
     leaked = ("hunter2", "AKIA", "secret-1234", "hf_abc", "key-1234", "alice", "bucket/a", "sig=", "sesame")
     assert [word for word in (*leaked, str(Path.home()) + "/") if word in text] == []
 
