@@ -97,6 +97,7 @@ def _simulated(cfg: DictConfig, folder: str) -> DictConfig:
         "compile": False,
         "log_peak_memory_stats": False,
         "write_report": False,
+        "save_model_card": False,
     }
     changed |= {key: None for key in ("dataset_val", "evaluation", "profiler", "track_selection_every_n_steps")}
     if pairs:
