@@ -1,13 +1,15 @@
 """The memory of torchtune's LoRA of Llama 3.1 8B, by the estimate and with the settings of docs/choosing.md.
 
     python benchmarks/lora_memory.py
+    python benchmarks/lora_memory.py --measure    # also the peak on a simulated GPU; needs PyTorch's build for CUDA
 
 The recipes here train no adapters, so that ``gmt-tune memory`` refuses such a model: this asks the estimate itself.
 """
 
+import argparse
 from unittest import mock
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 from gmt_tune.memory import estimate
@@ -32,14 +34,30 @@ SETTINGS = {
 }
 
 
-def lora_bytes() -> int:
-    """Bytes on the device, with the reserve."""
+def lora_config() -> DictConfig:
+    """``llama3_1/8B_gmt_single_device`` with a model of LoRA, all but whose adapters are frozen."""
     cfg = OmegaConf.load(config_paths()["llama3_1/8B_gmt_single_device"])
     for key, value in SETTINGS.items():
         cfg[key] = value
+    return cfg
+
+
+def lora_bytes() -> int:
+    """Bytes on the device, with the reserve."""
     with mock.patch("gmt_tune.integrations.torchtune.config.check.get_adapter_params", lambda model: {}):  # refused
-        return estimate(cfg, 1).device_bytes
+        return estimate(lora_config(), 1).device_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="also train it for a few steps on a simulated GPU")
+    args = parser.parse_args()
+    if args.measure:  # first: the estimate's own backward pass would find no GPU
+        from gmt_tune.memory.simulation.recipe import measure
+
+        print(f"allocated at the peak of a simulated step: {measure(lora_config()).peak / 2**30:.2f} GiB")
+    print(f"estimate, with its reserve: {lora_bytes() / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
-    print(f"{lora_bytes() / 2**30:.2f} GiB")
+    main()
