@@ -18,7 +18,7 @@ def axolotl_config(chat_model, tiny_world, tmp_path):
         config = {
             "base_model": str(chat_model),
             "plugins": ["gmt_tune.integrations.axolotl.GradientMaskPlugin"],
-            "gradient_mask": {"density": 0.2},
+            "gradient_mask": {"density": 0.2, "dense": []},
             "datasets": [
                 {
                     "path": str(tiny_world / "train.jsonl"),

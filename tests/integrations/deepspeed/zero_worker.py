@@ -110,7 +110,7 @@ def train(folder: Path, name: str, policy: dict | None, stage: int | None, zero:
 def loop(folder: Path, name: str, policy: dict, stage: int | None, zero: dict, changes: dict) -> dict:
     """A loop of one's own, around DeepSpeed's engine or around plain PyTorch."""
     model = make_model()
-    mask = GradientMask(model.named_parameters(), **policy)
+    mask = GradientMask(model.named_parameters(), **{"dense": (), **policy})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     if stage is None:
         mask.register(optimizer)
