@@ -64,7 +64,7 @@ def config_of(stage: int, zero: dict, **changes) -> dict:
 def train(folder: Path, name: str, policy: dict | None, stage: int | None, zero: dict, changes: dict, **stops) -> dict:
     stop_after, resume = stops.get("stop_after"), stops.get("resume", False)
     rows = [{"input_ids": row, "labels": row} for batch in make_batches() for row in [*batch] * WORLD_SIZE]
-    callback = None if policy is None else GradientMaskCallback(**policy)
+    callback = None if policy is None else GradientMaskCallback(**{"dense": (), **policy})
     # What a run before left there of its own set-up
     AcceleratorState._reset_state(True)
     under = {}
