@@ -53,7 +53,7 @@ def test_a_step_moves_the_entries_that_a_full_sort_selects(
     plugin.write_text(
         "from swift.callbacks import callbacks_map\n"
         "from gmt_tune.integrations.transformers import GradientMaskCallback\n"
-        "callbacks_map['all_masked'] = lambda args, trainer: GradientMaskCallback(density=0.2)\n"
+        "callbacks_map['all_masked'] = lambda args, trainer: GradientMaskCallback(density=0.2, dense=[])\n"
     )
     one_step = {"optim": "sgd", "learning_rate": 10.0, "max_steps": 1, "save_strategy": "no", "weight_decay": 0}
     options = swift_options(external_plugins=plugin, callbacks="all_masked", **one_step, **kind)
