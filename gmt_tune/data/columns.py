@@ -1,8 +1,10 @@
 """What torchtune's data sets read of a row, and what can be wrong with it: of a file's row as of a loaded one."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -23,14 +25,14 @@ from gmt_tune.errors import UserError
 
 REMEDY = "correct it or delete the row"
 
-# By the keys of a message: how ``conversation_style`` calls them, and which roles it knows by torchtune's names.
+# By the keys of a message: its ``conversation_style``, and the roles it has, with torchtune's names for them.
 _OPENAI, _SHAREGPT = ("role", "content"), ("from", "value")
 _STYLES = {_OPENAI: "openai", _SHAREGPT: "sharegpt"}
 _ROLES = {
     _OPENAI: {role: role for role in ("system", "user", "assistant", "tool", "ipython")},
     _SHAREGPT: {"system": "system", "human": "user", "gpt": "assistant"},
 }
-# What else such roles are called
+# Other names of these roles
 _SYNONYMS = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter", "question"),
@@ -42,14 +44,14 @@ class Columns(NamedTuple):
     """What a data set reads of each row."""
 
     texts: tuple[str, ...] = ()
-    formatted: tuple[str, ...] = ()  # columns that are put in a template, which makes text of numbers
+    formatted: tuple[str, ...] = ()  # columns that go into a template, which turns numbers into text
     conversations: tuple[str, ...] = ()  # columns with lists of messages
     set_by: str = "column_map"  # the key of the config that names the columns
     keys: tuple[str, str] = _OPENAI  # of a message: its role and its content
     has_style: bool = False  # whether the config's conversation_style chooses these keys
     needs_answer: bool = False
-    skips_system: bool = False  # the config's new_system_prompt stands for the messages of the system
-    alternates: bool = False  # torchtune's validate_messages looks at the order of the messages
+    skips_system: bool = False  # the config's new_system_prompt replaces all system messages
+    alternates: bool = False  # torchtune's validate_messages checks the order of the messages
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -172,7 +174,7 @@ class RowCheck:
         columns (Columns): what is read of a row.
         check_messages (Callable | None): the tokenizer's own check of a conversation, which raises ValueError and looks
             at roles alone; default None, no check.
-        refuses_equal (bool): whether two answers of a pair must differ; default False.
+        compares_pairs (bool): whether two answers of a pair must be to one question, and differ; default False.
     """
 
     def __init__(
@@ -180,9 +182,9 @@ class RowCheck:
         columns: Columns,
         check_messages: Callable[[Sequence[Message]], None] | None = None,
         *,
-        refuses_equal: bool = False,
+        compares_pairs: bool = False,
     ) -> None:
-        self.columns, self._check_messages, self._refuses_equal = columns, check_messages, refuses_equal
+        self.columns, self._check_messages, self._compares_pairs = columns, check_messages, compares_pairs
         self._fine: set[tuple[str, ...]] = set()  # sequences of roles
 
     def fault_of(self, row: Mapping) -> Fault | None:
@@ -200,10 +202,8 @@ class RowCheck:
                 if fault is not None:
                     return fault
         if columns.conversations:
-            if self._refuses_equal and len(columns.conversations) == 2:
-                chosen, rejected = columns.conversations
-                if row[chosen] == row[rejected]:
-                    return Fault(f"{chosen} and {rejected} are the same, so there is nothing to prefer")
+            if self._compares_pairs and len(columns.conversations) == 2:
+                return _fault_of_pair(row, *columns.conversations)
         elif columns.alternates and () not in self._fine:  # a question and its answer in every row
             if (text := self._fault_of_order(["user", "assistant"])) is not None:
                 return Fault(text)
@@ -228,6 +228,8 @@ class RowCheck:
             return Fault(f"{column} is null")
         if not isinstance(messages, (list, tuple)):
             hint = " (it is in quotes: write the list itself)" if str(messages).lstrip().startswith("[") else ""
+            if isinstance(messages, Mapping):
+                hint = f" (or the row has {column} twice, or half of a character, such as \\ud83d)"
             return Fault(f"{column} is {shortened(messages)}, not a list of messages{hint}")
         if not messages:
             return Fault(f"{column} is an empty list")
@@ -240,7 +242,7 @@ class RowCheck:
         names = _ROLES[self.columns.keys]
         if self.columns.needs_answer and not any(names[role] == "assistant" for role in roles):
             answer = next(role for role, name in names.items() if name == "assistant")
-            return Fault(f"{column} has no message of the {answer}, so there is no answer to learn", REMEDY, column)
+            return Fault(f"{column} has no {answer} message, so there is no answer to learn", REMEDY, column)
         fault_of_order = self._fault_of_order([names[role] for role in roles])
         if fault_of_order is not None:
             return Fault(fault_of_order, conversation=column)
@@ -261,7 +263,7 @@ class RowCheck:
             remedy = f"set conversation_style: {_STYLES[other]}" if columns.has_style else "rename them in the file"
             return Fault(f"{where} has {' and '.join(other)}, not {role} and {content}", remedy, column)
         if not isinstance(message[role], str):
-            return Fault(f"{role} of {where} {_not_text(message[role])}")
+            return _fault_of_type(f"{role} of {where}", message[role])
         names = _ROLES[columns.keys]
         if message[role] not in names:
             known = ", ".join(name for name in names if name != "ipython")
@@ -276,15 +278,15 @@ class RowCheck:
         if isinstance(text, (list, tuple)) and columns.keys == _OPENAI:  # parts of text and images
             texts = [part.get("text") for part in text if isinstance(part, Mapping) and part.get("type") == "text"]
             if not all(isinstance(part, str) for part in texts):
-                return Fault(f"a text of {where} is null or no text")
+                return Fault(f"a text part of {where} is null or not text")
         elif not isinstance(text, str):
             calls = text is None and message.get("tool_calls")
             hint = " (tool_calls are not read: write the call into its content)" if calls else ""
-            return Fault(f"{content} of {where} {_not_text(text)}{hint}")
+            return _fault_of_type(f"{content} of {where}", text, hint)
         return None
 
     def _fault_of_order(self, roles: Sequence[str]) -> str | None:
-        """What torchtune or the tokenizer says of a conversation in which these speak, in this order."""
+        """What torchtune or the tokenizer says of a conversation with these roles, in this order."""
         if self.columns.skips_system:
             roles = ["system", *(role for role in roles if role != "system")]
         messages = [Message(role=role, content="") for role in roles]
@@ -295,7 +297,7 @@ class RowCheck:
                 self._check_messages(messages)
         except ValueError as error:
             if "tool" in roles or "ipython" in roles:
-                return f"{error} (torchtune takes no answer behind a tool's message: write that as the user's)"
+                return f"{error} (torchtune accepts no answer after a tool message: make that a user message)"
             return str(error)
         return None
 
@@ -314,6 +316,26 @@ def roles_in(rows: Iterable[Mapping], column: str) -> str:
     )
 
 
+def _fault_of_pair(row: Mapping, chosen: str, rejected: str) -> Fault | None:
+    """What is wrong with two conversations, each of which is fine."""
+    if row[chosen] == row[rejected]:
+        return Fault(
+            f"{chosen} and {rejected} are the same, so there is nothing to prefer",
+            f"delete such rows, as jq -c 'select(.{chosen} != .{rejected})' OLD.jsonl > NEW.jsonl does",
+        )
+    question, other = (_question(row[column]) for column in (chosen, rejected))
+    if not question:
+        return Fault(f"{chosen} begins with its answer: both conversations begin with the question")
+    if question != other:
+        return Fault(f"{chosen} and {rejected} begin with different questions: they are two answers to one")
+    return None
+
+
+def _question(messages: Sequence[Mapping]) -> list[Mapping]:
+    """The messages before the first answer."""
+    return list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
+
+
 def _missing(row: Mapping, column: str) -> Fault | None:
     return (
         None if column in row else Fault(f"{column} is missing (the row has {', '.join(map(str, row)) or 'nothing'})")
@@ -321,7 +343,7 @@ def _missing(row: Mapping, column: str) -> Fault | None:
 
 
 def _fault_of_text(row: Mapping, column: str) -> Fault:
-    return _missing(row, column) or Fault(f"{column} {_not_text(row[column])}")
+    return _missing(row, column) or _fault_of_type(column, row[column])
 
 
 def _remedy_for(role: str, names: Mapping[str, str]) -> str:
@@ -331,8 +353,16 @@ def _remedy_for(role: str, names: Mapping[str, str]) -> str:
     return f"write {here[0]}" if here else "give it one of these roles"
 
 
-def _not_text(value: object) -> str:
+def _fault_of_type(subject: str, value: object, hint: str = "") -> Fault:
+    """The fault of a value that should be text."""
     if value is None:
-        return "is null"
-    remedy = " (write it in quotes, in a file of JSON Lines)" if isinstance(value, (int, float)) else ""
-    return f"is {shortened(value)}, not text{remedy}"
+        return Fault(f"{subject} is null{hint}")
+    if isinstance(value, (date, time)):
+        return Fault(
+            f"{subject} is a date ({value}), not text",
+            "write the column as text into a CSV or Parquet file; in JSON, texts that all look like dates are read as "
+            "dates",
+        )
+    if isinstance(value, (int, float)):
+        hint += " (write it in quotes, in a file of JSON Lines)"
+    return Fault(f"{subject} is {shortened(value)}, not text{hint}")

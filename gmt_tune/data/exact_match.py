@@ -16,7 +16,7 @@ from torchtune import utils
 from torchtune.data import Message
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from gmt_tune.data.files import json_lines
+from gmt_tune.data.files import rows_of
 from gmt_tune.data.quickstart import quickstart_questions
 from gmt_tune.data.village import Question, Split
 from gmt_tune.errors import UserError
@@ -202,11 +202,9 @@ def _read_questions(file: Path, prompt_column: str, answer_column: str, size: in
     if not file.is_file():
         raise UserError(f"{name} does not exist: name a JSON Lines file")
     try:
-        rows = list(json_lines(file))
+        rows = list(rows_of(file, "json"))
     except UserError as error:
         raise UserError(f"evaluation.data_files: {error}") from None
-    if not rows:
-        raise UserError(f"{name} has no rows")
     for number, row in rows:
         for column in (prompt_column, answer_column):
             if column not in row:

@@ -4,18 +4,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchtune.data import padded_collate_dpo
-from torchtune.datasets import preference_dataset
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from torchtune.rlhf import get_batch_log_probs
 
 from gmt_tune.data.exact_match import evaluating
-from gmt_tune.data.files import fault_of_files
+from gmt_tune.data.loading import load_dataset
 from gmt_tune.data.quickstart import quickstart_preference_dataset
-from gmt_tune.data.rows import CheckedRows, cause_in_words
-from gmt_tune.data.scan import files_of_section, scan_section
 from gmt_tune.data.village import Split
 from gmt_tune.errors import UserError
 
@@ -58,23 +56,13 @@ class PreferenceAccuracy:
         elif not Path(data_files).is_file():
             raise UserError(f"evaluation.data_files {data_files} does not exist: name a JSON Lines file")
         else:
-            split = "train" if size is None else f"train[:{size}]"
             section = {
                 "_component_": "torchtune.datasets.preference_dataset",
                 "source": "json",
                 "data_files": data_files,
-                "split": split,
+                "split": "train" if size is None else f"train[:{size}]",
             }
-            try:
-                scan_section(section, "evaluation.data_files", getattr(tokenizer, "check_messages", None))
-                pairs = preference_dataset(tokenizer, source="json", data_files=data_files, split=split)
-            except UserError as error:
-                raise UserError(f"evaluation: {error}") from error
-            except Exception as error:
-                fault = fault_of_files(data_files, "json") or f"{data_files} cannot be loaded: {cause_in_words(error)}"
-                raise UserError(f"evaluation: {fault}") from error
-            dataset = CheckedRows(pairs, "evaluation.data_files", data_files, files_of_section(section))
-            dataset.check(None)
+            dataset = load_dataset(OmegaConf.create(section), tokenizer, "evaluation.data_files")
         collate = partial(padded_collate_dpo, padding_idx=tokenizer.pad_id)
         # Its own generator: a loader draws a number at each start, which must not be one of the training's.
         self._batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=torch.Generator())

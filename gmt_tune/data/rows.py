@@ -13,19 +13,19 @@ from torch.utils.data import Dataset
 from torchtune.datasets import ConcatDataset, PackedDataset, PreferenceDataset, SFTDataset, TextCompletionDataset
 
 from gmt_tune.data.columns import REMEDY, Fault, RowCheck, columns_of
-from gmt_tune.data.scan import RowFiles, absent_column, sentence
+from gmt_tune.data.scan import RowFiles, WrongRows, absent_column, count_wrong, sentence
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
 
-# So many rows are looked at before training, some seconds' worth; further ones when their turn comes.
+# The first rows, which are checked before training: some seconds' worth. Later rows are checked when they are read.
 ROWS_CHECKED_AHEAD = 100_000
 
 
 class CheckedRows(Dataset):
-    """A data set as it is, whose errors name the row and what is wrong with it.
+    """A data set whose errors name the row and what is wrong with it; the rows themselves stay as they are.
 
     Args:
-        dataset (Dataset): torchtune's, or any other, whose rows are then taken as they are.
-        key (str): the config's section, by which messages call it.
+        dataset (Dataset): torchtune's, or any other, whose rows are not checked.
+        key (str): the config's section, which messages name.
         origin (object): where it is from, for messages; default None, which leaves it out.
         files (RowFiles | None): the local files that it was read from; default None.
     """
@@ -44,7 +44,7 @@ class CheckedRows(Dataset):
         self._check = RowCheck(
             columns_of(dataset),
             getattr(tokenizer, "check_messages", None),  # gmt-tune's tokenizers have it
-            refuses_equal=files is not None,  # a published set may have such pairs, and its user cannot correct it
+            compares_pairs=files is not None,  # a published set may have such pairs, and its user cannot correct it
         )
         code = [part for part in (dataset, transform) if part is not None]
         self._is_torchtunes = all(type(part).__module__.startswith("torchtune.") for part in code)
@@ -70,22 +70,22 @@ class CheckedRows(Dataset):
         raise UserErrorOfOneRank(self._sentence(index, fault))
 
     def check(self, rows: int | None = ROWS_CHECKED_AHEAD) -> None:
-        """Look at the first rows (None: all), without making tokens of them. UserError names one that is wrong."""
+        """Check the first rows (None: all) without tokenizing them. UserError names the first that is wrong."""
         if self._raw is None:
             return
         absent = absent_column(self._check.columns, self._raw.column_names, self._key)
         if absent is not None:
             raise UserError(absent + self._seen_in)
-        # In order, which is faster than one by one
-        for index, sample in enumerate(islice(self._raw, rows)):
+        samples = enumerate(islice(self._raw, rows))  # in order, which is faster than by index
+        for index, sample in samples:
             fault = self._check.fault_of(sample)
             if fault is not None:
-                raise UserError(self._sentence(index, fault))
+                raise UserError(self._sentence(index, fault, count_wrong(self._check, samples)))
 
-    def _sentence(self, index: int, fault: Fault) -> str:
+    def _sentence(self, index: int, fault: Fault, others: WrongRows | None = None) -> str:
         place = self._files.place_of(index) if self._files is not None else None
         name = self._name if place is None else self._key
-        return sentence(index, name, place, fault, islice(self._raw, 1000) if self._raw is not None else ())
+        return sentence(index, name, place, fault, islice(self._raw, 1000) if self._raw is not None else (), others)
 
 
 def rows_of_pack(packed: PackedDataset, index: int) -> range:
@@ -97,7 +97,7 @@ def rows_of_pack(packed: PackedDataset, index: int) -> range:
 
 
 def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
-    """How messages call positions in a data set: rows, or for packed ones, packs and the rows in them."""
+    """Positions in a data set as messages name them: rows, or for packed ones, packs and the rows in them."""
     parts: list = dataset._datasets if isinstance(dataset, ConcatDataset) else [dataset]
     if not all(isinstance(part, PackedDataset) for part in parts):
         return f"rows {list(positions)} of the data set"
@@ -113,10 +113,12 @@ def positions_in_words(dataset: Dataset, positions: Sequence[int]) -> str:
 
 
 def cause_in_words(error: BaseException) -> str:
-    """Why a data set could not be loaded: ``datasets`` often says that there was an error, and which in its cause."""
+    """Why a data set could not be loaded: ``datasets`` often raises a general error from the one that says why."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return cause_in_words(error.__cause__)
-    return one_line(error)[:400]
+    text = one_line(error)[:400]
+    is_mixed = "as a scalar of type" in text
+    return f"{text}, the type of the column's first rows: give all rows one type" if is_mixed else text
 
 
 def _in_words(error: Exception) -> str:

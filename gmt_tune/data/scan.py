@@ -1,31 +1,34 @@
 """The rows of local files, looked at before anything is loaded: which row of which file is wrong, in which line.
 
-A data set of JSON is scanned as its file is, where an error of ``datasets`` would name neither the row nor what its
-reader wants of it. CSV and Parquet have types that only loading gives them: their rows are looked at when loaded
-(:mod:`gmt_tune.data.rows`), and what is here finds the line of a wrong one.
+JSON is scanned before ``datasets`` reads it, since errors of ``datasets`` name no row. The types of CSV and Parquet are
+known only when they are loaded: their rows are checked then (:mod:`gmt_tune.data.rows`), and this module finds the line
+of a wrong one.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import ReadInstruction  # type: ignore[import-untyped]
 from torchtune import utils
 
 from gmt_tune.data.columns import Columns, Fault, RowCheck, columns_of_section, roles_in
-from gmt_tune.data.files import local_files, rows_of
+from gmt_tune.data.files import csv_format, local_files, rows_of
 from gmt_tune.errors import UserError
 
-# So many rows of a data set are looked at before it is loaded, about ten seconds' worth.
+# The first rows of a data set, which are checked before it is loaded: about ten seconds' worth.
 ROWS_SCANNED = 1_000_000
-# Among so many, a message looks for columns and roles that a wrong row may be compared with.
+# The first rows, in which a message about a wrong row looks for the columns and roles that there are.
 _ROWS_COMPARED = 10_000
-# Keys of ``datasets.load_dataset`` with which a file's rows are not what they seem.
+# After a wrong row, others are counted until there are so many.
+_WRONG_ROWS_COUNTED = 1_000
+# Keys of ``datasets.load_dataset`` with which a data set has other rows than its files.
 _CHANGES_ROWS = ("field", "encoding", "features", "filter_fn", "name", "streaming")
 
 _log = utils.get_logger("INFO")
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -36,10 +39,13 @@ class Place(NamedTuple):
 
 
 class RowFiles:
-    """The local files of a config's section, as rows. ``kind`` is the section's ``source``, such as "json"."""
+    """The local files of a config's section, as rows.
 
-    def __init__(self, paths: Sequence[Path], kind: str, split: str) -> None:
-        self._paths, self._kind = paths, kind
+    ``kind`` is the section's ``source``, such as "json"; ``cells`` the format of CSV files.
+    """
+
+    def __init__(self, paths: Sequence[Path], kind: str, split: str, cells: Mapping[str, str]) -> None:
+        self._paths, self._kind, self._cells = paths, kind, cells
         self._instruction = ReadInstruction.from_spec(split) if "[" in split or "+" in split else None
 
     def __iter__(self) -> Iterator[tuple[int, Place, Any]]:
@@ -54,12 +60,12 @@ class RowFiles:
         """Where a row of the split is; None if it cannot be found."""
         try:
             return next((place for number, place, _ in self if number == row), None)
-        except (UserError, ValueError, AssertionError):  # of a file that datasets reads in another way, or of the split
+        except (UserError, ValueError, AssertionError):  # the file is not as datasets reads it, or the split is wrong
             return None
 
     def _all(self) -> Iterator[tuple[Path, int | None, Any]]:
         for path in self._paths:
-            for line, row in rows_of(path, self._kind):
+            for line, row in rows_of(path, self._kind, self._cells):
                 yield path, line, row
 
     @cached_property
@@ -74,28 +80,30 @@ class RowFiles:
 
 
 def files_of_section(section: Mapping[str, Any]) -> RowFiles | None:
-    """The files that a section's data set is read from; None if they are not all here, or not read as they are."""
-    kind, split = section.get("source"), section.get("split") or "train"
-    if kind not in ("json", "csv", "text", "parquet") or any(section.get(key) is not None for key in _CHANGES_ROWS):
+    """The files of a section's data set; None if they are not all local, or the data set has other rows than they."""
+    kind, split, cells = section.get("source"), section.get("split") or "train", csv_format(section)
+    if kind not in ("json", "csv", "text", "parquet") or cells is None:
+        return None
+    if any(section.get(key) is not None for key in _CHANGES_ROWS):
         return None
     files = section.get("data_files")
     if isinstance(files, Mapping):
         if set(files) != {split}:
-            return None  # several splits: their files are looked at if loading fails
+            return None  # several splits: their files are checked if loading fails
         files = files[split]
     if not isinstance(split, str):
         return None
     try:
         paths = local_files(files, section.get("data_dir"))
-        return RowFiles(paths, kind, split) if paths is not None else None
-    except (UserError, ValueError, AssertionError):  # no file matches, or it is no split: loading will say so
+        return RowFiles(paths, kind, split, cells) if paths is not None else None
+    except (UserError, ValueError, AssertionError):  # no file matches, or the split is wrong: loading reports it
         return None
 
 
 def scan_section(section: Mapping[str, Any], key: str, check_messages: Any = None) -> bool:
-    """Look at the rows of a section's JSON files, before they are loaded; whether that was done.
+    """Check the rows of a section's JSON files before they are loaded; return whether that was done.
 
-    Files of another kind, those that are not here, and data sets that torchtune does not make, are left alone.
+    Files of another kind, files that are not local, and data sets that torchtune does not make, are not checked.
 
     Args:
         section (Mapping): of the config, as plain values.
@@ -103,7 +111,7 @@ def scan_section(section: Mapping[str, Any], key: str, check_messages: Any = Non
         check_messages: the tokenizer's own check of a conversation, if it has one.
 
     Raises:
-        UserError: the first row that is wrong, with its file and line.
+        UserError: the first row that is wrong, with its file and line, and how many others are.
     """
     columns = columns_of_section(section, key)
     if columns is None or section.get("source") != "json":
@@ -111,29 +119,59 @@ def scan_section(section: Mapping[str, Any], key: str, check_messages: Any = Non
     files = files_of_section(section)
     if files is None:
         return False
-    check = RowCheck(columns, check_messages, refuses_equal=True)
-    number, rows = -1, iter(files)
-    while True:
-        try:
-            number, place, row = next(rows)
-        except StopIteration:
-            break
-        except (UserError, ValueError, AssertionError):
-            return False  # datasets reads some files that this does not; what neither reads, loading will say
-        if number == ROWS_SCANNED:
-            utils.log_rank_zero(
-                _log, f"Checked the first {ROWS_SCANNED:,} rows of {key}; the others are checked as they are read."
-            )
-            break
-        fault = check.fault_of(row if isinstance(row, dict) else {"text": row})
-        if fault is not None:
-            some = [row for _, _, row in itertools.islice(files, _ROWS_COMPARED)]
-            if (absent := absent_column(columns, {name for row in some for name in row}, key)) is not None:
-                raise UserError(f"{absent} (seen in row {number}, {place.file})")
-            raise UserError(sentence(number, key, place, fault, some))
+    check = RowCheck(columns, check_messages, compares_pairs=True)
+    number, found, rows = -1, None, iter(files)
+    try:
+        for number, place, row in rows:
+            if number == ROWS_SCANNED:
+                utils.log_rank_zero(
+                    _log, f"Checked the first {ROWS_SCANNED:,} rows of {key}; the others are checked as they are read."
+                )
+                break
+            fault = check.fault_of(row)
+            if fault is not None:
+                found = place, fault
+                break
+    except (UserError, ValueError, AssertionError):
+        return False  # datasets reads some files that rows_of does not; if it fails too, that is reported then
     if number < 0:
         raise UserError(f"{key} has no rows: check its split, {section.get('split')}, and its files")
+    if found is not None:
+        place, fault = found
+        first_rows = [row for _, _, row in _readable(itertools.islice(files, _ROWS_COMPARED))]
+        if (absent := absent_column(columns, {name for row in first_rows for name in row}, key)) is not None:
+            raise UserError(f"{absent} (seen in row {number}, {place.file})")
+        others = _readable(itertools.islice(rows, ROWS_SCANNED - number - 1))
+        wrong = count_wrong(check, ((other, row) for other, _, row in others))
+        raise UserError(sentence(number, key, place, fault, first_rows, wrong))
     return True
+
+
+def _readable(rows: Iterator[T]) -> Iterator[T]:
+    """The rows before one that cannot be read."""
+    try:
+        yield from rows
+    except UserError:
+        return
+
+
+class WrongRows(NamedTuple):
+    """The numbers of rows after the first wrong one that are wrong too, and how many rows were checked in all."""
+
+    numbers: list[int]
+    checked: int
+
+
+def count_wrong(check: RowCheck, rows: Iterable[tuple[int, Mapping]]) -> WrongRows:
+    """Check the rows after a wrong one, given with their numbers; stop when very many are wrong."""
+    wrong: list[int] = []
+    number = -1
+    for number, row in rows:
+        if check.fault_of(row) is not None:
+            wrong.append(number)
+            if len(wrong) == _WRONG_ROWS_COUNTED:
+                break
+    return WrongRows(wrong, number + 1)
 
 
 def absent_column(columns: Columns, present: Sequence[str] | set[str], key: str) -> str | None:
@@ -142,16 +180,31 @@ def absent_column(columns: Columns, present: Sequence[str] | set[str], key: str)
     if missing is None:
         return None
     names = sorted(present) if isinstance(present, set) else present
-    remedy = f"set {columns.set_by} to what there is ({', '.join(names)})"
+    shown = ", ".join(name if name == name.strip() else repr(name) for name in names)
+    remedy = f"set {columns.set_by} to what there is ({shown})"
     delimiter = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
-    if delimiter is not None:
+    if names[:1] and names[0].startswith(("{", "[{")):
+        remedy = f"this file is JSON, not CSV: set {key}.source=json"
+    elif delimiter is not None:
         remedy = f"the cells of this file are not separated by commas: set {key}.sep={delimiter!r}"
     return f"{key}: its rows have no column '{missing}': {remedy}"
 
 
-def sentence(row: int, name: str, place: Place | None, fault: Fault, some_rows: Any = ()) -> str:
-    """The message of a wrong row, with the roles of the rows around it where that is what is wrong."""
+def sentence(
+    number: int,
+    name: str,
+    place: Place | None,
+    fault: Fault,
+    first_rows: Iterable[Mapping],
+    others: WrongRows | None = None,
+) -> str:
+    """The message of a wrong row: with the roles in the first rows where a role is wrong, and the other wrong rows."""
     where = "" if place is None else f" ({place.file}{'' if place.line is None else f', line {place.line}'})"
-    roles = roles_in(some_rows, fault.conversation) if fault.conversation is not None else ""
+    roles = roles_in(first_rows, fault.conversation) if fault.conversation is not None else ""
     seen = f" (roles in these rows: {roles})" if roles else ""
-    return f"row {row} of {name}{where}: {fault.text}{seen}: {fault.remedy} (rows are counted from 0)"
+    more = ""
+    if others is not None and others.numbers:
+        count, numbers = len(others.numbers), ", ".join(map(str, others.numbers[:5]))
+        more = f"; {count:,} more of the first {others.checked:,} rows {'is' if count == 1 else 'are'} wrong: {numbers}"
+        more += ", ..." if count > 5 else ""
+    return f"row {number} of {name}{where}: {fault.text}{seen}: {fault.remedy}{more} (rows are counted from 0)"

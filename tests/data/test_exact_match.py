@@ -141,7 +141,7 @@ def test_model_modes_gradients_and_random_state_stay_as_they_were(tokenizer, wor
         ({"data_files": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"data_files": "rows.jsonl"}, "has no 'prompt' in line 1: .* two of question, answer"),
         ({"data_files": "broken.jsonl"}, "line 2 of broken.jsonl is no valid JSON"),
-        ({"data_files": "empty.jsonl"}, "has no rows"),
+        ({"data_files": "empty.jsonl"}, "empty.jsonl is empty"),
         ({"data_files": "null.jsonl"}, "has in line 2 the answer null: fill it in or delete it"),
         ({"data_files": "number.jsonl"}, "line 1 of number.jsonl is 5, not an object with the row's columns"),
         ({"data_files": "latin.jsonl"}, "line 1 of latin.jsonl is not UTF-8"),

@@ -53,15 +53,15 @@ WRONG = [
     ("chat", {"messages": []}, "messages is an empty list"),
     ("chat", {"messages": None}, "messages is null"),
     ("chat", {"messages": [QUESTION, None]}, "message 1 of messages is None, not an object with role and content"),
-    ("chat", {"messages": [QUESTION]}, "messages has no message of the assistant"),
-    ("chat", {"messages": [{"role": "system", "content": "s"}, QUESTION]}, "messages has no message of the assistant"),
+    ("chat", {"messages": [QUESTION]}, "messages has no assistant message"),
+    ("chat", {"messages": [{"role": "system", "content": "s"}, QUESTION]}, "messages has no assistant message"),
     # of which torchtune makes a copy of the question
     ("chat", {"messages": [QUESTION, {"role": "assistant", "content": None}]}, "content of message 1 of messages is n"),
     ("chat", {"messages": [QUESTION, {"role": "assistant", "content": 5}]}, "content of message 1 of messages is 5"),
     (
         "chat",
         {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, ANSWER]},
-        "a text of message 0 of messages is null",
+        "a text part of message 0 of messages is null",
     ),
     ("chat", {"messages": [{"content": "q"}, ANSWER]}, r"role of message 0 of messages is missing \(it has content\)"),
     ("chat", {"messages": [QUESTION, QUESTION, ANSWER]}, "Two consecutive user messages at index 1"),
@@ -84,7 +84,7 @@ WRONG = [
     ("pairs", {"chosen": [QUESTION, ANSWER]}, "rejected is missing"),
     ("pairs", {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]}, "chosen and rejected are the same"),
     ("pairs", {"chosen": [QUESTION, ANSWER], "rejected": []}, "rejected is an empty list"),
-    ("pairs", {"chosen": [QUESTION], "rejected": [QUESTION, ANSWER]}, "chosen has no message of the assistant"),
+    ("pairs", {"chosen": [QUESTION], "rejected": [QUESTION, ANSWER]}, "chosen has no assistant message"),
 ]
 
 
@@ -223,11 +223,36 @@ FILES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("content", "keys", "fault"),
+    [
+        ("question;answer\nq, r;a\nq;\n", {"sep": ";"}, r"row 1 of dataset \(rows\.csv, line 3\): answer is null"),
+        ("question|answer\nq, r|a\nq|\n", {"delimiter": "|"}, r"row 1 of dataset \(rows\.csv, line 3\)"),
+        ("question\tanswer\nq, r\ta\nq\t\n", {"sep": r"\t"}, r"row 1 of dataset \(rows\.csv, line 3\)"),
+        ("question,answer\n'q\nr',a\nq,\n", {"quotechar": "'"}, r"row 1 of dataset \(rows\.csv, line 4\)"),
+        ("q,a\nq,\n", {"column_names": ["question", "answer"]}, r"row 1 of dataset \(rows\.csv\)"),
+        ("question  answer\nq  a\nq  \n", {"sep": r"\s\s"}, r"row 1 of dataset \(rows\.csv\)"),
+        ("question;answer\nq;a\nq;a;b\n", {"sep": ";"}, "line 3 of rows.csv has 3 cells, .* that holds ';' in quotes"),
+        (RIGHT_LINE * 2, {}, "no column 'question': this file is JSON, not CSV: set dataset.source=json"),
+        ("question, answer\nq,a\n", {}, r"no column 'answer': set column_map to what there is \(question, ' answer'\)"),
+    ],
+)
+def test_a_wrong_line_of_csv_is_found_with_the_sections_delimiter_and_quotes(content, keys, fault, build):
+    with pytest.raises(UserError, match=fault):
+        build(INSTRUCT, content, "rows.csv", **keys)
+
+
 @pytest.mark.parametrize(("file", "content", "fault"), FILES, ids=[f"{f}: {fault[-40:]}" for f, _, fault in FILES])
 def test_a_file_that_cannot_be_read_is_named_with_its_line(file, content, fault, build):
     with pytest.raises(UserError, match=fault) as error:
         build(INSTRUCT, content, file)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_datasets_loads_although_it_is_not_utf_8_is_named(packed, build):
+    with pytest.raises(UserError, match=r"^dataset: line 4 of rows\.jsonl is not UTF-8: convert the file$"):
+        build(INSTRUCT, (RIGHT_LINE * 3 + RIGHT_LINE.replace('"a"', '"é"')).encode("latin-1"), packed=packed)
 
 
 TWO_FILES = ["ok.jsonl", "rows.jsonl"]

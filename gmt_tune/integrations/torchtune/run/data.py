@@ -1,25 +1,20 @@
 """Data sets and loaders as torchtune's recipes make them, made before the model so that errors come early."""
 
-import traceback
 from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
-from torchtune.datasets import ConcatDataset, PackedDataset
+from torchtune.datasets import ConcatDataset
 
-from gmt_tune.data.files import fault_of_files
-from gmt_tune.data.rows import ROWS_CHECKED_AHEAD, CheckedRows, cause_in_words
-from gmt_tune.data.scan import files_of_section, scan_section
+from gmt_tune.data.loading import load_dataset
 from gmt_tune.errors import UserError, UserErrorOfOneRank, one_line
-
-ROWS_LIKE_SCANNED = 100
 
 
 def build_tokenizer(cfg_tokenizer: DictConfig):
@@ -36,14 +31,14 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
     Returns (data set, whether it is packed). Raises UserError, which names the file or the row that is wrong.
     """
     if isinstance(cfg_dataset, ListConfig):
-        built = [_build_part(part, tokenizer, f"{key}[{i}]") for i, part in enumerate(cfg_dataset)]
+        built = [load_dataset(part, tokenizer, f"{key}[{i}]") for i, part in enumerate(cfg_dataset)]
         try:
             dataset = ConcatDataset(datasets=built)
         except ValueError as error:  # packed and others
             raise UserError(f"{key}: {error}") from error
         packed = dataset.packed
     else:
-        dataset = _build_part(cfg_dataset, tokenizer, key)
+        dataset = load_dataset(cfg_dataset, tokenizer, key)
         packed = cfg_dataset.get("packed", False)
     if len(dataset) == 0:
         raise UserError(f"{key} has no rows: check its source and its filters")
@@ -52,51 +47,6 @@ def build_dataset(cfg_dataset: DictConfig | ListConfig, tokenizer, key: str = "d
     except UserErrorOfOneRank as error:  # which all ranks meet
         raise UserError(str(error)) from error
     return dataset, packed
-
-
-def _build_part(part: DictConfig, tokenizer, key: str):
-    """The data set of one section: packed, or with rows that say what is wrong with them."""
-    section = OmegaConf.to_container(part, resolve=True)
-    assert isinstance(section, dict)
-    files, origin = section.get("data_files"), section.get("source")
-    is_scanned = scan_section(section, key, getattr(tokenizer, "check_messages", None))
-    try:
-        dataset = config.instantiate(part, tokenizer)
-        len(dataset)
-    except UserError:
-        raise
-    except Exception as error:
-        if "_pack" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
-            _name_bad_row(part, tokenizer, key)
-        fault = fault_of_files(files, origin)
-        if fault is not None:
-            raise UserError(f"{key}: {fault}") from error
-        raise UserError(f"{key} cannot be loaded: {cause_in_words(error)}") from error
-    if isinstance(dataset, PackedDataset):
-        _checked(dataset.ds, section, key).check(None)  # for a row that is wrong and raised no error
-        return dataset
-    rows = _checked(dataset, section, key)
-    # What was scanned can differ only in the types that loading gives to whole columns
-    rows.check(ROWS_LIKE_SCANNED if is_scanned else ROWS_CHECKED_AHEAD)
-    return rows
-
-
-def _checked(dataset, section: dict, key: str) -> CheckedRows:
-    files = section.get("data_files")
-    origin = files if isinstance(files, str) else section.get("source")
-    return CheckedRows(dataset, key, origin, files_of_section(section))
-
-
-def _name_bad_row(part: DictConfig, tokenizer, key: str) -> None:
-    """Packing reads all rows and says nothing of the one that it fails at: raise UserError if one of them fails."""
-    try:
-        dataset = config.instantiate(OmegaConf.merge(part, {"packed": False}), tokenizer)
-    except Exception:
-        return  # it is not the rows
-    rows = _checked(dataset, OmegaConf.to_container(part, resolve=True), key)
-    rows.check(None)
-    for index in range(len(rows)):
-        rows[index]
 
 
 def build_collate(collate_fn: str, packed: bool, pad_id: int, ignore_index: int):
