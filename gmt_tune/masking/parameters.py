@@ -11,7 +11,8 @@ from gmt_tune.masking.flat import FlatShard
 from gmt_tune.masking.names import bare_names
 
 #: What is dense where nobody says: norms, under the names of most models ("input_layernorm", "sa_norm", "q_norm"),
-#: though not GPT-2's ("ln_1", "ln_f"). That it matches nothing, or what is frozen, is no mistake of the user's.
+#: though not GPT-2's ("ln_1", "ln_f"). That it matches nothing, or what is frozen, is no mistake of the user's: configs
+#: write it out, so its value counts, whoever gives it.
 DEFAULT_DENSE = ("*norm*",)
 
 
@@ -20,7 +21,7 @@ class MaskedParameters:
 
     Args:
         named_parameters: pairs of name and parameter.
-        dense: name patterns; ``DEFAULT_DENSE`` itself may match nothing, and leaves to ``frozen`` what both match.
+        dense: name patterns; those of ``DEFAULT_DENSE`` may match nothing, and leave to ``frozen`` what both match.
         frozen: name patterns; parameters that it matches stop requiring gradients.
 
     Attributes:
@@ -33,7 +34,7 @@ class MaskedParameters:
 
     def __init__(self, named_parameters: Any, dense: Sequence[str], frozen: Sequence[str]) -> None:
         parameters, self._given_names = _check_named_parameters(named_parameters)
-        is_default = dense is DEFAULT_DENSE  # the same pattern, written by a user, is held to what it says
+        is_default = tuple(dense) == DEFAULT_DENSE
         self._dense = _match("dense", dense, self._given_names, must_match=not is_default)
         self._frozen = _match("frozen", frozen, self._given_names)
         if is_default:

@@ -381,20 +381,25 @@ def masked_of(model, **options):
 def test_norms_are_dense_where_nobody_says_otherwise():
     model = normed_model()
     assert masked_of(model) == masked_of(model, dense=["*norm*"]) == ["q_proj.weight", "ln_1.weight"]
-    assert masked_of(model, dense=[]) == masked_of(model, dense=()) == [name for name, _ in model.named_parameters()]
+    every = [name for name, _ in model.named_parameters()]
+    assert masked_of(model, dense=[]) == masked_of(model, dense=()) == masked_of(model, dense=None) == every
     assert GradientMask(model.named_parameters(), density=0.2).policy()["dense"] == ["*norm*"]
 
 
-def test_the_default_may_match_nothing_and_yields_to_frozen_where_a_written_pattern_does_not():
-    linear = nn.Linear(3, 3)
-    assert masked_of(linear) == ["weight", "bias"]
-    with pytest.raises(ValueError, match=r"dense: the pattern '\*norm\*' matches no parameter"):
-        masked_of(linear, dense=["*norm*"])
-    assert masked_of(normed_model(), frozen=["*norm*"]) == ["q_proj.weight", "ln_1.weight"]
-    with pytest.raises(ValueError, match="matches both dense and frozen"):
-        masked_of(normed_model(), frozen=["*norm*"], dense=["*norm*"])
+@pytest.mark.parametrize("default", [{}, {"dense": ["*norm*"]}, {"dense": ("*norm*",)}], ids=str)
+def test_the_default_written_or_not_may_match_nothing_and_yields_to_frozen(default):
+    assert masked_of(nn.Linear(3, 3), **default) == ["weight", "bias"]
+    assert masked_of(normed_model(), frozen=["*norm*"], **default) == ["q_proj.weight", "ln_1.weight"]
     with pytest.raises(ValueError, match=r"no parameter is left to mask: .*; dense=\[\] masks norms as well"):
-        masked_of(normed_model(), frozen=["q_proj*", "ln_1*"])
+        masked_of(normed_model(), frozen=["q_proj*", "ln_1*"], **default)
+
+
+@pytest.mark.parametrize("own", [["*layernorm*"], ["*norm*", "*norm*"]], ids=str)
+def test_patterns_of_ones_own_must_match_and_do_not_yield_to_frozen(own):
+    with pytest.raises(ValueError, match=r"dense: the pattern '\*.*norm\*' matches no parameter"):
+        masked_of(nn.Linear(3, 3), dense=own)
+    with pytest.raises(ValueError, match="matches both dense and frozen"):
+        masked_of(normed_model(), frozen=["*norm*"], dense=own)
 
 
 def test_a_mask_saved_with_another_dense_is_refused_by_name():

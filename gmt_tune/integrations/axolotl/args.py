@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gmt_tune.integrations.transformers import GradientMaskCallback
 from gmt_tune.integrations.transformers.compact import state_bits_of
+from gmt_tune.masking.parameters import DEFAULT_DENSE
 
 
 class GradientMaskSection(BaseModel):
@@ -16,7 +17,7 @@ class GradientMaskSection(BaseModel):
     score: str = Field("magnitude", description="What entries are ranked by: magnitude, saliency or random.")
     scope: str = Field("tensor", description="Top fraction of each tensor, or global: of all together.")
     refresh_every: int | None = Field(1, description="Optimizer steps between selections; null selects once.")
-    dense: list[str] | None = Field(None, description="Name patterns of what is updated in full; null: norms.")
+    dense: list[str] | None = Field(list(DEFAULT_DENSE), description="Name patterns of what is updated in full.")
     frozen: list[str] = Field(default_factory=list, description="Name patterns of what is not updated at all.")
     seed: int = Field(0, description="Of the random score.")
     error_if_nonfinite: bool = Field(True, description="Raise if a gradient holds NaN or infinity.")
@@ -28,9 +29,7 @@ class GradientMaskSection(BaseModel):
 
     @model_validator(mode="after")
     def _accepted_by_the_callback(self):
-        GradientMaskCallback(
-            **self.model_dump(exclude={"dense"} if self.dense is None else None)
-        )  # its own checks and sentences; patterns need the model
+        GradientMaskCallback(**self.model_dump())  # its own checks and sentences; patterns need the model
         return self
 
 

@@ -18,8 +18,6 @@ class GradientMaskPlugin(BasePlugin):
         # Axolotl leaves out of the validated config what is null, while defaults stay in: a key that is missing
         # here was null there.
         options = {name: cfg.gradient_mask.get(name) for name in GradientMaskSection.model_fields}
-        if options["dense"] is None:
-            del options["dense"]  # which leaves it to the mask's own default
         return [GradientMaskCallback(**options)]
 
     def post_trainer_create(self, cfg, trainer) -> None:

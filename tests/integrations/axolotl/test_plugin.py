@@ -42,8 +42,8 @@ def test_axolotls_loader_loads_the_plugin(validate, axolotl_config):
     "section",
     [
         {"density": 0.2},
-        {"density": 1, "score": "saliency", "scope": "global", "refresh_every": 4, "dense": ["*norm*"], "seed": 3},
-        {"density": 0.5, "refresh_every": None, "score": "random", "frozen": ["*embed*"]},
+        {"density": 1, "score": "saliency", "scope": "global", "refresh_every": 4, "dense": ["*bias"], "seed": 3},
+        {"density": 0.5, "refresh_every": None, "score": "random", "frozen": ["*embed*"], "dense": None},
     ],
 )
 def test_a_section_reaches_the_mask_as_it_was_written(validate, axolotl_config, section):
@@ -51,7 +51,7 @@ def test_a_section_reaches_the_mask_as_it_was_written(validate, axolotl_config, 
 
     cfg = validate(axolotl_config(gradient_mask=section))
     [callback] = GradientMaskPlugin().add_callbacks_pre_trainer(cfg, model=None)
-    defaults = {"score": "magnitude", "scope": "tensor", "refresh_every": 1, "frozen": []}
+    defaults = {"score": "magnitude", "scope": "tensor", "refresh_every": 1, "dense": ["*norm*"], "frozen": []}
     assert callback._options == {**defaults, "seed": 0, "error_if_nonfinite": True, **section}
 
 
