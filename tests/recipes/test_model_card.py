@@ -100,6 +100,11 @@ def test_no_secret_of_the_config_and_no_path_is_in_a_card(config, tmp_path, run_
     made["dataset"]["name"] = "${oc.env:DATA_PASSWORD}"
     made["metric_logger"]["api_key"] = "metric-logger-key-1234"
     made["tokenizer"]["path"] = "/home/alice/private/tokenizer.json"
+    made["output_dir"] = "runs-of-alice/out"
+    made["dataset"]["data_dir"] = "../alice/chats"
+    made["dataset"]["new_system_prompt"] = "/be brief/"
+    made["checkpointer"]["checkpoint_dir"] = "models/alice/Tiny"
+    made["checkpointer"]["checkpoint_files"] = ["alice/model.safetensors"]
     made["optimizer"]["note"] = f"{Path.home()}/notes and s3://bucket/x"
     made["dataset"]["data_files"] = ["s3://alice:pw@bucket/a/rows.jsonl?sig=abcdef", "C:\\Users\\alice\\more.jsonl"]
     run_recipe(config())
@@ -109,7 +114,7 @@ def test_no_secret_of_the_config_and_no_path_is_in_a_card(config, tmp_path, run_
         "sys.argv",
         ["/home/alice/r/gmt_full_finetune.py", "--config", "/home/alice/c/mine.yaml", "dataset.token=hf_abcdefghijklmno"
          "pqrstuvwxyz", "tokenizer.path=/home/alice/private/tokenizer.json", "~dataset_val",
-         "dataset.data_files=[a,b]", "unknown=sesame-1234"],
+         "dataset.data_files=[a,b]", "output_dir=runs-of-alice/out", "unknown=sesame-1234"],
     )  # fmt: skip
     text = model_card(
         saved.path,
@@ -123,7 +128,8 @@ def test_no_secret_of_the_config_and_no_path_is_in_a_card(config, tmp_path, run_
     )
     assert "rows.jsonl" in text and "more.jsonl" in text and "path=tokenizer.json" in text  # it has what it may have
     assert "tune run gmt_full_finetune --config mine.yaml 'dataset.token=***' tokenizer.path=tokenizer.json" in text
-    assert "'~dataset_val' 'dataset.data_files=[rows.jsonl,more.jsonl]'\n" in text
+    assert "'~dataset_val' 'dataset.data_files=[rows.jsonl,more.jsonl]' output_dir=out\n" in text
+    assert "new_system_prompt=/be brief/" in text
     leaked = ("hunter2", "AKIA", "secret-1234", "hf_abc", "key-1234", "alice", "bucket/a", "sig=", "sesame")
     assert [word for word in (*leaked, str(Path.home()) + "/") if word in text] == []
 
@@ -188,8 +194,12 @@ def test_a_checkpoint_that_transformers_does_not_load_does_not_say_so(config, tm
     ("files", "name", "repo_id", "license"),
     [
         ({}, "model", None, {}),
-        ({"config.json": '{"_name_or_path": "org/m"}'}, "org/m", "org/m", {}),
-        ({"config.json": '{"_name_or_path": "/home/alice/m"}'}, "model", None, {}),
+        # What its own training began with, or a folder of whoever trained it
+        ({"config.json": '{"_name_or_path": "checkpoints/run3"}'}, "model", None, {}),
+        ({"original_repo_id.json": '{"repo_id": "../m"}'}, "model", None, {}),
+        ({"README.md": "---\nlicense:\n- mit\n- other\n---\n"}, "model", None, {"license": ["mit", "other"]}),
+        ({"README.md": "\ufeff---\nlicense: mit\n---\n"}, "model", None, {"license": "mit"}),
+        ({"README.md": b"---\nlicense: mit\n---\n# Caf\xe9\n"}, "model", None, {"license": "mit"}),
         (
             {"README.md": "---\nbase_model: org/b\ntags: [gmt-tune]\nlicense: mit\n---\n"},
             "org/b", "org/b", {"license": "mit"},
@@ -204,7 +214,7 @@ def test_a_base_is_what_its_folder_says(files, name, repo_id, license, tmp_path)
     folder = tmp_path / "model"
     folder.mkdir()
     for file, text in files.items():
-        (folder / file).write_text(text)
+        (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     base = read_base(folder)
     assert base == Base(name, repo_id, license)
 

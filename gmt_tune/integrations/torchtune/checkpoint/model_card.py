@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from omegaconf import ListConfig, OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
 from gmt_tune._installed import installed_version
 from gmt_tune.integrations.torchtune.checkpoint.manifest import CARD, Progress, read_json_object
+from gmt_tune.integrations.torchtune.config.reading import PATH_KEY
 from gmt_tune.integrations.torchtune.plugin.registry import config_paths
 from gmt_tune.reporting.run_log import RUN_LOG_FILE, read_lines
 
@@ -32,8 +34,8 @@ _TAG = "gmt-tune"
 _PAPER = "https://arxiv.org/abs/2406.15330"
 _HUB = "https://huggingface.co"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FOLDER_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_PATH = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[\w+.-]+://")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _SECTIONS = ("model", "tokenizer", "loss", "optimizer", "lr_scheduler")
 _VALUES = ("epochs", "max_steps_per_epoch", "dtype", "clip_grad_norm", "optimizer_in_bwd", "seed", "shuffle")
@@ -69,10 +71,9 @@ def read_base(folder: Path) -> Base:
         download.get("repo_id"),
         card.get("base_model") if _TAG in (card.get("tags") or ()) else None,  # a model that we made
         "/".join(in_cache.groups()) if in_cache is not None else None,
-        (read_json_object(folder / "config.json") or {}).get("_name_or_path"),
     ]
     repo_id = next((name for name in named if _is_hub_id(name)), None)
-    license = {key: card[key] for key in _LICENSE_KEYS if isinstance(card.get(key), str)}
+    license = {key: card[key] for key in _LICENSE_KEYS if isinstance(card.get(key), (str, list))}
     weights = download.get("weights") if isinstance(download.get("weights"), str) else None
     return Base(repo_id or folder.resolve().name, repo_id, license, weights)
 
@@ -141,13 +142,24 @@ def model_card(
 
 def _front_matter(file: Path) -> dict[str, Any]:
     try:
-        return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        content = file.read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # no such file, or somebody's own idea of YAML
         return {}
 
 
 def _is_hub_id(name: object) -> bool:
-    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and not os.path.exists(name)
+    if not isinstance(name, str) or "/" not in name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _datasets(config: Mapping) -> list[dict]:
@@ -167,13 +179,21 @@ def _hub_dataset(section: Mapping) -> str | None:
     return source if _is_hub_id(source) and not section.get("data_files") else None
 
 
-def _without_folders(value: Any) -> Any:
-    """A config in which paths and addresses have only their last part: names of folders and hosts are private."""
+def _without_folders(value: Any, key: str = "") -> Any:
+    """A config in which paths and addresses have only their last part: names of folders and hosts are private.
+
+    A path is what begins as one, or is under a ``key`` that has paths. Prompts stay as they are.
+    """
+    if "prompt" in key:
+        return value
     if isinstance(value, Mapping):
-        return {key: _without_folders(each) for key, each in value.items()}
+        return {name: _without_folders(each, name) for name, each in value.items()}
     if isinstance(value, list):
-        return [_without_folders(each) for each in value]
-    if not isinstance(value, str) or not re.match(r"[/\\~]|[A-Za-z]:[/\\]|[\w+.-]+://", value):
+        return [_without_folders(each, key) for each in value]
+    is_path = isinstance(value, str) and (
+        _PATH.match(value) or (PATH_KEY.fullmatch(key) and not (key == "source" and _is_hub_id(value)))
+    )
+    if not is_path:
         return value
     path = value.partition("?")[0] if "://" in value else value
     is_home = os.path.expanduser(path).rstrip("/") == str(Path.home())
@@ -259,6 +279,7 @@ def _how_to_load(folder: Path) -> list[str]:
 
 def _licence(base: Base, folder: Path) -> str:
     known = base.license.get("license_name") or base.license.get("license")
+    known = ", ".join(map(str, known)) if isinstance(known, list) else known
     of_base = f" ({known})" if known else ", which its folder did not name,"
     # The base's own, which are copied
     names = ("license", "licence", "notice", "use_policy")

@@ -23,7 +23,7 @@ _INDICATORS = "*&!%@`|>?"
 _LISTS = ("dense", "frozen", "custom_sharded_layers", "checkpoint_files")
 
 # Keys that hold paths, by their names.
-_PATH_KEY = re.compile(r"(.+_)?(dir|path|paths|file|files|folder|root|source)")
+PATH_KEY = re.compile(r"(.+_)?(dir|path|paths|file|files|folder|root|source)")
 
 # How null is written: YAML's ways, and Python's.
 _NULL = ("null", "Null", "NULL", "~", "None")
@@ -37,7 +37,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML ({_where(error, path)})") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): name the file of a config") from None
-    if not OmegaConf.is_dict(loaded):
+    if not OmegaConf.is_dict(loaded) or all(value is None for value in loaded.values()):  # a word is a key to it
         raise UserError(f"{path} is no config: it must be a YAML file of keys and values")
     return OmegaConf.to_container(loaded, resolve=False)
 
@@ -81,7 +81,7 @@ def expand_home(cfg: DictConfig) -> None:
     """
     plain = OmegaConf.to_container(cfg)
     texts = {key: leaf for key, leaf in leaves(plain).items() if isinstance(leaf.value, str)}
-    waiting = [key for key in texts if any(map(_PATH_KEY.fullmatch, re.split(r"[.\[\]]+", key)))]
+    waiting = [key for key in texts if any(map(PATH_KEY.fullmatch, re.split(r"[.\[\]]+", key)))]
     seen = set(waiting)
     for key in waiting:  # which grows by what paths begin with a reference to
         text = texts[key].value

@@ -105,6 +105,8 @@ def test_an_override_that_cannot_be_read_is_named(override, message):
         ("dense:\n  - *norm\n", r'line 2, .*: write "\*norm", with the quotes'),
         ("a: [1\nb: 2\n", r"cannot be read as YAML \(line 2, "),
         ("- 1\n", "is no config: it must be a YAML file of keys and values"),
+        ("hello\n", "is no config: it must be a YAML file of keys and values"),
+        ("", "is no config: it must be a YAML file of keys and values"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_line(text, message, tmp_path):
