@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import json
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -65,6 +66,27 @@ def check_patterns(key: str, patterns: Any) -> tuple[str, ...]:
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f'{key} must be a list of name patterns such as ["*norm*"], got {patterns!r}')
     return tuple(patterns)
+
+
+def check_policy(policy: Any) -> dict[str, Any]:
+    """A mask's policy as it is after being saved: plain numbers, texts, lists and dicts; else raises TypeError."""
+    plain = {}
+    for key, value in policy.items():
+        try:
+            plain[key] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            raise TypeError(
+                "policy() of the gradient mask must give numbers, texts, lists and dicts of these, as a checkpoint can "
+                f"hold them, got {type(value).__name__} under {key!r}: convert it, such as by float(), list() or str()"
+            ) from None
+    return plain
+
+
+def check_answer(method: str, value: Any) -> bool:
+    """What a method answered, if it is true or false; else raises TypeError."""
+    if not any(value is answer or value == answer for answer in (True, False)):
+        raise TypeError(f"{method} must return True or False, got {value!r}")
+    return bool(value)
 
 
 def check_dtype(tensor: Any) -> None:

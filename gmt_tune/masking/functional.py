@@ -86,8 +86,10 @@ def kth_largest_magnitude(tensor: Tensor, k: int) -> Tensor:
 
     Raises:
         ValueError: if k is outside 1..numel.
-        TypeError: if the dtype is not float32, bfloat16 or float16.
+        TypeError: if it is no tensor, or the dtype is not float32, bfloat16 or float16.
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
     check_dtype(tensor)
     if not 1 <= k <= tensor.numel():
         raise ValueError(f"k must be between 1 and the number of entries ({tensor.numel()}), got {k}")

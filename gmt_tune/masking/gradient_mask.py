@@ -73,7 +73,8 @@ class GradientMask:
         refresh_every: optimizer steps between two selections; None selects once, at the first step.
             Selections that outlive a step are kept at 1 bit per entry.
         dense: name patterns (``fnmatch``) of parameters that are updated in full. By default norms, as far as their
-            names say so: "ln_1" does not. The default leaves to ``frozen`` what both match; ``()`` masks all.
+            names say so: "ln_1" does not. ``["*norm*"]``, the default, may match nothing and leaves to ``frozen`` what
+            both match; any other pattern may not. ``()`` and None mask all.
         frozen: name patterns of parameters that are not updated at all: they stop requiring gradients.
         seed: of the random score.
         error_if_nonfinite: raise if the gradient of a masked or dense parameter holds NaN or infinity, before any
@@ -222,7 +223,8 @@ class GradientMask:
             A handle; ``handle.remove()`` ends the masking.
 
         Raises:
-            TypeError: if it is no optimizer, or one that runs no step hooks.
+            TypeError: if it is no optimizer, or one that runs no step hooks; if :meth:`policy` gives what a checkpoint
+                cannot hold.
             ValueError: if it has this mask already, or one that masks the same parameters; if it holds no parameter of
                 this mask, or one that the mask does not know and whose group does not say ``"gradient_mask": False``;
                 if it holds a part of the parameters of a scope; for a compact one, if a scope has several.
@@ -232,6 +234,7 @@ class GradientMask:
         """
         optimizer = unwrap_optimizer(optimizer)
         check_has_hooks(optimizer)
+        checks.check_policy(self.policy())
         if shards is not None:
             self._parameters.flatten(shards)
         masked = self._parameters.masked
@@ -333,7 +336,10 @@ class GradientMask:
         """Whether a parameter gets a new selection in the next step; can be asked before the backward pass."""
         # A random one is kept by a compact optimizer alone
         has_none = name not in self._selections and (self._is_compact or not isinstance(self._score(), Random))
-        return (has_none and not self._schedule.in_turns) or self.refreshes(name, self._steps.get(name, 0))
+        return (has_none and not self._schedule.in_turns) or self._refreshes(name, self._steps.get(name, 0))
+
+    def _refreshes(self, name: str, step: int) -> bool:
+        return checks.check_answer("refreshes()", self.refreshes(name, step))
 
     def draw(self, name: str) -> int:
         """Which selection of a parameter is in force in this step, a number from 0 on that rises at each refresh."""
@@ -343,7 +349,7 @@ class GradientMask:
         last, seen = self._last_due.get(name, (0, 0))
         if step < seen:  # an earlier state was loaded
             last, seen = 0, 0
-        last = next((s for s in range(step, seen, -1) if self.refreshes(name, s)), last)
+        last = next((s for s in range(step, seen, -1) if self._refreshes(name, s)), last)
         self._last_due[name] = last, step
         return last
 
@@ -555,7 +561,10 @@ class GradientMask:
     # ------------------------------------------------------------------ state
 
     def policy(self) -> dict[str, object]:
-        """What decides what is selected, for checkpoints and logs: arguments, and methods that a subclass overrides."""
+        """What decides what is selected, for checkpoints and logs: arguments, and methods that a subclass overrides.
+
+        A subclass adds its own arguments to it, as numbers, texts, lists or dicts of these.
+        """
         return {
             **self._rules(),
             "score": self.score,
@@ -587,7 +596,7 @@ class GradientMask:
         self._flags.raise_if_set()
         by_name = self.masked_parameters
         return {
-            "policy": self.policy(),
+            "policy": checks.check_policy(self.policy()),
             "steps": {name: self._steps.get(name, 0) for name in by_name},
             "selections": {name: selection.bits for name, selection in self._selections.items()},
             "shards": {name: own_ranges(by_name[name]) for name in self._selections},
@@ -606,7 +615,7 @@ class GradientMask:
             raise ValueError(f"this is no GradientMask state: it lacks {error}") from None
         except (TypeError, ValueError):
             raise ValueError("this is no GradientMask state: load what state_dict() gave") from None
-        own = self.policy()
+        own, saved = checks.check_policy(self.policy()), checks.check_policy(saved)
         differing = [
             f"{key} is {own.get(key)!r}, was {saved.get(key)!r}"
             for key in {**own, **saved}

@@ -194,11 +194,14 @@ def _mask_row(job: Job) -> Row:
     section = job.cfg.get("gradient_mask", None)
     if section is None:
         return Row("gradient mask", 0, note="none: plain full fine-tuning", exact=True)
-    if section.get("refresh_every", 1) == 1 or section.get("score", "magnitude") == "random":
+    own = _own_mask(job.cfg)
+    keeps = section.get("refresh_every", 1) != 1 and section.get("score", "magnitude") != "random"
+    if not keeps and own is None:
         return Row("gradient mask", 0, note="nothing is kept between steps", exact=True)
     dense = _matching(job.stepped, section.get("dense", DEFAULT_DENSE) or ())
     masked = [shape.numel() for name, shape in job.stepped.items() if name not in dense]
-    return _lasting(job, "gradient mask", mask_bits_bytes(masked), "1 bit an entry, kept between refreshes")
+    note = "1 bit an entry, kept between refreshes" if keeps else f"1 bit an entry, needed if {own} overrides refreshes"
+    return replace(_lasting(job, "gradient mask", mask_bits_bytes(masked), note), exact=keeps)
 
 
 def _passing_rows(job: Job, most: Moment, passing: Activations | None, reason: str) -> list[Row]:
@@ -230,6 +233,8 @@ def _assumptions(job: Job) -> list[str]:
     if job.cfg.get("fsdp_cpu_offload", False) and not job.is_offloaded:
         why = "the CPU" if job.on_cpu else "one device, or where each layer is split over all of them"
         lines.append(f"fsdp_cpu_offload: True has no effect on {why}: nothing is sharded that could be brought back")
+    if job.compact is not None and (own := _own_mask(job.cfg)):
+        lines.append(f"{own} is not imported here: tensors are taken to be due as refresh_every says")
     if job.cfg.get("compile", False):
         lines.append("compile: True needs less than this estimate, which is made without it")
     return lines
@@ -248,7 +253,7 @@ def _count(entries: int) -> str:
 
 def _check(cfg: DictConfig, model: nn.Module) -> None:
     """What ``tune run`` refuses of model, optimizer and mask together, as far as their components are known."""
-    component, _, _ = _optimizer(cfg)
+    _optimizer(cfg)
     tried = None
     if is_known_package(cfg.optimizer._component_):
         scheduler = cfg.get("lr_scheduler", None)
@@ -260,7 +265,7 @@ def _check(cfg: DictConfig, model: nn.Module) -> None:
     check_model(cfg, model)
     mask = cfg.get("gradient_mask", None)
     path = mask.get("_component_", None) if OmegaConf.is_dict(mask) else None
-    if issubclass(component, CompactAdamW) and isinstance(path, str) and is_known_package(path):
+    if isinstance(path, str) and is_known_package(path):
         _gradient_mask_class(path)
         check_mask(cfg, copy.deepcopy(model), tried)  # which is left with hooks
 
@@ -374,7 +379,7 @@ def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
     """Freeze what the mask freezes; returns the names of the parameters that are trained."""
     section = cfg.get("gradient_mask", None)
     path = section.get("_component_", None) if OmegaConf.is_dict(section) else None
-    if isinstance(path, str) and not is_known_package(path):  # a class of the user's: its patterns are in the config
+    if _own_mask(cfg):  # its patterns are in the config
         for name in _matching([name for name, _ in model.named_parameters()], section.get("frozen", None) or ()):
             model.get_parameter(name).requires_grad_(False)
     else:
@@ -382,6 +387,13 @@ def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
             _gradient_mask_class(path)
         build_gradient_mask(section, model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _own_mask(cfg: DictConfig) -> str | None:
+    """The path of a mask's class of the user's, which is not imported."""
+    section = cfg.get("gradient_mask", None)
+    path = section.get("_component_", None) if OmegaConf.is_dict(section) else None
+    return path if isinstance(path, str) and not is_known_package(path) else None
 
 
 def _gradient_mask_class(path: object) -> type[GradientMask]:

@@ -169,6 +169,8 @@ def test_what_cannot_be_compared_is_reported_in_one_sentence(pair, tmp_path, cap
     empty.mkdir()
     assert "does not exist" in complaint(capsys, base, tmp_path / "nowhere")
     assert "holds no *.safetensors: name a model's folder" in complaint(capsys, base, empty)
+    (empty / "my.yaml").write_text("a: 1")
+    assert "my.yaml is no safetensors file: name a folder" in complaint(capsys, base, empty / "my.yaml")
     (empty / "model.bin").write_bytes(b"x")
     assert "only PyTorch files" in complaint(capsys, base, empty)
     cut = tmp_path / "cut"

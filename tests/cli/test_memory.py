@@ -19,7 +19,8 @@ from gmt_tune.memory.sharding import Mesh, local_shapes
 from gmt_tune.memory.simulation import driver
 from gmt_tune.memory.states import optimizer_state_bytes
 
-SIMULATED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "simulated_memory.json"
+ROOT = Path(__file__).resolve().parents[2]
+SIMULATED = ROOT / "benchmarks" / "results" / "simulated_memory.json"
 TINY = {
     "_component_": "torchtune.models.llama3.llama3",
     "vocab_size": 301,
@@ -167,6 +168,27 @@ def test_mask_keeps_one_bit_an_entry_when_it_outlives_a_step(refresh_every):
     rows = rows_of(estimate(config(gradient_mask={**section, "refresh_every": refresh_every})))
     assert rows["gradient mask"] == real
     assert (real == 0) == (refresh_every == 1)
+
+
+def test_a_mask_of_ones_own_is_said_to_keep_bits_if_it_has_a_schedule(monkeypatch):
+    """Its class is the config's code, which an estimate does not run: it cannot know."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from own_rule import OftenFirst
+
+    model = build(torch.float32)
+    mask = OftenFirst(model.named_parameters(), density=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mask.register(optimizer)
+    train_a_step(model, optimizer)
+    real = sum(real_bytes(bits) for bits in mask.state_dict()["selections"].values())
+
+    section = {"_component_": "own_rule.OftenFirst", "density": 0.2}
+    (row,) = [row for row in estimate(config(gradient_mask=section)).rows if row.name == "gradient mask"]
+    assert row.device_bytes == real > 0 and not row.exact
+    assert row.note == "1 bit an entry, needed if own_rule.OftenFirst overrides refreshes"
+    compact = {"_component_": "gmt_tune.CompactAdamW"}
+    said = estimate(config(gradient_mask=section, optimizer=compact)).assumptions
+    assert "own_rule.OftenFirst is not imported here: tensors are taken to be due as refresh_every says" in said
 
 
 COMPACT_MODEL = {"vocab_size": 3000}  # so that some tensors have enough selected entries for quantized moments
@@ -635,6 +657,11 @@ def test_wrong_requests_get_one_sentence(arguments, sentence, capsys):
             "optimizer_in_bwd: True needs gradient_accumulation_steps",
         ),
         ("llama3_1/8B_gmt_compact", "gradient_mask.scope=global", "scope 'global' does not work with CompactAdamW"),
+        (
+            "llama3_1/8B_gmt_low_memory",
+            "gradient_mask.scope=global",
+            "optimizer_in_bwd: True has one at a time: use gradient_mask.scope: tensor",
+        ),
         (
             "llama3_1/8B_gmt_compact",
             "optimizer.max_grad_norm=3",

@@ -41,6 +41,25 @@ class GradientToWeight(GradientMask):
         return grad / (parameter.detach().abs() + 1e-3)
 
 
+class ByFirstLetter(GradientMask):
+    """A user's own scope, of several tensors that no number of ranks divides."""
+
+    def scope_of(self, name):
+        return name[0]
+
+
+class GradientToWeightByFirstLetter(ByFirstLetter, GradientToWeight):
+    """Both."""
+
+
+CLASSES = {  # by whether the scope and the score are the user's own
+    (False, False): GradientMask,
+    (False, True): GradientToWeight,
+    (True, False): ByFirstLetter,
+    (True, True): GradientToWeightByFirstLetter,
+}
+
+
 def policies() -> dict[str, dict]:
     """Every case: keywords of the mask, plus dtype and class."""
     cases = {}
@@ -50,6 +69,9 @@ def policies() -> dict[str, dict]:
         refresh_every = 2 if (score, scope) in (("magnitude", "tensor"), ("saliency", "global")) else 1
         name = f"{dtype}, {scope}, {score}, refresh {refresh_every}"
         cases[name] = dict(dtype=dtype, scope=scope, score=score, refresh_every=refresh_every)
+    for dtype, score, refresh_every in (("fp32", "magnitude", 2), ("bf16", "saliency", 1), ("mixed", "own", 1)):
+        name = f"{dtype}, own scope, {score}, refresh {refresh_every}"
+        cases[name] = dict(dtype=dtype, scope="own", score=score, refresh_every=refresh_every)
     cases["fp16"] = dict(dtype="fp16", scope="tensor", score="magnitude", refresh_every=1)
     return cases
 
@@ -61,6 +83,8 @@ EVERYWHERE = (
     "fp32, tensor, random, refresh 1",
     "bf16, tensor, saliency, refresh 1",
     "mixed, global, magnitude, refresh 1",
+    "fp32, own scope, magnitude, refresh 2",
+    "mixed, own scope, own, refresh 1",
 )
 # What Triton's interpreter runs: it is slow, and what the kernels see of a layout is how long each local part is
 INTERPRETED = (*EVERYWHERE, "fp16", "bf16, global, saliency, refresh 2", "mixed, tensor, own, refresh 1")
@@ -108,14 +132,13 @@ class Unsharded:
 
 def run_policy(policy: dict, ranks: Unsharded) -> list[dict]:
     """What a mask did in each step: masked gradients, thresholds and counts of whole tensors."""
-    arguments = {key: policy[key] for key in ("scope", "refresh_every")}
-    score = "magnitude" if policy["score"] == "own" else policy["score"]
+    is_own = {key: policy[key] == "own" for key in ("scope", "score")}
+    arguments = {key: policy[key] for key in ("scope", "score", "refresh_every") if not is_own.get(key)}
     parameters = {}
     for name in SHAPES:
         weight = whole(name, dtype_of(policy["dtype"], name), -1)
         parameters[name] = nn.Parameter(ranks.weight(name, weight))
-    mask_class = GradientToWeight if policy["score"] == "own" else GradientMask
-    mask = mask_class(parameters.items(), 0.3, score=score, seed=5, **arguments)
+    mask = CLASSES[is_own["scope"], is_own["score"]](parameters.items(), 0.3, seed=5, **arguments)
     optimizer = ranks.register(mask)
     parameters = mask.masked_parameters
     steps = []

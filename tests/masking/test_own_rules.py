@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import full_sort
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -58,6 +59,28 @@ def test_selections_change_at_the_steps_of_the_rule_alone(optimizer_class, score
     changed = {i for i in range(1, 18) if any(not torch.equal(seen[i][name], seen[i - 1][name]) for name in seen[i])}
     assert changed <= DUE
     assert {1, 2, 4} <= changed and (score == "magnitude" or changed == DUE - {0})
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_stepping_within_the_backward_pass_changes_no_bit(score):
+    model, mask, optimizer = set_up(torch.optim.AdamW, score=score)
+    train(model, mask, optimizer, range(7))
+
+    in_backward = make_model()
+    mask = OftenFirst(in_backward.named_parameters(), density=0.3, score=score)
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2) for p in in_backward.parameters()}
+    for own in optimizers.values():
+        mask.register(own)
+
+    def step_in_backward(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step_in_backward)
+    for step in range(7):
+        backward(in_backward, step)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), in_backward.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, CompactAdamW])
@@ -154,3 +177,36 @@ def test_a_score_and_a_scope_of_ones_own_go_together():
         mask_class(model.named_parameters(), density=0.2).mask_grads_()
         masked.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*masked, strict=True))
+
+
+def test_a_rule_that_answers_neither_yes_nor_no_is_refused():
+    class Forgetful(GradientMask):
+        def refreshes(self, name, step):
+            step % 2 == 0  # noqa: B015
+
+    model, mask, optimizer = set_up(torch.optim.AdamW, Forgetful)
+    backward(model, 0)
+    with pytest.raises(TypeError, match=r"^refreshes\(\) must return True or False, got None$"):
+        for step in range(2):
+            backward(model, step)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("value", [{1, 2}, Path("x"), torch.zeros(2), object()], ids=lambda value: type(value).__name__)
+def test_a_policy_that_no_checkpoint_can_hold_is_refused_before_training(value):
+    class Odd(GradientMask):
+        def policy(self):
+            return {**super().policy(), "x": value}
+
+    with pytest.raises(TypeError, match=r"^policy\(\) of the gradient mask must give numbers.* under 'x': convert it"):
+        set_up(torch.optim.AdamW, Odd)
+
+
+def test_a_policy_is_saved_in_plain_values(tmp_path):
+    class Numbered(GradientMask):
+        def policy(self):
+            return {**super().policy(), "growth": np.float64(1.5), "sizes": (1, 2)}
+
+    _, mask, _ = set_up(torch.optim.AdamW, Numbered)
+    torch.save(mask.state_dict(), tmp_path / "mask.pt")
+    mask.load_state_dict(torch.load(tmp_path / "mask.pt", weights_only=True))

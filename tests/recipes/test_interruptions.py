@@ -111,7 +111,7 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_many_moments_a_run_ends_with_the_same_weights(processes, tmp_path, tiny_config, final_weights):
     kill_until_done(tmp_path, tiny_config, final_weights, FEW[processes], processes=processes)
 

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+
+from gmt_tune.errors import UserError
+from gmt_tune.integrations.torchtune.config.check import check_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TUNE = Path(sys.executable).parent / "tune"
@@ -23,6 +27,35 @@ def command(output_dir: Path, *changes: str) -> list[str]:
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     (file,) = (output_dir / "epoch_0").glob("*.safetensors")
     return load_file(file)
+
+
+def test_a_schedule_of_ones_own_trains_within_backward(
+    tmp_path, tiny_config, run_recipe, logged_metrics, final_weights, monkeypatch
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    weights = {}
+    for rule in ("own_rule.OftenFirst", "gmt_tune.GradientMask"):
+        mask = {"_component_": rule, "density": 0.2}
+        run_recipe(tiny_config(tmp_path / rule, gradient_mask=mask, max_steps_per_epoch=5, optimizer_in_bwd=True))
+        assert [0.15 < step["mask/density"] < 0.25 for step in logged_metrics(tmp_path / rule)] == [True] * 5
+        weights[rule] = final_weights(tmp_path / rule)
+    own, plain = weights.values()
+    assert any(not torch.equal(own[name], plain[name]) for name in own)
+
+
+def test_a_scope_of_ones_own_of_several_tensors_is_refused_within_backward(tmp_path, tiny_config, monkeypatch):
+    (tmp_path / "scopes_of_mine.py").write_text(
+        "from gmt_tune import GradientMask\n\n\n"
+        "class ByKind(GradientMask):\n"
+        "    def scope_of(self, name):\n"
+        "        return name.split('.')[-2]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mask = {"_component_": "scopes_of_mine.ByKind", "density": 0.2}
+    config = tiny_config(tmp_path / "out", gradient_mask=mask)
+    check_config(OmegaConf.create(config))
+    with pytest.raises(UserError, match=r"gradient_mask: scope '\w+' needs the gradients of all its tensors together"):
+        check_config(OmegaConf.create({**config, "optimizer_in_bwd": True}))
 
 
 @pytest.mark.slow

@@ -101,8 +101,9 @@ WRONG = [
     (
         "optimizer._component_",
         "torch.optim.AdamWW",
-        r"optimizer\._component_ 'torch\.optim\.AdamWW' cannot be imported",
+        r"optimizer\._component_ 'torch\.optim\.AdamWW' cannot be imported .*: did you mean torch\.optim\.AdamW\?",
     ),
+    ("seed", "${oc.env:NO_SUCH_SEED}", r"seed cannot be resolved: Environment variable 'NO_SUCH_SEED' not found$"),
     ("model._component_", "torchtun.models.x", r"model\._component_ 'torchtun\.models\.x' cannot be imported"),
     # a module in place of what is in it
     ("gradient_mask", {"_component_": "gmt_tune", "density": 0.2}, r"'gmt_tune' is a module"),
@@ -181,7 +182,7 @@ def test_the_profilers_section_need_not_name_it(profiler, tmp_path, tiny_config)
         (dict(on_nonfinite="skip", optimizer_in_bwd=True), "needs on_nonfinite: error"),
         (
             dict(gradient_mask={**MASK, "scope": "global"}, optimizer_in_bwd=True),
-            "gradient_mask.scope: global needs all gradients together, .*optimizer_in_bwd: False",
+            "scope 'global' needs the gradients of all its tensors together, .*optimizer_in_bwd: False",
         ),
         (dict(track_selection_every_n_steps=1), "there is no gradient_mask whose selection could be tracked"),
     ],

@@ -91,8 +91,13 @@ def check_model(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def check_mask(cfg: DictConfig, model: nn.Module, optimizer: object) -> None:
-    """Raise UserError if a config's mask does not fit its model, or an optimizer that keeps selected entries alone."""
+    """Raise UserError if a config's mask does not fit its model, or how its optimizer steps."""
     mask = build_gradient_mask(cfg.get("gradient_mask", None), model)
+    if mask is not None and cfg.get("optimizer_in_bwd", False) and (scopes := mask.scopes_of_several()):
+        raise UserError(
+            f"gradient_mask: scope '{scopes[0]}' needs the gradients of all its tensors together, and "
+            "optimizer_in_bwd: True has one at a time: use gradient_mask.scope: tensor, or optimizer_in_bwd: False"
+        )
     if mask is not None and isinstance(optimizer, CompactOptimizer):
         try:  # on the model without memory, so that the mask says what it cannot do for such an optimizer
             mask.register(config.instantiate(cfg.optimizer, model.parameters()))
@@ -150,6 +155,7 @@ def _check_interpolations(cfg: DictConfig) -> None:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         reason = (error.msg or one_line(error)).partition("\n")[0]  # its further lines repeat the key
+        reason = reason.removeprefix("KeyError raised while resolving interpolation: ").strip("\"'")
         raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {reason}") from None
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
@@ -269,11 +275,6 @@ def _check_combinations(cfg: DictConfig) -> None:
             )
         if cfg.get("clip_grad_norm", None) is not None:
             raise UserError(f"optimizer_in_bwd: True needs clip_grad_norm: null, got {cfg.clip_grad_norm}")
-        if (cfg.get("gradient_mask", None) or {}).get("scope", None) == "global":
-            raise UserError(
-                "gradient_mask.scope: global needs all gradients together, and optimizer_in_bwd: True has one at a "
-                "time: set gradient_mask.scope: tensor, or optimizer_in_bwd: False"
-            )
         if cfg.get("on_nonfinite", "error") == "skip":
             raise UserError(
                 "optimizer_in_bwd: True needs on_nonfinite: error: it changes weights before all gradients are there, "

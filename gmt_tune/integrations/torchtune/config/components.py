@@ -91,7 +91,10 @@ def import_component(key: str, path: object) -> Any:
             instead = ", or take torchao.optim.AdamW8bit, which needs nothing more" if lacking == "bitsandbytes" else ""
             raise UserError(f"{key} '{path}' needs the package {lacking}: pip install {lacking}{instead}") from None
         reason = one_line(error.__cause__ or error)
-        raise UserError(f"{key} '{path}' cannot be imported ({reason}): check its spelling") from None
+        module, _, name = path.rpartition(".")
+        known = dir(sys.modules[module]) if module in sys.modules else ()
+        hint = did_you_mean(name, known, otherwise="check its spelling", prefix=f"{module}.")
+        raise UserError(f"{key} '{path}' cannot be imported ({reason}): {hint}") from None
     if not callable(component):
         kind = type(component).__name__
         raise UserError(f"{key} '{path}' is a {kind}: name a class or a function in it")
