@@ -19,7 +19,7 @@ Piece = tuple[str, bool]  # a piece of a conversation's text, and whether it is 
 
 _REMEDIES = {
     "system": "put its text at the beginning of the user's first message, and leave out new_system_prompt",
-    "ipython": "write what a tool returned as a message of the user",
+    "ipython": "write what a tool returned as a user message",
 }
 
 
@@ -34,7 +34,7 @@ class ChatTokenizer:
     - ``family`` (str): its name in messages.
     - ``special_tokens_needed`` (tuple[str, ...]): what the format is made of besides those below; default none.
     - ``roles`` (tuple[str, ...] | None): whose messages it takes; None, the default: any, written as it is.
-    - ``alternates`` (bool): user and assistant must take turns, the user first, behind a message of the system if
+    - ``alternates`` (bool): user and assistant must take turns, the user first, behind a system message if
       ``roles`` has it; default False.
     - ``bos`` (str | None): what a conversation, or an encoded text, begins with; default None, nothing.
     - ``message_end`` (str): the special token that closes a message.
@@ -162,8 +162,8 @@ class ChatTokenizer:
         for number, message in enumerate(messages):
             if self.roles is not None and message.role not in self.roles:
                 raise ValueError(
-                    f"{self.family} takes messages of {_listed(self.roles)} alone, but message {number} is of "
-                    f"the {message.role}: {_REMEDIES.get(message.role, 'give it one of these roles')}"
+                    f"{self.family} takes messages of {_listed(self.roles)} alone, but message {number} has "
+                    f"the role {message.role}: {_REMEDIES.get(message.role, 'give it one of these roles')}"
                 )
         first = bool(self.alternates and messages and messages[0].role == "system")
         for number, message in enumerate(messages[first:] if self.alternates else ()):
@@ -171,7 +171,7 @@ class ChatTokenizer:
             if message.role != expected:
                 raise ValueError(
                     f"in a conversation of {self.family} user and assistant take turns, the user first, but message "
-                    f"{number + first} is of the {message.role}, not the {expected}: join messages of the same role "
+                    f"{number + first} has the role {message.role}, not {expected}: join messages of the same role "
                     f"that follow each other"
                 )
 
@@ -196,7 +196,7 @@ class ChatTokenizer:
         other = next((item["type"] for item in message.content if item["type"] != "text"), None)
         if other is not None:
             raise ValueError(
-                f"a message of the {message.role} holds content of type {other}, but {self.family} takes only text"
+                f"the {message.role} message holds content of type {other}, but {self.family} takes only text"
             )
         return "".join(item["content"] for item in message.content)
 

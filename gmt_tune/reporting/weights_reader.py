@@ -69,8 +69,10 @@ class Weights:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.is_file() and path.suffix == ".safetensors":
         return [path]
+    if path.is_file():
+        raise UserError(f"{path} is no safetensors file: name a folder with *.safetensors, or one such file")
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a folder with *.safetensors, or one such file")
     index = path / "model.safetensors.index.json"

@@ -45,9 +45,8 @@ def test_the_table_compares_with_the_line_without_a_mask(benchmark):
     ]
 
 
-@pytest.mark.parametrize(
-    "model", ["smollm2_135m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3_2_1b", "llama3_1_8b"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["smollm2_135m", "llama3_2_1b", "llama3_1_8b"])
 def test_estimates_are_those_of_the_models_config(benchmark, model):
     args = SimpleNamespace(model=model, batch_size=2, seq_len=2048, accumulation=2)
     estimates = [benchmark.estimate_of(name, args) for name in ("AdamW", "AdamW8bit", "CompactAdamW")]

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tiny_families import FAMILIES
 
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
@@ -61,6 +62,20 @@ def test_config_trains_two_steps_on_a_tiny_model_of_its_family(
         # Less where a gradient is mostly zero (rows of unseen tokens), a little more where entries tie
         assert density / 4 < step["mask/density"] < density + 0.1
     assert list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_config_whose_norms_are_dense_freezes_whole_layers(on_tiny_model, recipe_classes, tmp_path):
+    cfg = on_tiny_model("llama3_2/1B_gmt_single_device", tmp_path / "out")
+    assert cfg.gradient_mask.dense == ["*norm*"]
+    cfg.gradient_mask.frozen = ["layers.0.*"]
+    cfg.optimizer.lr = 0.03  # enough for bf16
+    with torch.compiler.set_stance("force_eager"):
+        _train(recipe_classes["gmt_full_finetune"], cfg)
+    before = load_file(f"{cfg.checkpointer.checkpoint_dir}/model.safetensors")
+    (file,) = (tmp_path / "out").rglob("model-00001-of-00001.safetensors")
+    after = load_file(file)
+    same = {name for name, weight in after.items() if torch.equal(weight, before[name].to(weight.dtype))}
+    assert same == {name for name in before if "layers.0." in name}
 
 
 @pytest.mark.slow

@@ -299,13 +299,13 @@ def test_torchtune_builds_it_and_its_datasets_take_it(family, folder, tmp_path):
 def test_what_the_template_does_not_take_is_refused(family, ours):
     tokenizer = ours(family)
     tool = [("user", "a"), ("ipython", "b"), ("assistant", "c")]
-    with pytest.raises(ValueError, match="message 1 is of the ipython: write what a tool returned as a message of the"):
+    with pytest.raises(ValueError, match="message 1 has the role ipython: write what a tool returned as a user"):
         tokenizer.tokenize_messages(conversation(*tool))
     twice = conversation(("user", "a"), ("user", "b"), ("assistant", "c"))
     if family in ALTERNATE:
-        with pytest.raises(ValueError, match="message 1 is of the user, not the assistant: join messages of the same"):
+        with pytest.raises(ValueError, match="message 1 has the role user, not assistant: join messages of the same"):
             tokenizer.tokenize_messages(twice)
-        with pytest.raises(ValueError, match="message 0 is of the assistant, not the user"):
+        with pytest.raises(ValueError, match="message 0 has the role assistant, not user"):
             tokenizer.tokenize_messages(conversation(("assistant", "a")), add_end_tokens=False)
     else:
         tokenizer.tokenize_messages(twice)
@@ -336,7 +336,7 @@ def test_gemma_data_with_system_messages_is_refused_before_training(folder, tmp_
         "split": "train",
     }
     tokenizer = gemma2_tokenizer(str(folder / "gemma2" / "tokenizer.json"))
-    fault = "Gemma 2 takes messages of user and assistant alone, but message 0 is of the system: put its text at"
+    fault = "Gemma 2 takes messages of user and assistant alone, but message 0 has the role system: put its text at"
     with pytest.raises(UserError, match=rf"^row 1 of dataset .*: {fault} the beginning of the user's first message"):
         build_dataset(OmegaConf.create(section), tokenizer)
 

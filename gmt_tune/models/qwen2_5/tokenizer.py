@@ -7,7 +7,7 @@ SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 
 
 class Qwen2_5Tokenizer(ChatMLTokenizer):
-    """ChatML as Qwen 2.5 writes it: messages of the system, the user and the assistant.
+    """ChatML as Qwen 2.5 writes it: system, user and assistant messages.
 
     Arguments (``path``, ``max_seq_len``, ``system_prompt``) and errors are ``ChatMLTokenizer``'s.
     """

@@ -42,7 +42,7 @@ class Qwen3Tokenizer(ChatMLTokenizer):
 
     The releases of July 2025, with ``-2507`` in their names, have templates of their own, which this is not.
 
-    There is no default system message. What a tool returned is written as a message of the user that begins with
+    There is no default system message. What a tool returned is written as a user message that begins with
     ``<tool_response>`` and ends with ``</tool_response>``: it is no new question, so reasoning before it stays.
 
     Args:
