@@ -543,7 +543,8 @@ def test_beside_prints_both_configs_part_by_part(capsys):
     assert float(rows["gradients"][0]) < 0.1 * float(rows["gradients"][1])
 
 
-def test_configs_agree_with_their_simulated_steps():
+@pytest.mark.parametrize("compares_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_configs_agree_with_their_simulated_steps(compares_all):
     """One of each kind and family at least; what changes an estimate or a config simulates it again."""
     simulated = json.loads(SIMULATED.read_text())
     on_gpus = [name for name, path in config_paths().items() if "\ndevice: cpu" not in path.read_text()]
@@ -552,7 +553,8 @@ def test_configs_agree_with_their_simulated_steps():
         {(name.partition("/")[0], name.partition("_gmt")[2]) for name in names} for names in (on_gpus, simulated)
     ]
     assert kinds_of[0] == kinds_of[1]
-    for name in simulated:
+    one_of_each = {part: name for name in simulated for part in name.split("_gmt")}  # model, and kind
+    for name in simulated if compares_all else set(one_of_each.values()):
         counted = report(name, None, [])
         assert counted["world_size"] == simulated[name]["devices"]
         assert allocated_bytes(counted) == pytest.approx(simulated[name]["peak_bytes"], rel=0.04), name

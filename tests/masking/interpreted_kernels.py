@@ -5,6 +5,7 @@ What is checked is the public functions, led to the kernels instead of to the CP
 
 import itertools
 import math
+import os
 
 import full_sort
 import hypothesis
@@ -23,7 +24,9 @@ from gmt_tune.masking.search import devices
 from gmt_tune.masking.search import triton as kernels
 from gmt_tune.masking.search.kernels import apply, apply_packed, count, draw, pack, sample, tables
 
-hypothesis.settings.register_profile("interpreter", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.register_profile(
+    "interpreter", deadline=None, max_examples=int(os.environ["EXAMPLES"]), derandomize=True
+)
 hypothesis.settings.load_profile("interpreter")
 COUNTED = ("kth_largest", "apply_thresholds_", "pack_thresholds", "apply_packed_selections_", "apply_random_draws_")
 FIXTURE = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])

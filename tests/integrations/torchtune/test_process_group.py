@@ -74,7 +74,7 @@ def first_of_two(tmp_path, how: str) -> subprocess.CompletedProcess:
     [
         "leave()",
         pytest.param("leave(has_failed=True)", marks=pytest.mark.slow),  # the last test of two processes fails too
-        "dist.destroy_process_group(); leave()",  # as torchtune's cleanup does
+        pytest.param("dist.destroy_process_group(); leave()", marks=pytest.mark.slow),  # as torchtune's cleanup does
     ],
 )
 def test_gloo_is_done_before_the_interpreter_ends(how, tmp_path):
@@ -83,6 +83,7 @@ def test_gloo_is_done_before_the_interpreter_ends(how, tmp_path):
     assert process.stdout == "False\n"  # the tensor was freed, and not by the main thread
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python 3.14 no longer ends threads that want the GIL")
 def test_destroying_the_group_is_not_enough(tmp_path):
     process = first_of_two(tmp_path, "dist.destroy_process_group()")
