@@ -17,6 +17,7 @@ from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
 from gmt_tune.errors import UserError, one_line
 
+KINDS = ("json", "csv", "text", "parquet")  # of files whose rows are checked, as ``datasets`` names them
 _COMPRESSED = (".bz2", ".xz", ".zst", ".lz4", ".zip")
 _CSV = {"delimiter": ",", "quotechar": '"'}
 # Keys of ``datasets.load_dataset`` with which a CSV file has other lines or cells than ``csv.reader`` sees.
@@ -54,10 +55,10 @@ def local_files(files: object, folder: object = None) -> list[Path] | None:
 def fault_of_files(section: Mapping[str, Any]) -> str | None:
     """What is wrong with the first local file that cannot be read as rows, with the line where that is known.
 
-    The files are those of a config's section; other kinds than "json", "csv", "text" and "parquet" are not looked at.
+    The files are those of a config's section; other kinds than ``KINDS`` are not looked at.
     """
     kind, cells = section.get("source"), csv_format(section)
-    if kind not in ("json", "csv", "text", "parquet") or cells is None:
+    if kind not in KINDS or cells is None:
         return None
     files, folder = section.get("data_files"), section.get("data_dir")
     if files is None and folder is None:  # datasets has read whatever is in the current folder

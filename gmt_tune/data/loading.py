@@ -14,7 +14,7 @@ from torchtune import config
 from torchtune.config._utils import _get_component_from_path
 from torchtune.datasets import PackedDataset
 
-from gmt_tune.data.files import fault_of_files, local_files
+from gmt_tune.data.files import KINDS, fault_of_files, local_files
 from gmt_tune.data.rows import ROWS_CHECKED_AHEAD, CheckedRows, cause_in_words
 from gmt_tune.data.scan import files_of_section, scan_section
 from gmt_tune.errors import UserError, did_you_mean
@@ -67,19 +67,15 @@ def _check_source(values: Mapping[str, Any], key: str) -> None:
     if not isinstance(source, str) or files is None or source in _PACKAGED_DATASETS_MODULES:
         return
     if "/" not in source and not os.path.exists(source) and local_files(files, values.get("data_dir")) is not None:
-        right = did_you_mean(source, ("json", "csv", "text", "parquet"), "it is json, csv, text or parquet")
+        right = did_you_mean(source, KINDS, f"it is one of {', '.join(KINDS)}")
         raise UserError(f"{key}.source is {source}, which reads no files: {right} (JSON Lines are json)")
 
 
 def _unknown_key(name: str, values: Mapping[str, Any], key: str) -> str:
     """What to say of a key that a component of torchtune's hands on to ``datasets``, which does not know it."""
     component = values["_component_"]
-    kinds = inspect.Parameter
-    known = [
-        parameter.name
-        for parameter in inspect.signature(_get_component_from_path(component)).parameters.values()
-        if parameter.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY) and parameter.name != "tokenizer"
-    ]
+    parameters = inspect.signature(_get_component_from_path(component)).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "tokenizer"]
     return f"{key}.{name} is no key of {component}: {did_you_mean(name, known)} (~{key}.{name} takes it out)"
 
 

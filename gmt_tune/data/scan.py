@@ -15,7 +15,7 @@ from datasets import ReadInstruction  # type: ignore[import-untyped]
 from torchtune import utils
 
 from gmt_tune.data.columns import Columns, Fault, RowCheck, columns_of_section, roles_in
-from gmt_tune.data.files import csv_format, local_files, rows_of
+from gmt_tune.data.files import KINDS, csv_format, local_files, rows_of
 from gmt_tune.errors import UserError
 
 # The first rows of a data set, which are checked before it is loaded: about ten seconds' worth.
@@ -82,7 +82,7 @@ class RowFiles:
 def files_of_section(section: Mapping[str, Any]) -> RowFiles | None:
     """The files of a section's data set; None if they are not all local, or the data set has other rows than they."""
     kind, split, cells = section.get("source"), section.get("split") or "train", csv_format(section)
-    if kind not in ("json", "csv", "text", "parquet") or cells is None:
+    if kind not in KINDS or cells is None:
         return None
     if any(section.get(key) is not None for key in _CHANGES_ROWS):
         return None

@@ -84,7 +84,7 @@ def check_policy(policy: Any) -> dict[str, Any]:
 
 def check_answer(method: str, value: Any) -> bool:
     """What a method answered, if it is true or false; else raises TypeError."""
-    if not any(value is answer or value == answer for answer in (True, False)):
+    if value not in (True, False):  # NumPy's are equal to these
         raise TypeError(f"{method} must return True or False, got {value!r}")
     return bool(value)
 

@@ -263,8 +263,7 @@ def _check(cfg: DictConfig, model: nn.Module) -> None:
         tried = try_optimizer(cfg.optimizer, scheduler if is_schedule else None)
         check_optimizer(cfg, tried)
     check_model(cfg, model)
-    mask = cfg.get("gradient_mask", None)
-    path = mask.get("_component_", None) if OmegaConf.is_dict(mask) else None
+    path = _mask_path(cfg)
     if isinstance(path, str) and is_known_package(path):
         _gradient_mask_class(path)
         check_mask(cfg, copy.deepcopy(model), tried)  # which is left with hooks
@@ -377,8 +376,7 @@ def _optimizer(cfg: DictConfig) -> tuple[type, dict, str]:
 
 def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
     """Freeze what the mask freezes; returns the names of the parameters that are trained."""
-    section = cfg.get("gradient_mask", None)
-    path = section.get("_component_", None) if OmegaConf.is_dict(section) else None
+    section, path = cfg.get("gradient_mask", None), _mask_path(cfg)
     if _own_mask(cfg):  # its patterns are in the config
         for name in _matching([name for name, _ in model.named_parameters()], section.get("frozen", None) or ()):
             model.get_parameter(name).requires_grad_(False)
@@ -389,10 +387,15 @@ def _apply_mask_patterns(cfg: DictConfig, model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def _mask_path(cfg: DictConfig) -> Any:
+    """The ``_component_`` of the mask's section, whatever it is; None without one."""
+    section = cfg.get("gradient_mask", None)
+    return section.get("_component_", None) if OmegaConf.is_dict(section) else None
+
+
 def _own_mask(cfg: DictConfig) -> str | None:
     """The path of a mask's class of the user's, which is not imported."""
-    section = cfg.get("gradient_mask", None)
-    path = section.get("_component_", None) if OmegaConf.is_dict(section) else None
+    path = _mask_path(cfg)
     return path if isinstance(path, str) and not is_known_package(path) else None
 
 
