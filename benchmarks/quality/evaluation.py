@@ -186,10 +186,11 @@ def _mean_loss(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Ten
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for tokens_BS, labels_BS in batches:
-        logits_BSV = model(tokens_BS.to(device), use_cache=False).logits[:, :-1]
+        hidden_BSD = model.base_model(tokens_BS.to(device), use_cache=False).last_hidden_state[:, :-1]
         labels_BS = labels_BS[:, 1:].to(device)
         wanted = labels_BS != IGNORE
-        loss = cross_entropy(logits_BSV[wanted].float(), labels_BS[wanted], reduction="none")
+        logits_NV = model.get_output_embeddings()(hidden_BSD[wanted])  # of positions that count alone
+        loss = cross_entropy(logits_NV.float(), labels_BS[wanted], reduction="none")
         total += float(loss.sum(dtype=torch.float64))
         count += int(wanted.sum())
     return total / count

@@ -18,8 +18,8 @@ ROOT = HERE.parents[1]
 LORA_RECIPE = "lora_finetune_single_device"
 
 _SUITE_KEYS = {
-    "title", "task", "base_config", "lora_model", "train_rows", "sizes", "evaluation", "config", "seeds", "choose",
-    "methods",
+    "title", "task", "base_config", "lora_model", "train_rows", "longest_row", "sizes", "evaluation", "config",
+    "own_optimizer", "seeds", "choose", "methods",
 }  # fmt: skip
 _METHOD_KEYS = {"title", "recipe", "config", "model", "learning_rate_of", "density"}
 
@@ -58,14 +58,18 @@ class Suite:
         base_config: a config of ``tune ls``.
         lora_model: dotted path of the builder with LoRA.
         train_rows: how many training rows each seed draws; None for all.
+        longest_row: rows with more characters, of question and answer together, are left out; None for none.
         sizes: how many rows of ``validation`` and ``test`` there are for the loss, how many of the latter are asked
             as ``questions`` (None: all), and how many windows of each of the ``texts`` are read.
         evaluation: ``batch_size``, ``window`` (tokens), and if need be ``max_new_tokens`` and
             ``float32_matmul_precision``.
         config: keys that are merged into the base config.
+        own_optimizer: keys that are merged into the optimizer of a method that brings its own.
         seeds: of the measured runs.
-        choose: ``learning_rates``, ``seeds`` and ``config`` of the runs that choose a learning rate; a single rate
-            is taken without a run.
+        choose: ``learning_rates``, ``seeds`` and ``config`` of the runs that choose a learning rate by the validation
+            split; a single rate is taken without a run. A seed that is among ``seeds`` chooses by measured runs. With
+            ``start``, the rates that are tried first: as long as the best of those tried is at their edge, its
+            neighbour in ``learning_rates`` is tried too.
         methods: names, in the order in which they are run.
     """
 
@@ -75,9 +79,11 @@ class Suite:
     base_config: str
     lora_model: str
     train_rows: int | None
+    longest_row: int | None
     sizes: Mapping
     evaluation: Mapping
     config: Mapping
+    own_optimizer: Mapping
     seeds: tuple[int, ...]
     choose: Mapping
     methods: tuple[str, ...]
@@ -111,17 +117,21 @@ class Run:
         """All that decides the outcome, without paths: a result is valid as long as this stays as it is."""
         suite, method = self.suite, self.method
         config = _merged(suite.config, suite.choose.get("config", {})) if self.phase == "choose" else suite.config
+        of_method = dict(method.config)
+        if "optimizer" in of_method:
+            of_method["optimizer"] = {**of_method["optimizer"], **suite.own_optimizer}
         return {
             "suite": suite.name,
             "task": suite.task,
             "base_config": suite.base_config,
             "train_rows": suite.train_rows,
+            **({"longest_row": suite.longest_row} if suite.longest_row else {}),
             "sizes": dict(suite.sizes),
             "evaluation": dict(suite.evaluation),
             "config": json.loads(json.dumps(config)),
             "method": method.name,
             "recipe": method.recipe,
-            "method_config": json.loads(json.dumps(method.config)),
+            "method_config": json.loads(json.dumps(of_method)),
             "lora": dict(method.model) if method.model else None,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
@@ -140,11 +150,12 @@ class Run:
             output_dir: of the run.
         """
         settings, method = self.settings(), self.method
-        config = _merged(_base_config(self.suite.base_config), settings["config"])
+        base = _base_config(self.suite.base_config)
+        config = _merged(base, settings["config"])
         if method.model is not None:
             of_base = {key: value for key, value in config["model"].items() if key != "_component_"}
             config["model"] = {"_component_": self.suite.lora_model, **of_base, **method.model}
-        config.update(json.loads(json.dumps(method.config)))
+        config.update(settings["method_config"])
         mask = config.get("gradient_mask")
         if mask is None:
             config.pop("gradient_mask", None)
@@ -178,6 +189,7 @@ class Run:
         config["metric_logger"] = {"_component_": "torchtune.training.metric_logging.DiskLogger"}
         config["metric_logger"]["log_dir"] = str(output_dir / "logs")
         if not is_ours:
+            config["loss"] = base["loss"]  # torchtune's recipe does not know ours
             config["metric_logger"] = {
                 "_component_": "benchmarks.quality.run_logger.RunLogMetricLogger",
                 "output_dir": str(output_dir),
@@ -199,9 +211,11 @@ def load_suite(name: str) -> Suite:
         base_config=values["base_config"],
         lora_model=values["lora_model"],
         train_rows=values.get("train_rows"),
+        longest_row=values.get("longest_row"),
         sizes=values.get("sizes") or {},
         evaluation=values.get("evaluation") or {},
         config=values.get("config") or {},
+        own_optimizer=values.get("own_optimizer") or {},
         seeds=tuple(values["seeds"]),
         choose=values["choose"],
         methods=tuple(values["methods"]),

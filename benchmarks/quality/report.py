@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality import results
+from benchmarks.quality import overview, reasons, results
 from benchmarks.quality.experiment import Method, Suite, load_method, load_suite, suite_names
 from benchmarks.quality.statistics import Estimate, estimate, paired_difference
+from benchmarks.quality.tables import count, interval, table
 from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
 from gmt_tune.reporting.theme import LIGHT, series_color
@@ -35,11 +37,6 @@ class Row:
         found = {seed: get(run) for seed, run in self.runs.items() if not run["failed"]}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    @property
-    def failed(self) -> int:
-        """Runs that ended with a loss that is not finite."""
-        return sum(run["failed"] is not None for run in self.runs.values())
-
 
 def write_report() -> list[Path]:
     """Write the page of tables and all figures; returns the files."""
@@ -54,6 +51,11 @@ def write_report() -> list[Path]:
         "rise of the loss on text that training does not show: the village's pretraining text, or English and code "
         "(SmolLM2).\n",
     ]
+    reasons_text, reasons_figures = reasons.build()
+    for figure in reasons_figures:
+        reasons_text += f"\n![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n"
+    parts += [reasons_text]
+    files += [to_png(figure, FIGURES) for figure in reasons_figures]
     for name in suite_names():
         suite = load_suite(name)
         rows = read_rows(suite)
@@ -63,8 +65,19 @@ def write_report() -> list[Path]:
         files += [to_png(figure, FIGURES) for figure in figures]
         parts.append(_section(suite, rows, figures))
     results.RESULTS.mkdir(parents=True, exist_ok=True)
+    parts.insert(3, _comparisons("\n".join(parts)))
     PAGE.write_text("\n".join(parts), encoding="utf-8")
-    return files
+    overview.write()
+    return [*files, overview.PAGE]
+
+
+def _comparisons(page: str) -> str:
+    """How many differences with an interval a page shows, and how many of them leave out zero."""
+    count, marked = len(re.findall(r"\[[+-]", page)), len(re.findall(r"\*\*[+-][\d.]+ \[", page))
+    return (
+        f"This page makes {count:,} comparisons with an interval, without a correction; {marked:,} leave out zero, and "
+        f"about {count / 20:.0f} would by chance if nothing differed.\n"
+    )
 
 
 def read_rows(suite: Suite) -> list[Row]:
@@ -90,6 +103,7 @@ def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
             f"Before training: test loss {base['losses']['test']:.3f}, accuracy {base['accuracy']:.1%} "
             f"({base['questions']} questions), {texts}.\n"
         )
+    text.append(_effort(suite))
     text += [_quality_table(rows, base), _difference_table(rows, base), _convergence_table(rows)]
     text += [_cost_table(suite, rows), _choice_table(suite, rows)]
     other_rates = _other_rates_table(suite, rows, base)
@@ -98,18 +112,25 @@ def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
     return "\n".join(text)
 
 
+def _effort(suite: Suite) -> str:
+    """How many runs there are of a suite, those that chose a rate included, and their CPU time."""
+    runs = [run for run in results.read_all(suite.name).values() if run.get("train_cpu_seconds") is not None]
+    seconds = sum(run["train_cpu_seconds"] + (run.get("evaluation_seconds") or 0) for run in runs)
+    return f"{len(runs)} runs, {seconds / 3600:.1f} hours of CPU time.\n"
+
+
 def _quality_table(rows: list[Row], base: dict | None) -> str:
     names = list(base["texts"]) if base is not None else []
     head = ["method", "lr", "seeds", "test loss", "accuracy, %"]
     head += [f"forgetting, {name}" for name in names] + ["weights changed, %"]
-    lines = [head, _rule(head)]
+    lines = [head]
     for row in rows:
-        cells = [row.method.title, f"{row.learning_rate:g}", _seeds(row)]
+        cells = [row.method.title, f"{row.learning_rate:g}", count(row.runs)]
         cells += [_mean(row.values(_test_loss), 4), _mean(row.values(_accuracy), 1)]
         cells += [_mean(row.values(forgetting(base, name)), 3) for name in names]
         cells += [_mean(row.values(_changed), 1)]
         lines.append(cells)
-    return _table(lines)
+    return table(lines)
 
 
 def _difference_table(rows: list[Row], base: dict | None) -> str:
@@ -122,14 +143,14 @@ def _difference_table(rows: list[Row], base: dict | None) -> str:
             head += [f"test loss, minus {BASELINES[name]}", f"accuracy, minus {BASELINES[name]}"]
             head += [f"forgetting, {text}, minus {BASELINES[name]}"] if text else []
             against.append(other)
-    lines = [head, _rule(head)]
+    lines = [head]
     for row in rows:
         cells = [row.method.title]
         for other in against:
             cells += [_difference(row, other, _test_loss, 4), _difference(row, other, _accuracy, 1)]
             cells += [_difference(row, other, forgetting(base, text), 3)] if text else []
         lines.append(cells)
-    return _table(lines)
+    return table(lines)
 
 
 def _convergence_table(rows: list[Row]) -> str:
@@ -141,18 +162,18 @@ def _convergence_table(rows: list[Row]) -> str:
     shown = sorted({steps[0], steps[(len(steps) - 1) // 2], steps[-1]})
     baseline = next((row for row in validated if row.method.name == "sft"), None)
     head = ["validation loss"] + [text for step in shown for text in (f"step {step}", "minus SFT")]
-    lines = [head, _rule(head)]
+    lines = [head]
     for row in validated:
         cells = [row.method.title]
         for step in shown:
             cells += [_mean(row.values(_validation(step)), 4), _difference(row, baseline, _validation(step), 4)]
         lines.append(cells)
-    return _table(lines)
+    return table(lines)
 
 
 def _cost_table(suite: Suite, rows: list[Row]) -> str:
     head = ["method", "s / step", "of it the mask, s", "training, CPU s", "peak memory, GiB", "run again with"]
-    lines = [head, [*_rule(head)[:-1], "---"]]
+    lines = [head]
     for row in rows:
         command = f"`python -m benchmarks.quality run {suite.name} {row.method.name} --again`"
         lines.append(
@@ -165,26 +186,29 @@ def _cost_table(suite: Suite, rows: list[Row]) -> str:
                 command,
             ]
         )
-    return _table(lines)
+    return table(lines, text=(0, -1))
 
 
 def _choice_table(suite: Suite, rows: list[Row]) -> str:
-    rates = [float(rate) for rate in suite.choose["learning_rates"]]
+    tried = {rate for row in rows for rate in results.choosing_losses(suite, row.method)}
+    rates = sorted(tried or map(float, suite.choose["learning_rates"]))
     choosers = [row for row in rows if row.method.learning_rate_of == row.method.name]
     if len(rates) == 1 or not choosers:
         return f"All at learning rate {rates[0]:g}, which was not chosen on a validation split.\n"
     count = len(suite.choose["seeds"])
-    lines = [["validation loss that chose the rate", *(f"{rate:g}" for rate in rates)], ["---"] + ["---:"] * len(rates)]
+    lines = [["validation loss that chose the rate", *(f"{rate:g}" for rate in rates)]]
     for row in choosers:
         losses = results.choosing_losses(suite, row.method)
         cells = []
         for rate in rates:
-            mean = sum(losses[rate]) / len(losses[rate])
-            cell = f"{mean:.4f}" if math.isfinite(mean) else "diverged"
+            mean = sum(losses[rate]) / len(losses[rate]) if rate in losses else None
+            cell = "" if mean is None else f"{mean:.4f}" if math.isfinite(mean) else "diverged"
             cells.append(f"**{cell}**" if rate == row.learning_rate else cell)
         lines.append([row.method.title, *cells])
-    note = f"With {count} seed{'s' if count > 1 else ''} that no measured run has.\n"
-    return _table(lines) + "\n" + note
+    are_measured = set(suite.choose["seeds"]) <= set(suite.seeds)
+    which = "of the measured runs" if are_measured else "that no measured run has"
+    note = f"With {count} seed{'s' if count > 1 else ''} {which}.\n"
+    return table(lines) + "\n" + note
 
 
 def _other_rates_table(suite: Suite, rows: list[Row], base: dict | None) -> str:
@@ -192,32 +216,20 @@ def _other_rates_table(suite: Suite, rows: list[Row], base: dict | None) -> str:
     names = list(base["texts"]) if base is not None else []
     head = ["at other learning rates", "lr", "seeds", "validation loss", "test loss", "accuracy, %"]
     head += [f"forgetting, {name}" for name in names] + ["run again with"]
-    lines = [head, [*_rule(head)[:-1], "---"]]
+    lines = [head]
     for row in rows:
         others = results.measured_at_other_rates(suite, row.method)
         if not others:
             continue
         for rate, runs in sorted((others | {row.learning_rate: row.runs}).items()):
             one = Row(row.method, rate, runs)
-            cells = [row.method.title, f"{rate:g}", _seeds(one)]
+            cells = [row.method.title, f"{rate:g}", count(one.runs)]
             cells += [_mean(one.values(lambda run: run["losses"]["validation"]), 4)]
             cells += [_mean(one.values(_test_loss), 4), _mean(one.values(_accuracy), 1)]
             cells += [_mean(one.values(forgetting(base, name)), 3) for name in names]
             command = f"run {suite.name} {row.method.name} --again --lr {rate:g}"
             lines.append([*cells, f"`python -m benchmarks.quality {command}`"])
-    return _table(lines) if len(lines) > 2 else ""
-
-
-def _rule(head: list[str]) -> list[str]:
-    return ["---"] + ["---:"] * (len(head) - 1)
-
-
-def _table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-
-
-def _seeds(row: Row) -> str:
-    return f"{len(row.runs)}" + (f" ({row.failed} diverged)" if row.failed else "")
+    return table(lines, text=(0, -1)) if len(lines) > 1 else ""
 
 
 def _mean(values: dict[int, float], digits: int) -> str:
@@ -232,15 +244,7 @@ def _difference(row: Row, other: Row | None, get, digits: int) -> str:
     if other is None or row is other:
         return ""
     found = paired_difference(row.values(get), other.values(get))
-    return "" if found is None else _interval(found, digits)
-
-
-def _interval(found: Estimate, digits: int) -> str:
-    if found.half_width is None:
-        return f"{found.mean:+.{digits}f} ({found.count} seed{'s' if found.count > 1 else ''})"
-    low, high = found.mean - found.half_width, found.mean + found.half_width
-    text = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{text}**" if found.differs_from_zero else text
+    return interval(found, digits)
 
 
 # ---------------------------------------------------------------------- numbers of a run

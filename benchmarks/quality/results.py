@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.experiment import ROOT, Method, Run, Suite, load_method
@@ -79,22 +80,56 @@ def read_valid(run: Run) -> dict | None:
 
 def chosen_learning_rate(suite: Suite, method: Method) -> float | None:
     """The rate with the lowest mean validation loss over the choosing seeds; None while runs are missing."""
-    rates, seeds = suite.choose["learning_rates"], suite.choose["seeds"]
+    rates = suite.choose["learning_rates"]
     if len(rates) == 1:
         return float(rates[0])
     chooser = method if method.learning_rate_of == method.name else load_method(method.learning_rate_of)
-    losses = choosing_losses(suite, chooser)
-    if sum(map(len, losses.values())) < len(rates) * len(seeds):
+    if missing_choosing_runs(suite, chooser):
         return None
-    return min(losses, key=lambda rate: sum(losses[rate]) / len(seeds))
+    losses = choosing_losses(suite, chooser)
+    return min(losses, key=lambda rate: sum(losses[rate]))
+
+
+def missing_choosing_runs(suite: Suite, method: Method) -> list[Run]:
+    """The runs to make next so that a method's learning rate can be chosen; none once it is."""
+    ladder, seeds = [float(rate) for rate in suite.choose["learning_rates"]], suite.choose["seeds"]
+    if len(ladder) == 1:
+        return []
+    found = choosing_losses(suite, method)
+    whole = {rate: sum(losses) for rate, losses in found.items() if len(losses) == len(seeds)}
+    rates = rates_to_try(ladder, suite.choose.get("start", ladder), whole)
+    runs = [run for rate in rates for run in _choosing_runs(suite, method, rate)]
+    return [run for run in runs if read_valid(run) is None]
+
+
+def rates_to_try(ladder: Sequence[float], start: Collection[float], losses: Mapping[float, float]) -> list[float]:
+    """Learning rates to try next; none once the best of those tried is inside of them, or all of them diverged.
+
+    Args:
+        ladder: all rates, from low to high.
+        start: those of them that are tried first.
+        losses: of the rates that were tried.
+    """
+    if missing := [rate for rate in ladder if rate in start and rate not in losses]:
+        return missing
+    if math.isinf(min(losses.values())):
+        return []
+    best = ladder.index(min(losses, key=lambda rate: losses[rate]))
+    return [ladder[i] for i in (best - 1, best + 1) if 0 <= i < len(ladder) and ladder[i] not in losses]
+
+
+def _choosing_runs(suite: Suite, method: Method, rate: float) -> list[Run]:
+    """At one rate; a seed that is measured anyway chooses by its measured run."""
+    phases = {seed: "measure" if seed in suite.seeds else "choose" for seed in suite.choose["seeds"]}
+    return [Run(suite, method, rate, seed, phase) for seed, phase in phases.items()]
 
 
 def choosing_losses(suite: Suite, method: Method) -> dict[float, list[float]]:
     """Validation losses by learning rate, of the choosing runs that there are; infinite for a run that diverged."""
     losses: dict[float, list[float]] = {}
     for rate in suite.choose["learning_rates"]:
-        for seed in suite.choose["seeds"]:
-            result = read_valid(Run(suite, method, float(rate), seed, "choose"))
+        for run in _choosing_runs(suite, method, float(rate)):
+            result = read_valid(run)
             if result is not None:
                 loss = math.inf if result["failed"] else result["losses"]["validation"]
                 losses.setdefault(float(rate), []).append(loss)

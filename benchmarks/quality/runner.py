@@ -11,6 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
 from benchmarks.quality import processes, results
@@ -40,10 +41,10 @@ class Runner:
 
     def choose(self, suite: Suite, method: Method) -> None:
         """All runs that choose a method's learning rate."""
-        if method.learning_rate_of == method.name:
-            for seed in suite.choose["seeds"]:
-                for rate in suite.choose["learning_rates"]:
-                    self.run(Run(suite, method, float(rate), seed, "choose"))
+        while method.learning_rate_of == method.name and (runs := results.missing_choosing_runs(suite, method)):
+            for run in runs:
+                if not self.run(run):  # another process is at it, and goes on
+                    return
 
     def measure(self, suite: Suite, method: Method, seed: int, learning_rate: float | None = None) -> None:
         """A measured run, at the chosen learning rate unless one is given."""
@@ -123,6 +124,7 @@ class Runner:
 
     def _header(self, run: Run) -> dict:
         versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
+        versions["cpu"] = torch.backends.cpu.get_cpu_capability()  # "medium" products are in bf16 with some alone
         return {"key": run.key(), "command": run.command, "settings": run.settings(), "versions": versions}
 
     def _evaluate(self, run: Run, config: dict, model: Path, base: Path | None, folder: Path):
@@ -168,6 +170,9 @@ class Runner:
         if suite.task not in self._rows:
             self._rows[suite.task] = task(suite.task).rows(self._work / "downloads")
         folder, rows = self._work / "data" / suite.task, self._rows[suite.task]
+        if suite.longest_row:
+            folder = folder.with_name(f"{suite.task}_longest{suite.longest_row}")
+            rows = {split: [row for row in rows[split] if sum(map(len, row)) <= suite.longest_row] for split in rows}
         sizes = {"train": suite.train_rows, **suite.sizes}
         files = {}
         for split in SPLITS:

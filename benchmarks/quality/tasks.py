@@ -6,7 +6,10 @@ set's own held-out part and is asked once, of finished models.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -15,7 +18,8 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,6 +168,59 @@ def _sentiment_archive(folder: Path) -> Path:
     return found[-1]
 
 
+# ---------------------------------------------------------------------- code: functions of a package
+
+_CODE_PACKAGE = "sympy"
+_CODE_VERSION = "1.14.0"  # the one that torch brings, by constraints.txt
+_LONGEST_FUNCTION = 320  # characters of question and answer
+
+
+def _function_rows(folder: Path) -> dict[str, list[Row]]:
+    """Short functions of SymPy (BSD licence): from signature and docstring to the body.
+
+    A file's functions are all in one split, so that none is asked about a neighbour of what was trained on.
+    """
+    try:
+        version, found = importlib.metadata.version(_CODE_PACKAGE), importlib.util.find_spec(_CODE_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        version = found = None
+    if found is None or version != _CODE_VERSION:
+        raise UserError(
+            f"the task functions is made of {_CODE_PACKAGE}=={_CODE_VERSION}, but there is {version or 'none'}: "
+            f"pip install {_CODE_PACKAGE}=={_CODE_VERSION}"
+        )
+    package = Path(found.origin).parent
+    rows: dict[Row, str] = {}
+    for file in sorted(package.rglob("*.py")):
+        place = file.relative_to(package)
+        if not {"tests", "benchmarks"} & set(place.parts):
+            for row in _functions(file.read_text(encoding="utf-8")):
+                if sum(map(len, row)) <= _LONGEST_FUNCTION:
+                    rows.setdefault(row, place.as_posix())
+    files = sorted(set(rows.values()))
+    random.Random(0).shuffle(files)
+    share = len(files) // 10
+    split_of = dict.fromkeys(files, "train") | dict.fromkeys(files[:share], "validation")
+    split_of |= dict.fromkeys(files[share : 2 * share], "test")
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for row, file in rows.items():
+        splits[split_of[file]].append(row)
+    for split in SPLITS:
+        random.Random(0).shuffle(splits[split])
+    return splits
+
+
+def _functions(source: str) -> Iterator[Row]:
+    """Head and body of each documented function, without its decorators and all but its docstring's first paragraph."""
+    lines = source.split("\n")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (text := ast.get_docstring(node)):
+            head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1]))
+            body = textwrap.dedent("\n".join(lines[node.body[1].lineno - 1 : node.end_lineno]))
+            first = " ".join(text.split("\n\n")[0].split())
+            yield Row(f'Write the body of this function.\n\n{head}\n    """{first}"""', body)
+
+
 # ---------------------------------------------------------------------- texts that no task is about
 
 
@@ -171,7 +228,6 @@ def _general_texts() -> dict[str, str]:
     """English and code from Python's standard library, the same on every machine with this Python."""
     import argparse
     import heapq
-    import textwrap
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -189,4 +245,5 @@ _TASKS = {
     "village": Task(_village_rows, _village_texts, None, 12),
     "gsm8k": Task(_gsm8k_rows, _general_texts, r"####\s*(-?[\d.,]+)", 256),
     "sentiment": Task(_sentiment_rows, _general_texts, None, 4),
+    "functions": Task(_function_rows, _general_texts, None, 100),
 }

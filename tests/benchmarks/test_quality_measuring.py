@@ -145,3 +145,27 @@ def test_torchtunes_merge_of_adapters_leaves_the_model_that_trains_on_alone():
     assert torch.equal(layer.weight, before)
     added = 2 * layer.lora_b.weight.detach() @ layer.lora_a.weight.detach()
     assert torch.allclose(merged["layers.1.attn.q_proj.weight"], before + added)
+
+
+@pytest.mark.parametrize("ignored", [0.9, 0.0])
+def test_loss_of_answers_alone_is_the_loss_with_the_same_gradients(ignored):
+    from benchmarks.quality.models import AnswerLoss
+    from gmt_tune.models.losses import LinearCrossEntropyLoss
+    from gmt_tune.models.tiny import tiny_llama
+
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(0, 50, (2, 2, 24))
+    labels[torch.rand(labels.shape) < ignored] = -100
+    found = []
+    for kind in (LinearCrossEntropyLoss, AnswerLoss):
+        torch.manual_seed(1)
+        model, loss_fn = tiny_llama(), kind(num_chunks=1)
+        loss_fn.attach_(model)
+        model.set_num_output_chunks(0)
+        with loss_fn.of(labels):
+            loss = model(tokens)
+        loss.backward()
+        found.append((loss.detach(), *(p.grad for p in model.parameters())))
+    assert (labels != -100).any()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
