@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks import command_line
 from benchmarks.peers.methods import METHODS, method
 from benchmarks.peers.runs import CHECKS, Check, Run, Runner
 from benchmarks.quality import results
@@ -18,13 +19,7 @@ _MODEL = Path(os.environ.get("SMOLLM2_DIR", "/tmp/SmolLM2-135M-Instruct"))
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
-    try:
-        args.command(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:

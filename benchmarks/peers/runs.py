@@ -18,7 +18,7 @@ from torchtune import config
 from benchmarks.peers import training
 from benchmarks.peers.methods import LADDER, METHODS, method
 from benchmarks.quality import results
-from benchmarks.quality.tasks import SPLITS, Row, task, write_split
+from benchmarks.quality.tasks import SPLITS, Row, no_longer, task, write_split
 from gmt_tune.errors import UserError
 
 SUITE = "peers"
@@ -87,7 +87,7 @@ def _key(*settings: Any) -> str:
 
 def validation_losses(name: str, seed: int = 0) -> dict[float, float]:
     """By learning rate, of the runs of a seed that there are; infinite where a training did not end well."""
-    found = {rate: results.read_valid(Run(name, rate, seed)) for rate in LADDER}  # type: ignore[arg-type]
+    found = {rate: results.read_valid(Run(name, rate, seed)) for rate in LADDER}
     return {rate: loss_of(result, "validation") for rate, result in found.items() if result is not None}
 
 
@@ -141,7 +141,7 @@ class Runner:
 
     def train(self, run: Run) -> None:
         """A training, and what its model then does."""
-        if results.read_valid(run) is None:  # type: ignore[arg-type]
+        if results.read_valid(run) is None:
             packages = method(run.method).packages
             request = {
                 "method": run.method,
@@ -157,7 +157,7 @@ class Runner:
     def base(self) -> None:
         """The model before any training."""
         run = Base()
-        if results.read_valid(run) is None:  # type: ignore[arg-type]
+        if results.read_valid(run) is None:
             made = {"key": run.key(), "versions": versions(_SHARED_PACKAGES)}
             self._write(run, made | self._in_process(None, self._work / run.name))
 
@@ -165,7 +165,7 @@ class Runner:
         """A check; see ``checks``."""
         from benchmarks.peers import checks
 
-        if results.read_valid(check) is None:  # type: ignore[arg-type]
+        if results.read_valid(check) is None:
             packages = (*_SHARED_PACKAGES, *method(check.method).packages)
             result = {"key": check.key(), "command": check.command, "versions": versions(packages)}
             self._write(check, result | checks.run(check.method, check.kind, self._work / check.name))
@@ -180,8 +180,7 @@ class Runner:
     def _split(self, split: str) -> list[Row]:
         if not self._rows:
             rows = task(SETTING["task"]).rows(self._work / "downloads")
-            longest = SETTING["longest_row"]
-            self._rows = {name: [row for row in rows[name] if sum(map(len, row)) <= longest] for name in SPLITS}
+            self._rows = {name: no_longer(rows[name], SETTING["longest_row"]) for name in SPLITS}
         return self._rows[split]
 
     def _data(self, split: str) -> Path:

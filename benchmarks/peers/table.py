@@ -12,6 +12,7 @@ from benchmarks.peers.methods import METHODS, Method
 from benchmarks.peers.runs import SETTING, SUITE, Base, Check, Run, best_rate, missing_rates, validation_losses
 from benchmarks.quality import results
 from benchmarks.quality.statistics import estimate
+from benchmarks.quality.tables import table
 
 PAGE = results.RESULTS / "peers.md"
 
@@ -33,7 +34,7 @@ def write_table() -> Path:
 
 def page() -> str:
     """The page's text, from the results on disk."""
-    base = _valid(Base())
+    base = results.read_valid(Base())
     assert base is not None, "run `python -m benchmarks.peers run` first"
     rows = {name: _runs(name) for name in METHODS}
     arguments = SETTING["arguments"]
@@ -102,7 +103,7 @@ def _main_table(rows: Mapping[str, dict[int, dict]], columns: list[Column]) -> s
         for i, column in enumerate(columns)
     ] if numbers else []  # fmt: skip
     head = ["method", "learning rate", "seeds", *(column.head for column in columns), "accumulation", "two processes"]
-    lines = [head, ["---", *["---:"] * (len(columns) + 2), "---", "---"]]
+    lines = [head]
     for name, of in METHODS.items():
         if name in numbers:
             cells = [of.title, f"{best_rate(name):g}", str(len(rows[name]))]
@@ -113,17 +114,17 @@ def _main_table(rows: Mapping[str, dict[int, dict]], columns: list[Column]) -> s
         else:
             cells = [of.title, "", "0", _reason(name), *[""] * (len(columns) - 1)]
         lines.append([*cells, _check(name, of, "accumulation"), _check(name, of, "processes")])
-    return _markdown(lines)
+    return table(lines, text=(0, -2, -1))
 
 
 def _reason(name: str) -> str:
     """Why a method has no numbers."""
-    failed = [result["failed"] for rate in METHODS[name].start if (result := _valid(Run(name, rate, 0)))]
+    failed = [result["failed"] for rate in METHODS[name].start if (result := results.read_valid(Run(name, rate, 0)))]
     return f"does not run on a CPU: {failed[0]}" if failed and failed[0] else "not run yet"
 
 
 def _check(name: str, of: Method, kind: str) -> str:
-    result = _valid(Check(name, kind))
+    result = results.read_valid(Check(name, kind))
     start = f"{of.processes}: " if kind == "processes" else ""
     if result is None:
         return "not run yet"
@@ -136,7 +137,7 @@ def _check(name: str, of: Method, kind: str) -> str:
 
 
 def _rate_table() -> str:
-    lines = [["method", "validation loss by learning rate", "where the grid begins"], ["---"] * 3]
+    lines = [["method", "validation loss by learning rate", "where the grid begins"]]
     for name, of in METHODS.items():
         tried = {rate: loss for rate, loss in validation_losses(name).items() if math.isfinite(loss)}
         best = best_rate(name)
@@ -144,18 +145,18 @@ def _rate_table() -> str:
         if tried and (missing := missing_rates(name)):
             cells.append(f"not run yet: {', '.join(f'{rate:g}' for rate in missing)}")
         lines.append([of.title, "; ".join(cells), of.source])
-    return _markdown(lines)
+    return table(lines, text=(0, 1, 2))
 
 
 def _command_table(rows: Mapping[str, dict[int, dict]]) -> str:
-    lines = [["method", "settings", "command"], ["---"] * 3]
+    lines = [["method", "settings", "command"]]
     for name, of in METHODS.items():
         rate = best_rate(name)
         run = Run(name, rate, min(rows[name])) if rate is not None and rows[name] else None
         command = run.command if run else f"python -m benchmarks.peers run {name}"
         settings = ", ".join(f"{key}={value}" for key, value in of.options.items())
         lines.append([of.title, settings.replace("*", "\\*"), f"`{command}`"])
-    return _markdown(lines)
+    return table(lines, text=(0, 1, 2))
 
 
 def _versions() -> dict[str, set[str]]:
@@ -171,17 +172,9 @@ def _runs(name: str) -> dict[int, dict]:
     rate = best_rate(name)
     if rate is None:
         return {}
-    found = {seed: _valid(Run(name, rate, seed)) for seed in range(10)}
+    found = {seed: results.read_valid(Run(name, rate, seed)) for seed in range(10)}
     return {seed: run for seed, run in found.items() if run and not run["failed"]}
-
-
-def _valid(run: Run | Check | Base) -> dict | None:
-    return results.read_valid(run)  # type: ignore[arg-type]
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import command_line
 from benchmarks.peft_table import data, page, runner
 from benchmarks.peft_table.experiments import config_file, experiments, methods
 from gmt_tune.errors import UserError
@@ -16,13 +17,7 @@ _WORK = Path("/tmp/gmt-tune/peft_table")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
-    try:
-        args.command(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:

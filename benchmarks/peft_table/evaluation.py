@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.peft_table.data import prompt
-from benchmarks.quality.evaluation import IGNORE, _mean_loss, load_model, weight_change
+from benchmarks.quality.evaluation import IGNORE, load_model, mean_loss, pad_left, weight_change
 
 MAX_NEW_TOKENS = 300
 QUESTIONS_AT_A_TIME = 50
@@ -57,12 +57,7 @@ def accuracy(model: nn.Module, tokenizer, rows: list[dict]) -> float:
 def _generated(model: nn.Module, tokenizer, prompts: list[str]) -> list[str]:
     """Each prompt and what the model adds, as text."""
     encoded = [tokenizer.encode(text, add_bos=True, add_eos=False) for text in prompts]
-    longest = max(map(len, encoded))
-    tokens_BS = torch.full((len(encoded), longest), tokenizer.eos_id)
-    attention_BS = torch.zeros_like(tokens_BS)
-    for row, tokens in enumerate(encoded):  # padded on the left: all go on from the same position
-        tokens_BS[row, longest - len(tokens) :] = torch.tensor(tokens)
-        attention_BS[row, longest - len(tokens) :] = 1
+    tokens_BS, attention_BS = pad_left(encoded, tokenizer.eos_id)
     generated_BS = model.generate(
         tokens_BS.to(model.device),
         attention_mask=attention_BS.to(model.device),
@@ -71,7 +66,7 @@ def _generated(model: nn.Module, tokenizer, prompts: list[str]) -> list[str]:
         pad_token_id=tokenizer.eos_id,
     )
     answers = []
-    for text, tokens in zip(prompts, generated_BS[:, longest:].tolist(), strict=True):
+    for text, tokens in zip(prompts, generated_BS[:, tokens_BS.size(1) :].tolist(), strict=True):
         end = tokens.index(tokenizer.eos_id) if tokenizer.eos_id in tokens else len(tokens)
         answers.append(text + tokenizer.decode(tokens[:end]))
     return answers
@@ -89,7 +84,7 @@ def text_loss(model: nn.Module, tokenizer, texts: list[str]) -> float:
         for row, tokens in enumerate(batch):  # padded on the right: causal attention does not look there
             tokens_BS[row, : len(tokens)] = labels_BS[row, : len(tokens)] = torch.tensor(tokens)
         pairs.append((tokens_BS, labels_BS))
-    return _mean_loss(model, pairs)
+    return mean_loss(model, pairs)
 
 
 def evaluate(request: dict) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks import command_line
 from benchmarks.quality import experiment, results
 from gmt_tune.errors import UserError
 
@@ -16,12 +17,7 @@ _WORK = Path("/tmp/gmt-tune/quality")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.command(args) or 0
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+    return command_line.run(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:

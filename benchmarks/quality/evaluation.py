@@ -53,12 +53,7 @@ class CachedExactMatch(ExactMatch):
         device = next(model.parameters()).device
         for start in range(0, len(order), self._batch_size):
             indices = order[start : start + self._batch_size]
-            longest = max(len(prompts[i]) for i in indices)
-            tokens_BS = torch.full((len(indices), longest), self._tokenizer.pad_id)
-            attention_BS = torch.zeros_like(tokens_BS)
-            for row, i in enumerate(indices):  # padded on the left: all go on from the same position
-                tokens_BS[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                attention_BS[row, longest - len(prompts[i]) :] = 1
+            tokens_BS, attention_BS = pad_left([prompts[i] for i in indices], self._tokenizer.pad_id)
             generated = model.generate(
                 tokens_BS.to(device),
                 attention_mask=attention_BS.to(device),
@@ -66,7 +61,7 @@ class CachedExactMatch(ExactMatch):
                 do_sample=False,
                 eos_token_id=list(self._tokenizer.stop_tokens),
                 pad_token_id=self._tokenizer.pad_id,
-            )[:, longest:].tolist()
+            )[:, tokens_BS.size(1) :].tolist()
             for i, tokens in zip(indices, generated, strict=True):
                 stops = [tokens.index(stop) for stop in self._tokenizer.stop_tokens if stop in tokens]
                 answers[i] = self._tokenizer.decode(tokens[: min(stops, default=len(tokens))]).strip()
@@ -75,6 +70,17 @@ class CachedExactMatch(ExactMatch):
     def _extracted(self, text: str) -> str | None:
         found = super()._extracted(text)
         return found.replace(",", "").rstrip(".") if found is not None and self._extract is not None else found
+
+
+def pad_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and attention mask, [batch, sequence], of prompts that all go on from the same position."""
+    longest = max(map(len, rows))
+    tokens_BS = torch.full((len(rows), longest), filler)
+    attention_BS = torch.zeros_like(tokens_BS)
+    for row, tokens in enumerate(rows):
+        tokens_BS[row, longest - len(tokens) :] = torch.tensor(tokens)
+        attention_BS[row, longest - len(tokens) :] = 1
+    return tokens_BS, attention_BS
 
 
 @torch.inference_mode()
@@ -102,7 +108,7 @@ def answer_loss(model: nn.Module, tokenizer, rows: Sequence[tuple[str, str]], ba
             tokens_BS[row, : len(tokens)] = torch.tensor(tokens)
             labels_BS[row, : len(tokens)] = torch.tensor(tokens).masked_fill(torch.tensor(mask), IGNORE)
         pairs.append((tokens_BS, labels_BS))
-    return _mean_loss(model, pairs)
+    return mean_loss(model, pairs)
 
 
 @torch.inference_mode()
@@ -120,7 +126,7 @@ def text_loss(model: nn.Module, tokenizer, text: str, *, windows: int, window: i
     rows = tokens[: len(tokens) // window * window].view(-1, window)
     if len(rows) > windows:
         rows = rows[torch.linspace(0, len(rows) - 1, windows).long()]
-    return _mean_loss(model, [(batch, batch) for batch in rows.split(batch_size)])
+    return mean_loss(model, [(batch, batch) for batch in rows.split(batch_size)])
 
 
 def weight_change(base: Path, tuned: Path) -> dict[str, float]:
@@ -181,7 +187,7 @@ def evaluate(request: dict) -> dict:
     return result
 
 
-def _mean_loss(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def mean_loss(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Over all labels of [batch, sequence] tokens and labels that are not ``IGNORE``; fp32 losses, fp64 sums."""
     device = next(model.parameters()).device
     total, count = 0.0, 0

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from benchmarks.quality import results
 from benchmarks.quality.experiment import load_method
-from benchmarks.quality.tables import ACCURACY, FORGETTING, TEST_LOSS, Compared, Measure, compare, interval, mean, table
+from benchmarks.quality.tables import (
+    ACCURACY,
+    FORGETTING,
+    TEST_LOSS,
+    Compared,
+    Measure,
+    by_chance,
+    compare,
+    interval,
+    mean,
+    table,
+)
 
 PAGE = results.RESULTS.parent / "results.md"
 # How columns call a suite, and the number that says how well its task is done.
@@ -85,10 +96,7 @@ def build_claims() -> str:
             lines.append([claim if number == 0 else "", label, *cells])
     found = [d for task, measure in tasks for _, *both in pairs if (d := task.difference(*both, measure)) is not None]
     marked = sum(difference.differs_from_zero for difference in found)
-    return table(lines, text=(0, 1)) + (
-        f"\nThese are {len(found)} comparisons without a correction for their number: {marked} leave out zero, and "
-        f"about {len(found) / 20:.0f} would by chance if nothing differed.\n"
-    )
+    return table(lines, text=(0, 1)) + f"\nThese are {len(found)} comparisons, {by_chance(len(found), marked)}\n"
 
 
 def _tasks(methods: list[str]) -> list[tuple[Compared, Measure]]:

@@ -13,6 +13,7 @@ from benchmarks.quality.tables import (
     TEST_LOSS,
     Compared,
     Measure,
+    by_chance,
     compare,
     count,
     interval,
@@ -159,10 +160,7 @@ def _count_comparisons(regimes: list[Compared]) -> str:
         if (difference := regime.difference(*pair, measure)) is not None
     ]
     bold = sum(difference.differs_from_zero for difference in found)
-    return (
-        f"There are {len(found)} of them, without a correction for their number: {bold} leave out zero, where some "
-        f"{len(found) / 20:.0f} would by chance if no two methods differed."
-    )
+    return f"There are {len(found)} of them, {by_chance(len(found), bold)}"
 
 
 def _rate(regime: Compared, name: str) -> str:

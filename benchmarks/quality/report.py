@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.quality import overview, reasons, results
 from benchmarks.quality.experiment import Method, Suite, load_method, load_suite, suite_names
 from benchmarks.quality.statistics import Estimate, estimate, paired_difference
-from benchmarks.quality.tables import count, interval, table
+from benchmarks.quality.tables import by_chance, count, interval, table
 from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
 from gmt_tune.reporting.theme import LIGHT, series_color
@@ -73,11 +73,8 @@ def write_report() -> list[Path]:
 
 def _comparisons(page: str) -> str:
     """How many differences with an interval a page shows, and how many of them leave out zero."""
-    count, marked = len(re.findall(r"\[[+-]", page)), len(re.findall(r"\*\*[+-][\d.]+ \[", page))
-    return (
-        f"This page makes {count:,} comparisons with an interval, without a correction; {marked:,} leave out zero, and "
-        f"about {count / 20:.0f} would by chance if nothing differed.\n"
-    )
+    found, marked = len(re.findall(r"\[[+-]", page)), len(re.findall(r"\*\*[+-][\d.]+ \[", page))
+    return f"This page makes {found:,} comparisons with an interval, {by_chance(found, marked)}\n"
 
 
 def read_rows(suite: Suite) -> list[Row]:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks.quality.experiment import ROOT, Method, Run, Suite, load_method
 
@@ -72,7 +73,16 @@ def forget(name: str) -> None:
     write(name, {"key": None})
 
 
-def read_valid(run: Run) -> dict | None:
+class Keyed(Protocol):
+    """A run of any benchmark: its result's name, and a hash of all that decides the outcome."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    def key(self) -> str: ...  # noqa: D102
+
+
+def read_valid(run: Keyed) -> dict | None:
     """The result of a run, if it was made with the settings that the run has now."""
     result = read(run.name)
     return result if result is not None and result["key"] == run.key() else None

@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.quality import processes, results
 from benchmarks.quality.experiment import Method, Run, Suite
-from benchmarks.quality.tasks import SPLITS, digest, task, write_split
+from benchmarks.quality.tasks import SPLITS, digest, no_longer, task, write_split
 from gmt_tune.errors import UserError
 from gmt_tune.reporting.run_reader import Series, read_run
 
@@ -172,7 +172,7 @@ class Runner:
         folder, rows = self._work / "data" / suite.task, self._rows[suite.task]
         if suite.longest_row:
             folder = folder.with_name(f"{suite.task}_longest{suite.longest_row}")
-            rows = {split: [row for row in rows[split] if sum(map(len, row)) <= suite.longest_row] for split in rows}
+            rows = {split: no_longer(rows[split], suite.longest_row) for split in rows}
         sizes = {"train": suite.train_rows, **suite.sizes}
         files = {}
         for split in SPLITS:

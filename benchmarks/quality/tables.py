@@ -25,13 +25,20 @@ class Measure:
 
 ACCURACY = Measure("accuracy, %", 1, lambda run, base: 100 * run["accuracy"])
 TEST_LOSS = Measure("test loss", 3, lambda run, base: run["losses"]["test"])
-# The first text is the one that has least to do with the task.
-FORGETTING = Measure("forgetting", 3, lambda run, base: next(iter(_rises(run, base))))
+FORGETTING = Measure("forgetting", 3, lambda run, base: _rise(run, base, next(iter(base["texts"]))))
 CHANGED = Measure("weights changed, %", 0, lambda run, base: 100 * run["change"]["fraction_changed"])
 
 
-def _rises(run: dict, base: dict) -> list[float]:
-    return [run["texts"][name] - base["texts"][name] for name in base["texts"]]
+def _rise(run: dict, base: dict, text: str) -> float:
+    return run["texts"][text] - base["texts"][text]
+
+
+def by_chance(found: int, marked: int) -> str:
+    """What to say of a number of comparisons, of which so many leave out zero."""
+    return (
+        f"without a correction for their number: {marked:,} leave out zero, and about {found / 20:.0f} would by chance "
+        "if nothing differed."
+    )
 
 
 @dataclass(frozen=True)

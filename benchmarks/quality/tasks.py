@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,11 @@ def write_split(file: Path, rows: list[Row], *, seed: int | None = None, size: i
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows[:size]), encoding="utf-8")
     part.replace(file)
+
+
+def no_longer(rows: Iterable[Row], characters: int) -> list[Row]:
+    """The rows whose question and answer together have so many characters at most."""
+    return [row for row in rows if sum(map(len, row)) <= characters]
 
 
 def digest(text: str) -> str:
@@ -194,9 +199,8 @@ def _function_rows(folder: Path) -> dict[str, list[Row]]:
     for file in sorted(package.rglob("*.py")):
         place = file.relative_to(package)
         if not {"tests", "benchmarks"} & set(place.parts):
-            for row in _functions(file.read_text(encoding="utf-8")):
-                if sum(map(len, row)) <= _LONGEST_FUNCTION:
-                    rows.setdefault(row, place.as_posix())
+            for row in no_longer(_functions(file.read_text(encoding="utf-8")), _LONGEST_FUNCTION):
+                rows.setdefault(row, place.as_posix())
     files = sorted(set(rows.values()))
     random.Random(0).shuffle(files)
     share = len(files) // 10
