@@ -37,7 +37,8 @@ nitpicky = True
 # Types of other packages, which only their own documentation has
 nitpick_ignore_regex = [
     ("py:(class|obj)", r"(?!gmt_tune\.).*"),
-    ("py:class", r"gmt_tune\.masking\.(places|search)\..*"),  # internal, in signatures of what is public
+    # Internal, in signatures of what is public
+    ("py:class", r"gmt_tune\.(masking\.(places|search)|deltas\.file_format|reporting\.safetensors_file)\..*"),
 ]
 exclude_patterns = []
 

@@ -1,11 +1,18 @@
 """``gmt-tune diff``: how far a fine-tuned checkpoint went from its base."""
 
+from __future__ import annotations
+
 import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gmt_tune.cli.paths import as_path
+
+if TYPE_CHECKING:
+    from gmt_tune.reporting.diff import Diff
+    from gmt_tune.reporting.weights_reader import Weights
 
 
 def add_parser(subparsers) -> None:
@@ -46,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
     written: list[Path] = []
     if args.html or args.png:
         written = draw_diff(diff, base.path, tuned.path, html=args.html, png_dir=args.png, top=args.top)
-    print(_as_json(diff, base, tuned) if args.json else _as_text(diff, base, tuned, args, written))
+    if args.json:
+        print(_as_json(diff))
+    else:
+        lines = as_lines(diff, top=args.top, tensors=args.tensors)
+        print("\n".join([*lines, *(f"Wrote {path.resolve()}" for path in written)]).rstrip())
     return 0
 
 
@@ -56,11 +67,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _as_json(diff, base, tuned) -> str:
+def _as_json(diff: Diff) -> str:
     return json.dumps(
         {
-            "base": str(base.path),
-            "tuned": str(tuned.path),
+            "base": str(diff.base.path),
+            "tuned": str(diff.tuned.path),
             "total": diff.total.to_dict(),
             "by_module": {name: change.to_dict() for name, change in diff.by_module().items()},
             "by_layer": {str(layer): change.to_dict() for layer, change in diff.by_layer().items()},
@@ -74,23 +85,28 @@ def _as_json(diff, base, tuned) -> str:
     )
 
 
-def _as_text(diff, base, tuned, args: argparse.Namespace, written: list[Path]) -> str:
-    lines = [_described("BASE ", base), _described("TUNED", tuned), *diff.notes, ""]
+def as_lines(diff: Diff, *, top: int, tensors: bool = False) -> list[str]:
+    """The tables for a terminal.
+
+    Args:
+        top: as many tensors that moved most.
+        tensors: a row for every tensor too.
+    """
+    lines = [_described("BASE ", diff.base), _described("TUNED", diff.tuned), *diff.notes, ""]
     if total := diff.total:
         lines += _table("", [("all", total)])
     if by_module := diff.by_module():
         lines += _table("module", by_module.items())
     if by_layer := diff.by_layer():
         lines += _table("layer", [(str(layer), change) for layer, change in by_layer.items()])
-    if args.tensors:
+    if tensors:
         lines += _table("tensor", diff.tensors.items())
-    if moved := diff.moved_most(args.top):
+    if moved := diff.moved_most(top):
         lines += _table("moved most", moved)
-    lines += [f"Wrote {path.resolve()}" for path in written]
-    return "\n".join(lines).rstrip()
+    return lines
 
 
-def _described(side: str, weights) -> str:
+def _described(side: str, weights: Weights) -> str:
     dtypes = ", ".join(sorted({info.dtype for info in weights.tensors.values()}))
     count = len(weights.files)
     return f"{side} {weights.path} ({len(weights.tensors)} tensors, {dtypes}, {count} file{'s' * (count > 1)})"

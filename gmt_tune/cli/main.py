@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from gmt_tune._version import __version__
-from gmt_tune.cli import diff, env, fetch, memory, report, try_run
+from gmt_tune.cli import apply, delta, diff, env, fetch, memory, report, try_run
 from gmt_tune.errors import UserError
 
 
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gmt-tune {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", required=True, metavar="COMMAND")
-    for command in (fetch, memory, try_run, report, diff, env):
+    for command in (fetch, memory, try_run, report, diff, delta, apply, env):
         command.add_parser(subparsers)
     return parser
 

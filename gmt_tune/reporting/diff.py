@@ -98,6 +98,7 @@ class Diff:
     """What changed between two checkpoints.
 
     Attributes:
+        base, tuned: the two.
         tensors: changes by name, in the order of the base.
         notes: sentences on what was cast, tied, missing or not comparable.
         missing: names that only the base has.
@@ -105,6 +106,8 @@ class Diff:
         reshaped: names whose shapes differ.
     """
 
+    base: Weights
+    tuned: Weights
     tensors: dict[str, Change] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -153,7 +156,7 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
     Raises:
         UserError: if the two have no tensor of the same name and shape, or a file cannot be read.
     """
-    diff = Diff()
+    diff = Diff(base, tuned)
     pairs = _pair(base, tuned, diff)
     if not pairs:
         raise UserError(
@@ -190,18 +193,17 @@ def compare(base: Weights, tuned: Weights, watch: Callable[[Iterable[str]], Iter
 
 def _pair(base: Weights, tuned: Weights, diff: Diff) -> dict[str, tuple[str, str]]:
     """Names to compare, with the name of each side's tensor, which differ for tied embeddings."""
-    pairs = {name: (name, name) for name in base.tensors if name in tuned.tensors}
-    for name in [name for name in pairs if name.endswith(_OUTPUT)]:
-        if base.ties_embeddings and tuned.ties_embeddings and any(other.endswith(_EMBEDDING) for other in pairs):
-            del pairs[name]  # whoever loads these models takes the embedding instead
-            diff.notes.append(f"{name} is not counted: it is a second copy of the embedding.")
-    for name in sorted(base.tensors.keys() ^ tuned.tensors.keys()):
+    pairs: dict[str, tuple[str, str]] = {}
+    in_both = [name for name in base.tensors if name in tuned.tensors]
+    all_tied = base.ties_embeddings and tuned.ties_embeddings and any(name.endswith(_EMBEDDING) for name in in_both)
+    for name in [*in_both, *sorted(base.tensors.keys() ^ tuned.tensors.keys())]:
         here, there, side = (base, tuned, "TUNED") if name in base.tensors else (tuned, base, "BASE")
         embedding = next((other for other in there.tensors if other.endswith(_EMBEDDING)), None)
-        if name.endswith(_OUTPUT) and there.ties_embeddings and embedding is not None:
-            if here.ties_embeddings:
-                diff.notes.append(f"{name} is not counted: it is a second copy of the embedding.")
-                continue
+        if name.endswith(_OUTPUT) and all_tied:  # whoever loads these models takes the embedding instead
+            diff.notes.append(f"{name} is not counted: it is a second copy of the embedding.")
+        elif name in there.tensors:
+            pairs[name] = name, name
+        elif name.endswith(_OUTPUT) and there.ties_embeddings and embedding is not None:
             pairs[name] = (name, embedding) if here is base else (embedding, name)
             diff.notes.append(f"{name} is compared with {embedding}, to which it is tied in {side}.")
         else:

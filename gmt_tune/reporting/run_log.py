@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from gmt_tune.reporting.redaction import without_secrets
@@ -164,14 +164,28 @@ def _append_line(path: Path, line: dict) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replace a file in one go: a reader, or a run killed meanwhile, finds the old one or the new one."""
+    with written_aside(path) as part:
+        part.write_bytes(content)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of ``path``, flushed to disk, if the block ends without an error."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        flush(part)
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):  # also where the folder is none
             part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,25 +1,17 @@
 """Reads the weights of a Hugging Face folder piece by piece: any sharding, never more than a slice in memory."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmt_tune.errors import UserError
+from gmt_tune.reporting.safetensors_file import TensorInfo, read_infos, read_piece
 
 __all__ = ["Weights"]
 
-
-class TensorInfo(NamedTuple):
-    """Where a tensor lies and what it is; ``dtype`` is safetensors' name for it, such as ``BF16``."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+DELTA = "delta.safetensors"  # beside a model's own files, what recipes write as ``gmt-tune delta`` does
 
 
 class Weights:
@@ -39,10 +31,7 @@ class Weights:
         self.path = Path(path).expanduser()
         self.tensors: dict[str, TensorInfo] = {}
         for file in _files(self.path):
-            with _open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118  (not a dict)
-                    part = handle.get_slice(name)
-                    self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+            self.tensors |= read_infos(file)[0]
         self.ties_embeddings = _ties_embeddings(self.path)
 
     @property
@@ -51,21 +40,11 @@ class Weights:
         return {info.file for info in self.tensors.values()}
 
     def slices(self, name: str, numel: int) -> Iterator[Tensor]:
-        """The entries of the tensor ``name`` in order, 1-d, in slices of about ``numel``: of whole
-        rows, where these are shorter."""
-        file, shape, _ = self.tensors[name]
-        row = math.prod(shape[1:]) or 1
-        size = numel if row > numel else numel // row * row
-        for start in range(0, math.prod(shape), size):
-            # The file is mapped into memory: what was read of it counts as this process's memory until it is closed
-            with _open(file) as handle:
-                try:
-                    tensor = handle.get_tensor(name)
-                except SafetensorError as error:
-                    raise UserError(f"{file} cannot be read at '{name}' ({error}): copy it again") from None
-                part = tensor.view(-1)[start : start + size].clone()
-                del tensor  # a view of the file
-            yield part
+        """The entries of a tensor in order, 1-d, in slices of ``numel``, of which the last may be shorter."""
+        info = self.tensors[name]
+        with open(info.file, "rb") as stream:
+            for start in range(0, info.numel, numel):
+                yield read_piece(stream, info, start, min(numel, info.numel - start))
 
 
 def _files(path: Path) -> list[Path]:
@@ -87,21 +66,17 @@ def _files(path: Path) -> list[Path]:
         return [path / name for name in names]
     # Folders of some models hold the same weights a second time, under other names, in consolidated*.safetensors
     found = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    delta = path / DELTA
+    if found == [delta]:
+        raise UserError(f"{path} holds no weights, only a delta: make them with `gmt-tune apply BASE {delta} DIR`")
     if found:
-        return found
+        return [file for file in found if file != delta]
     inner = sorted({file.parent for file in path.glob("*/*.safetensors")}, key=lambda folder: folder.stat().st_mtime)
     if inner:
         raise UserError(f"{path} holds no *.safetensors itself: did you mean {inner[-1]}?")
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         raise UserError(f"{path} holds no *.safetensors, only PyTorch files: save the model as safetensors first")
     raise UserError(f"{path} holds no *.safetensors: name a model's folder in Hugging Face's format")
-
-
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no complete safetensors file ({error}): copy it again") from None
 
 
 def _ties_embeddings(path: Path) -> bool:

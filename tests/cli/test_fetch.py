@@ -22,7 +22,7 @@ from tiny_gguf import CHAT_TEMPLATE, TEXTS, quantized, tiny_llama, tiny_tokenize
 
 from gmt_tune.cli import fetch
 from gmt_tune.cli.main import main
-from gmt_tune.integrations.torchtune.checkpoint.model_card import Base, read_base
+from gmt_tune.models.origin import Base, read_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"

@@ -12,8 +12,14 @@ from gmt_tune.integrations.torchtune.config.keys import KEYS, TAKES
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 PACKAGE = ROOT / "gmt_tune"
-RAISED = {"UserError", "VersionError", "SystemExit", "OutOfReachError", "StopRun"}
-COVERED = sorted([*(PACKAGE / "integrations" / "torchtune").rglob("*.py"), *(PACKAGE / "cli").rglob("*.py")])
+RAISED = {"UserError", "LargeDeltaError", "VersionError", "SystemExit", "OutOfReachError", "StopRun"}
+COVERED = sorted(
+    [
+        *(PACKAGE / "integrations" / "torchtune").rglob("*.py"),
+        *(PACKAGE / "cli").rglob("*.py"),
+        *(PACKAGE / "deltas").rglob("*.py"),
+    ]
+)
 GAP = "\0"  # what a placeholder of an f-string becomes
 
 

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmt_tune.integrations.torchtune.checkpoint.manifest import Progress, read_checkpoint
-from gmt_tune.integrations.torchtune.checkpoint.model_card import Base, _hub_dataset, model_card, read_base
+from gmt_tune.integrations.torchtune.checkpoint.model_card import _hub_dataset, model_card
 from gmt_tune.integrations.torchtune.config.public import public_config
+from gmt_tune.models.origin import Base, read_base
 
 MASK = {"_component_": "gmt_tune.GradientMask", "density": 0.2, "dense": ["*norm*"]}
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

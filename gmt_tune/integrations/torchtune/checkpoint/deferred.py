@@ -17,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from gmt_tune.reporting.safetensors_file import encode_header, write_file
+
 
 class Deferred(Tensor):
     """A tensor with a shape, a dtype and strides; :meth:`read` computes its values.
@@ -86,12 +88,7 @@ def save_file(tensors: dict[str, Tensor], filename: os.PathLike, metadata: dict[
     for name in names:
         begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
         header[name].update(shape=list(tensors[name].shape), data_offsets=[begin, end])
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(filename, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            file.write(_bytes_of(tensors[name]))  # nothing holds one weight when the next is read
+    write_file(filename, encode_header(header), (_bytes_of(tensors[name]) for name in names))
 
 
 def _bytes_of(tensor: Tensor) -> Any:

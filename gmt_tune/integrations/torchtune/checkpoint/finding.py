@@ -15,6 +15,7 @@ from gmt_tune.integrations.torchtune.checkpoint.config_differences import config
 from gmt_tune.integrations.torchtune.checkpoint.manifest import FORMAT, Checkpoint
 from gmt_tune.integrations.torchtune.checkpoint.model import check_config_json
 from gmt_tune.integrations.torchtune.config.files import file_names
+from gmt_tune.reporting.weights_reader import DELTA
 
 log = utils.get_logger("INFO")
 
@@ -62,8 +63,11 @@ def find_checkpoint(
 
 def new_run_from(found: Checkpoint, cfg: DictConfig) -> str:
     """What to write at the end of a command line for a new run from a checkpoint's weights, and not its state."""
-    words = [f"checkpointer.checkpoint_dir={found.path}"]
     written = found.progress.model_files
+    if not written:
+        base = shlex.join(["gmt-tune", "apply", cfg.checkpointer.checkpoint_dir, str(found.path / DELTA), "DIR"])
+        return f"checkpointer.checkpoint_dir=DIR output_dir={found.path.parent}_next, after `{base}`"
+    words = [f"checkpointer.checkpoint_dir={found.path}"]
     given = cfg.checkpointer.checkpoint_files
     numbers = re.fullmatch(r"(.*?)\d+-of-(\d+)(.*)", written[-1])
     if file_names("checkpointer", given) != written:

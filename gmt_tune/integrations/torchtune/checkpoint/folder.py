@@ -21,10 +21,10 @@ from gmt_tune.integrations.torchtune.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
     Progress,
-    flush,
     read_checkpoint,
     write_manifest,
 )
+from gmt_tune.reporting.run_log import flush
 
 _INCOMPLETE = ".incomplete-"
 _FINAL_NAME = re.compile(r"(step|epoch)_\d+")

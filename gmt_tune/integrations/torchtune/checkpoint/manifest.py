@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import get_origin, get_type_hints
 
 from gmt_tune.integrations.torchtune.checkpoint.exchange import Position
+from gmt_tune.models.origin import CARD, read_json_object
+from gmt_tune.reporting.run_log import flush
 
 MANIFEST = "training_progress.json"
-
-# For people, who may change it: no part of what makes a checkpoint whole
-CARD = "README.md"
 
 # Of what a checkpoint holds; the one before kept each rank's state in a file of its own
 FORMAT = 2
@@ -143,17 +142,6 @@ def _progress(saved: object) -> Progress | None:
     return progress
 
 
-def read_json_object(file: Path) -> dict | None:
-    """The JSON object in a file; None for anything else, such as a list, a pipe, or brackets without end."""
-    try:
-        if not file.is_file():  # reading from a pipe would wait for who writes to it
-            return None
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _checksum(content: dict) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -166,11 +154,3 @@ def _size_and_crc32(file: Path) -> list[int]:
             size += len(block)
             checksum = zlib.crc32(block, checksum)
     return [size, checksum]
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

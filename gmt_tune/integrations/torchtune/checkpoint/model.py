@@ -19,8 +19,10 @@ from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.checkpoint import deferred
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
 from gmt_tune.integrations.torchtune.checkpoint import state as training_state
-from gmt_tune.integrations.torchtune.checkpoint.manifest import CARD, MANIFEST, read_json_object
+from gmt_tune.integrations.torchtune.checkpoint.manifest import MANIFEST
 from gmt_tune.models.checkpointer import FullModelHFCheckpointer
+from gmt_tune.models.origin import CARD, read_json_object
+from gmt_tune.reporting.weights_reader import DELTA
 
 # What torchtune's loader for Hugging Face folders reads of config.json, for the model types that it knows by name.
 _OF_ALL = ("num_attention_heads", "num_key_value_heads", "hidden_size")
@@ -116,4 +118,5 @@ def _name_dtype(config_json: Path, dtype: torch.dtype | None) -> None:
 
 def model_files(folder: Path) -> list[str]:
     """Names of the files with the model's weights."""
-    return sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    kinds = (".safetensors", ".bin", ".pt", ".pth")
+    return sorted(path.name for path in folder.iterdir() if path.suffix in kinds and path.name != DELTA)

@@ -15,67 +15,31 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import ModelCardData
 from omegaconf import ListConfig, OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
 from gmt_tune._installed import installed_version
-from gmt_tune.integrations.torchtune.checkpoint.manifest import CARD, Progress, read_json_object
+from gmt_tune.integrations.torchtune.checkpoint.manifest import Progress
 from gmt_tune.integrations.torchtune.config.reading import PATH_KEY
 from gmt_tune.integrations.torchtune.plugin.registry import config_paths
+from gmt_tune.models.origin import TAG, Base, is_hub_id, read_json_object
 from gmt_tune.reporting.run_log import RUN_LOG_FILE, read_lines
+from gmt_tune.reporting.weights_reader import DELTA
 
-_TAG = "gmt-tune"
 _PAPER = "https://arxiv.org/abs/2406.15330"
 _HUB = "https://huggingface.co"
 
-_FOLDER_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _PATH = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[\w+.-]+://")
-_LICENSE_KEYS = ("license", "license_name", "license_link")
 _SECTIONS = ("model", "tokenizer", "loss", "optimizer", "lr_scheduler")
 _VALUES = ("epochs", "max_steps_per_epoch", "dtype", "clip_grad_norm", "optimizer_in_bwd", "seed", "shuffle")
 # Numbers of a run that say nothing of the model
 _OF_THE_RUN = ("mask/", "lr", "grad_norm", "tokens_per_second", "peak_memory", "skipped_steps")
-_PACKAGES = (_TAG, "torch", "torchtune", "torchao", "transformers")
+_PACKAGES = (TAG, "torch", "torchtune", "torchao", "transformers")
 _LONGEST_CELL = 400  # characters
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that a run began with.
-
-    Attributes:
-        name: of its folder, or on the hub.
-        repo_id: on the hub; None where nothing in its folder says so.
-        license: the keys of its own model card that are about its licence.
-        weights: what `gmt-tune fetch` did to them, in words; None where they are as the hub has them.
-    """
-
-    name: str
-    repo_id: str | None = None
-    license: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None
-
-
-def read_base(folder: Path) -> Base:
-    """What a model's folder says of where it comes from; never fails."""
-    card = _front_matter(folder / CARD)
-    download = read_json_object(folder / "original_repo_id.json") or {}  # by `tune download` or `gmt-tune fetch`
-    in_cache = next((m for part in folder.resolve().parts if (m := _FOLDER_IN_CACHE.fullmatch(part))), None)
-    named = [
-        download.get("repo_id"),
-        card.get("base_model") if _TAG in (card.get("tags") or ()) else None,  # a model that we made
-        "/".join(in_cache.groups()) if in_cache is not None else None,
-    ]
-    repo_id = next((name for name in named if _is_hub_id(name)), None)
-    license = {key: card[key] for key in _LICENSE_KEYS if isinstance(card.get(key), (str, list))}
-    weights = download.get("weights") if isinstance(download.get("weights"), str) else None
-    return Base(repo_id or folder.resolve().name, repo_id, license, weights)
 
 
 def model_card(
@@ -108,7 +72,7 @@ def model_card(
         base_model=base.repo_id,
         library_name="transformers" if is_loadable else None,
         pipeline_tag="text-generation" if is_loadable else None,
-        tags=[_TAG, *(["gradient-mask-tuning"] if policy else []), "dpo" if method == "DPO" else "sft"],
+        tags=[TAG, *(["gradient-mask-tuning"] if policy else []), "dpo" if method == "DPO" else "sft"],
         datasets=list(dict.fromkeys(filter(None, map(_hub_dataset, _datasets(config))))) or None,
         **(base.license or {"license": "other"}),
     )
@@ -122,7 +86,8 @@ def model_card(
         f"# {base.name.rpartition('/')[2]} after {method}{' with a gradient mask' if policy else ''}",
         f"{origin}, trained further with gmt-tune by {method}{mask}: checkpoint `{name}`, step "
         f"{progress.global_step} of {steps}. The training run wrote this page; its answers have not been reviewed.",
-        *(_how_to_load(folder) if is_loadable else ()),
+        *(_how_to_load(folder) if is_loadable and progress.model_files else ()),
+        *(() if progress.model_files else (_how_to_apply(base),)),
         "## Data",
         _table(("data set", "rows", "what it is"), _data_rows(config, progress)),
         "## Training",
@@ -140,28 +105,6 @@ def model_card(
     return re.sub(as_a_path, "~", text) if len(home) > 1 else text
 
 
-def _front_matter(file: Path) -> dict[str, Any]:
-    try:
-        content = file.read_bytes()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("latin-1")
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no such file, or somebody's own idea of YAML
-        return {}
-
-
-def _is_hub_id(name: object) -> bool:
-    if not isinstance(name, str) or "/" not in name or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _datasets(config: Mapping) -> list[dict]:
     sections = config.get("dataset")
     return [s for s in (sections if isinstance(sections, list) else [sections]) if isinstance(s, dict)]
@@ -176,7 +119,7 @@ def _hub_dataset(section: Mapping) -> str | None:
             source = parameters["source"].default
         except Exception:  # a component of any kind
             return None
-    return source if _is_hub_id(source) and not section.get("data_files") else None
+    return source if is_hub_id(source) and not section.get("data_files") else None
 
 
 def _without_folders(value: Any, key: str = "") -> Any:
@@ -191,7 +134,7 @@ def _without_folders(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [_without_folders(each, key) for each in value]
     is_path = isinstance(value, str) and (
-        _PATH.match(value) or (PATH_KEY.fullmatch(key) and not (key == "source" and _is_hub_id(value)))
+        _PATH.match(value) or (PATH_KEY.fullmatch(key) and not (key == "source" and is_hub_id(value)))
     )
     if not is_path:
         return value
@@ -275,6 +218,13 @@ def _how_to_load(folder: Path) -> list[str]:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))\n"
         "```",
     ]
+
+
+def _how_to_apply(base: Base) -> str:
+    return (
+        f"This folder has no weights but `{DELTA}`, what changed of `{base.name}`: with a folder of that model, "
+        f"`gmt-tune apply BASE {DELTA} DIR` makes the whole one."
+    )
 
 
 def _licence(base: Base, folder: Path) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchtune import utils
 from torchtune.training import FullModelHFCheckpointer
 
+from gmt_tune.deltas import make_delta
 from gmt_tune.errors import UserError, one_line
 from gmt_tune.integrations.torchtune import process_group
 from gmt_tune.integrations.torchtune.checkpoint import folder as folders
@@ -27,9 +28,9 @@ from gmt_tune.integrations.torchtune.checkpoint import state as training_state
 from gmt_tune.integrations.torchtune.checkpoint.exchange import Position, TrainingParts
 from gmt_tune.integrations.torchtune.checkpoint.finding import find_checkpoint, new_run_from
 from gmt_tune.integrations.torchtune.checkpoint.lock import FileLock, lock_folder
-from gmt_tune.integrations.torchtune.checkpoint.manifest import CARD, Checkpoint, Progress, read_checkpoint
+from gmt_tune.integrations.torchtune.checkpoint.manifest import Checkpoint, Progress, read_checkpoint
 from gmt_tune.integrations.torchtune.checkpoint.model import model_files, write_model, writes_one_by_one
-from gmt_tune.integrations.torchtune.checkpoint.model_card import model_card, read_base
+from gmt_tune.integrations.torchtune.checkpoint.model_card import model_card
 from gmt_tune.integrations.torchtune.checkpoint.shards import ShardWriter
 from gmt_tune.integrations.torchtune.checkpoint.space import check_space
 from gmt_tune.integrations.torchtune.checkpoint.weights import copied, one_by_one
@@ -45,7 +46,9 @@ from gmt_tune.integrations.torchtune.checkpoint.writer import (
 )
 from gmt_tune.integrations.torchtune.config.inputs import inputs_in
 from gmt_tune.integrations.torchtune.config.public import environment_checks, public_config
+from gmt_tune.models.origin import CARD, read_base
 from gmt_tune.reporting.run_log import write_whole
+from gmt_tune.reporting.weights_reader import DELTA
 
 log = utils.get_logger("INFO")
 
@@ -69,6 +72,7 @@ class RunCheckpoints:
         self.resumed: Checkpoint | None = None
         self.last_saved: Path | None = None
         self.seconds = 0.0
+        self._save_delta = cfg.get("save_delta", False)
         self._cfg, self._rank, self._world_size = cfg, rank, world_size
         self._public_config, self._environment = public_config(cfg), environment_checks(cfg)
         self._inputs: dict[str, str] = {}
@@ -103,6 +107,7 @@ class RunCheckpoints:
         checkpointer = OmegaConf.create(OmegaConf.to_container(self._cfg.checkpointer, resolve=True))
         if self.resumed is not None:
             self.last_saved = self.resumed.path
+        if self.resumed is not None and self.resumed.progress.model_files:  # else complete, with a delta alone
             checkpointer.checkpoint_dir = str(self.resumed.path)
             checkpointer.checkpoint_files = self.resumed.progress.model_files
             checkpointer.recipe_checkpoint = None
@@ -272,6 +277,18 @@ class RunCheckpoints:
         except Exception as error:  # of a component of the user's own, say: a checkpoint is worth more than its card
             log.warning(f"{name} gets no {CARD}, which could not be written: {one_line(error, with_type=True)}")
 
+    def _write_delta(self, folder: Path, name: str) -> bool:
+        """On rank 0: write what an epoch's weights changed of the base, if the config wants it; whether it did."""
+        if not self._save_delta or not name.startswith("epoch_"):
+            return False
+        try:
+            made = make_delta(Path(self._cfg.checkpointer.checkpoint_dir), folder, folder / DELTA)
+        except (UserError, OSError) as error:  # the weights are there, of which `gmt-tune delta` can make it
+            log.warning(f"{name} has whole weights and no {DELTA}: {folders.by_final_name(one_line(error))}")
+            return False
+        log.info(f"{name}/{DELTA}: {made}.")
+        return True
+
     def _prepare(self, folder: Path, is_final: bool) -> None:
         folders.make_incomplete(folder)
         if not is_final:
@@ -306,6 +323,11 @@ class RunCheckpoints:
             state.finish([written, *by_others])
         progress = replace(progress, model_files=model_files(folder))
         self._write_card(folder, name, parts, progress)
+        if self._write_delta(folder, name) and self._save_delta == "only" and progress.is_final:
+            for file in (*progress.model_files, "model.safetensors.index.json"):
+                (folder / file).unlink(missing_ok=True)
+            progress = replace(progress, model_files=[])
+            self._write_card(folder, name, parts, progress)
         _, earlier = folders.complete(folder, name, progress)
         if earlier is not None:
             log.warning(f"Kept what had the name {name} before as {earlier}: delete it if it is of no use.")

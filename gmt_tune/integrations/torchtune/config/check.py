@@ -299,6 +299,16 @@ def _check_combinations(cfg: DictConfig) -> None:
             raise UserError(f"enable_activation_offloading: True needs device: cuda, got {cfg.device!r}")
         if not cfg.get("enable_activation_checkpointing", False):
             raise UserError("enable_activation_offloading: True needs enable_activation_checkpointing: True")
+    checkpointer = cfg.checkpointer
+    if cfg.get("save_delta", False) and not (
+        str(checkpointer._component_).endswith("FullModelHFCheckpointer")
+        and checkpointer.get("safe_serialization", True)
+    ):
+        raise UserError(
+            f"save_delta: {cfg.save_delta} needs a checkpointer that writes safetensors in Hugging Face's format, such "
+            "as torchtune.training.FullModelHFCheckpointer without safe_serialization: False: change it, or set "
+            "save_delta: False"
+        )
     # A section that is null was left out on purpose: what goes with it has no effect
     if cfg.get("run_val_every_n_steps", None) is not None and "dataset_val" not in cfg:
         raise UserError("run_val_every_n_steps is set, but dataset_val is not: add the section dataset_val")
