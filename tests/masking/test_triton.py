@@ -32,7 +32,7 @@ def run(*arguments, **environment):
     return process.stdout
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_kernels_select_what_a_full_sort_selects(examples):
     """In a process of its own: the interpreter replaces the compiler when Triton is imported."""
     command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", HERE / "interpreted_kernels.py"]
