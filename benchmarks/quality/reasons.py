@@ -77,6 +77,7 @@ QUESTIONS = {
         ("compact_0.2_refresh1", "update_mask_0.2"),
         ("compact_0.2_refresh10", "update_mask_0.2_refresh10"),
         ("compact_0.2_refresh1", "sparse_adam_0.2"),
+        ("compact_0.2_one_age_refresh1", "sparse_adam_0.2"),
         ("compact_0.2_refresh10", "sparse_adam_0.2_refresh10"),
     ),
     "Is it noise?": (
