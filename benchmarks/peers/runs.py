@@ -25,10 +25,10 @@ SUITE = "peers"
 SETTING: dict[str, Any] = {
     "task": "sentiment",
     "longest_row": 120,  # characters of a question and its answer: rows with more are left out
-    "sizes": {"validation": 40, "test": 80},
+    "sizes": {"validation": 64, "test": 160},
     "text_windows": 2,
     "evaluation": {"batch_size": 20, "window": 256},
-    "arguments": {"max_steps": 10, "per_device_train_batch_size": 6, "warmup_steps": 2},
+    "arguments": {"max_steps": 40, "per_device_train_batch_size": 6, "warmup_steps": 4},
 }
 CHECKS = ("accumulation", "processes")
 _SHARED_PACKAGES = ("torch", "transformers", "accelerate")
