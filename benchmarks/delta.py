@@ -4,6 +4,10 @@ The floor copies the files. The naive way loads both models, and keeps places an
 process of its own; its peak is that of all its resident pages, of mapped files too.
 
     python benchmarks/delta.py benchmarks/results/delta_cpu.jsonl
+
+Or: the time that a delta takes on a model in memory, beside reading the whole tuned model and copying it into place.
+
+    python benchmarks/delta.py --running /tmp/SmolLM2-135M-Instruct /tmp/run/epoch_0
 """
 
 import argparse
@@ -118,15 +122,55 @@ def _measured(way: str, folder: Path, sender) -> None:
     sender.send({"peak_bytes": peak, "seconds": seconds, "cpu_seconds": cpu_seconds})
 
 
+def time_running(base: Path, tuned: Path, repeats: int = 5) -> dict[str, float]:
+    """Medians of CPU seconds on one thread, and how many entries differ."""
+    from safetensors.torch import load_file
+
+    from gmt_tune.deltas import Delta, apply_delta_, make_delta
+
+    torch.set_num_threads(1)
+
+    def load(folder: Path) -> dict[str, torch.Tensor]:
+        files = sorted(folder.glob("model*.safetensors"))
+        return {name: weight for file in files for name, weight in load_file(file).items()}
+
+    wanted = load(tuned)
+    model = {name: weight.to(wanted[name].dtype) for name, weight in load(base).items()}
+    another = {name: weight.clone() for name, weight in model.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_delta(base, tuned, Path(folder) / "delta.safetensors")
+        delta, seconds = Delta(Path(folder) / "delta.safetensors"), []
+        for _ in range(repeats):
+            times = [time.process_time()]
+            apply_delta_(model, delta)
+            times.append(time.process_time())
+            assert all(torch.equal(weight, wanted[name]) for name, weight in model.items())
+            times.append(time.process_time())
+            apply_delta_(model, delta, remove=True)
+            times.append(time.process_time())
+            for name, weight in load(tuned).items():
+                another[name].copy_(weight)
+            times.append(time.process_time())
+            seconds.append([end - start for start, end in zip(times, times[1:], strict=False)])
+    on, _, off, whole = (round(statistics.median(each), 2) for each in zip(*seconds, strict=True))
+    return {"entries": made.changed, "on": on, "off": off, "whole_model": whole}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="file of JSON lines")
+    parser.add_argument("results", type=Path, nargs="?", help="file of JSON lines")
+    parser.add_argument("--running", type=Path, nargs=2, metavar=("BASE", "TUNED"), help="folders: time these instead")
     parser.add_argument("--layers", type=int, default=25, help="default: 25, which is 1.2 B parameters")
     parser.add_argument("--vocabulary", type=int, default=EMBEDDING[0])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 1.0], help="of the entries that differ")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="where the folders are made: 15 GB (default: the temporary folder)")
     arguments = parser.parse_args()
+    if arguments.running:
+        print(json.dumps(time_running(*arguments.running)))
+        return
+    if arguments.results is None:
+        parser.error("name a file for the results, or give --running BASE TUNED")
     rows = []
     for density in arguments.densities:
         with tempfile.TemporaryDirectory(dir=arguments.work) as made:

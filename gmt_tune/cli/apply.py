@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
+from gmt_tune.cli.folders import with_progress
 from gmt_tune.cli.paths import as_path
-from gmt_tune.errors import UserError
 
 
 def add_parser(subparsers) -> None:
@@ -34,16 +33,9 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    from gmt_tune.deltas import Delta, rebuild, write_adapter
 
-    from gmt_tune.deltas import Delta, rebuild
-    from gmt_tune.deltas.shira import write_adapter
-
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists already: name a folder that does not, or delete it")
-    delta = Delta(args.delta)
-    # disable=None: only on a terminal
-    watch = partial(tqdm, unit="tensor", disable=None, leave=False)
+    delta, watch = Delta(args.delta), with_progress()
     if args.adapter:
         write_adapter(args.base, delta, args.out, watch=watch)
     else:

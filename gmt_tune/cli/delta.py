@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
+from gmt_tune.cli.folders import add_base_and_tuned, with_progress
 from gmt_tune.cli.paths import as_path
 from gmt_tune.errors import UserError
 
@@ -18,16 +18,13 @@ def add_parser(subparsers) -> None:
         "file again, bit for bit. Reads slice by slice: a model of 8B parameters needs little memory.",
         epilog="Example: gmt-tune delta /tmp/SmolLM2-135M-Instruct /tmp/run/epoch_0 tuned.safetensors",
     )
-    parser.add_argument("base", metavar="BASE", type=as_path, help="folder (or one file) that the tuning started from")
-    parser.add_argument("tuned", metavar="TUNED", type=as_path, help="folder (or one file) that the tuning made")
+    add_base_and_tuned(parser)
     parser.add_argument("out", metavar="OUT", type=as_path, help="file to write, such as tuned.safetensors")
     parser.add_argument("--force", action="store_true", help="write it also if most entries differ")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from gmt_tune.cli.diff import as_lines
     from gmt_tune.deltas import LargeDeltaError, make_delta
 
@@ -35,10 +32,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"OUT is {args.out}: name a file that ends in .safetensors")
     if args.out.exists():
         raise UserError(f"{args.out} exists already: name another file, or delete it")
-    # disable=None: only on a terminal
-    watch = partial(tqdm, unit="tensor", disable=None, leave=False)
     try:
-        made = make_delta(args.base, args.tuned, args.out, force=args.force, watch=watch)
+        made = make_delta(args.base, args.tuned, args.out, force=args.force, watch=with_progress())
     except LargeDeltaError as error:
         raise UserError(f"{error}. --force writes it all the same") from None
     print("\n".join(as_lines(made.diff, top=10)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gmt_tune.cli.folders import add_base_and_tuned, with_progress
 from gmt_tune.cli.paths import as_path
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def add_parser(subparsers) -> None:
         "parameters needs little memory.",
         epilog="Example: gmt-tune diff /tmp/SmolLM2-135M-Instruct /tmp/run/epoch_0 --html diff.html",
     )
-    parser.add_argument("base", metavar="BASE", type=as_path, help="folder (or one file) that the tuning started from")
-    parser.add_argument("tuned", metavar="TUNED", type=as_path, help="folder (or one file) that the tuning made")
+    add_base_and_tuned(parser)
     parser.add_argument("--top", metavar="N", type=_count, default=10, help="tensors that moved most (default: 10)")
     parser.add_argument("--tensors", action="store_true", help="print a row for every tensor too")
     parser.add_argument("--json", action="store_true", help="print everything, tensor by tensor, as JSON instead")
@@ -37,8 +36,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from gmt_tune.reporting.diff import compare
     from gmt_tune.reporting.weights_reader import Weights
 
@@ -48,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
         require_matplotlib()  # now rather than after minutes of reading
     base, tuned = Weights(args.base), Weights(args.tuned)
-    # disable=None: only on a terminal
-    diff = compare(base, tuned, partial(tqdm, desc="Comparing", unit="tensor", disable=None, leave=False))
+    diff = compare(base, tuned, with_progress("Comparing"))
     written: list[Path] = []
     if args.html or args.png:
         written = draw_diff(diff, base.path, tuned.path, html=args.html, png_dir=args.png, top=args.top)

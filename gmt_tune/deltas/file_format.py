@@ -90,7 +90,7 @@ class Folder:
     pairs: dict[str, int]
     files: dict[str, str]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Shape and dtype of each tensor, and the name of its file."""
         return {
@@ -182,10 +182,9 @@ class Delta:
         self.base_name = metadata.get("base", "")
         try:
             self.plan = Plan.from_json(self._unpacked("plan.json").decode())
-            names = [
-                name for side in SIDES for name in (*self.plan.folder(side).headers, *self.plan.folder(side).files)
-            ]
-            if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            folders = [self.plan.folder(side) for side in SIDES]
+            paths = [Path(name) for folder in folders for name in (*folder.headers, *folder.files)]
+            if any(path.is_absolute() or ".." in path.parts for path in paths):
                 raise ValueError("a file outside of the model's folder")
         except (KeyError, TypeError, ValueError):
             raise self.damaged() from None
@@ -240,10 +239,11 @@ class Delta:
         """
         base, tuned = (self.plan.folder(side).pairs for side in SIDES)
         numbers = {name: number for name, number in base.items() if tuned.get(name) == number}
+        in_both = set(numbers.values())
         for number, pair in enumerate(self.plan.pairs):
             before, after = (self.info(side, pair) for side in SIDES)
             shapes = [info.shape for info in (before, after) if info is not None]
-            if pair.changed and (number not in numbers.values() or shapes[0] != shapes[-1]):
+            if pair.changed and (number not in in_both or shapes[0] != shapes[-1]):
                 raise UserError(
                     f"{self.path} changes the shape of {pair.name}, or whether it is there: `gmt-tune apply` makes the "
                     "whole model's folder with it"
@@ -253,15 +253,11 @@ class Delta:
     def info(self, side: Side, pair: Pair) -> TensorInfo | None:
         """Shape and dtype of a pair's tensor in one of the models; None where that has none."""
         name = pair.of(side)
-        return None if name is None else self._infos[side][name]
+        return None if name is None else self.plan.folder(side).tensors[name]
 
     def dtype(self, pair: Pair) -> str:
         """In which the two tensors of a pair are compared."""
         return compared_in(*(self.info(side, pair) for side in SIDES))
-
-    @cached_property
-    def _infos(self) -> dict[Side, dict[str, TensorInfo]]:
-        return {side: self.plan.folder(side).tensors for side in SIDES}
 
     def _unpacked(self, name: str) -> bytes:
         info = self._tensors[name]
@@ -330,3 +326,7 @@ class HashingWeights(Weights):
             sha256.update(part.view(torch.uint8).numpy().data)
             yield part
         self.sha256[name] = sha256.hexdigest()
+
+    def blocks(self, name: str | None) -> Iterator[torch.Tensor]:
+        """The slices of a tensor that a delta codes together; none of a tensor that there is not."""
+        return iter(()) if name is None else self.slices(name, BLOCK)

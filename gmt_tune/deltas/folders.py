@@ -20,7 +20,7 @@ from gmt_tune.reporting.run_log import flush
 from gmt_tune.reporting.safetensors_file import torch_dtype, write_file
 
 # A model does without these
-_FOR_PEOPLE = (".md", ".gitattributes", ".pdf", ".png", "LICENSE", "NOTICE", "LICENSE.txt", "NOTICE.txt")
+_FOR_PEOPLE = (".md", "LICENSE", "NOTICE", "LICENSE.txt", "NOTICE.txt")
 
 
 def rebuild(source: Path, delta: Delta, out: Path, *, remove: bool = False, watch: Watch = iter) -> list[str]:
@@ -107,9 +107,8 @@ def _tensor(model: Source, delta: Delta, target: Side, name: str) -> Iterator[np
         entries[indices] ^= bits
         piece = entries[: max(0, info.numel - start)]
         if dtype != info.dtype:
-            piece = (
-                torch.from_numpy(piece).view(torch_dtype(dtype)).to(torch_dtype(info.dtype)).view(torch.uint8).numpy()
-            )
+            cast = torch.from_numpy(piece).view(torch_dtype(dtype)).to(torch_dtype(info.dtype))
+            piece = cast.view(torch.uint8).numpy()
         sha256.update(piece.data)
         yield piece
     if sha256.hexdigest() != folder.sha256[name]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
 from gmt_tune.deltas.file_format import (
     FORMAT,
@@ -83,7 +81,7 @@ def make_delta(base: Path, tuned: Path, out: Path, *, force: bool = False, watch
     diff = compare(weights["base"], weights["tuned"], watch)
     for each in weights.values():
         for name in each.tensors.keys() - each.sha256.keys():
-            for _ in each.slices(name, BLOCK):
+            for _ in each.blocks(name):
                 pass
     pairs, numbers = _paired(**weights)
     files = {side: _other_files(each.path) for side, each in weights.items()}
@@ -225,7 +223,7 @@ class _Writer:
         """Add what differs between the two tensors of a pair; returns the pair with what is known of it then."""
         infos = [weights.tensors.get(name) for name, weights in ((pair.base, base), (pair.tuned, tuned)) if name]
         dtype, entries = compared_in(*infos), max(info.numel for info in infos if info is not None)
-        old_parts, new_parts = _blocks(base, pair.base), _blocks(tuned, pair.tuned)
+        old_parts, new_parts = base.blocks(pair.base), tuned.blocks(pair.tuned)
         coded: list[bytes] = []
         old_crc32 = new_crc32 = changed = 0
         begin = self._end
@@ -253,7 +251,3 @@ class _Writer:
         self._stream.seek(0)
         self._stream.write(self._room.to_bytes(8, "little") + encode_header(self._entries).ljust(self._room))
         return 8 + self._room + self._end
-
-
-def _blocks(weights: HashingWeights, name: str | None) -> Iterator[torch.Tensor]:
-    return iter(()) if name is None else weights.slices(name, BLOCK)

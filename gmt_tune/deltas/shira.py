@@ -36,7 +36,9 @@ def write_adapter(base: Path, delta: Delta, out: Path, *, watch: Watch = iter) -
         UserError: if PEFT cannot hold what changed, ``base`` is not the delta's, or ``out`` cannot be written.
     """
     changed = delta.changed_tensors()
-    infos = {name: _checked(delta, name, pair, changed) for name, pair in changed.items()}
+    # Under each name of tied layers, which share a pair
+    embeddings = {pair.name for name, pair in changed.items() if "embed" in name}
+    infos = {name: _checked(delta, name, pair, is_embedding=pair.name in embeddings) for name, pair in changed.items()}
     linear = {name: info for name, info in infos.items() if len(info.shape) == 2}
     infos = linear | infos  # these first: of 4 bytes an entry, they leave all others aligned
     rank = max((math.ceil(changed[name].changed / sum(info.shape)) for name, info in linear.items()), default=1)
@@ -77,13 +79,13 @@ def write_adapter(base: Path, delta: Delta, out: Path, *, watch: Watch = iter) -
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _checked(delta: Delta, name: str, pair: Pair, changed: dict[str, Pair]) -> TensorInfo:
+def _checked(delta: Delta, name: str, pair: Pair, *, is_embedding: bool) -> TensorInfo:
     """A tensor as it is in the tuned model, if PEFT can hold what changed of it."""
     info, module = delta.info("tuned", pair), name.rpartition(".")[0]
     assert info is not None
     weight = delta.plan.tuned.tensors.get(f"{module}.weight", info)
     kind = ""
-    if not module or len(info.shape) > 2 or any("embed" in other for other in changed if changed[other] == pair):
+    if is_embedding or not module or len(info.shape) > 2:
         kind = "no linear layer and no norm"
     elif name != f"{module}.weight" and len(weight.shape) > 1:
         kind = f"the {name.rpartition('.')[2]} of a linear layer"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from gmt_tune.deltas.file_format import Block, Delta, HashingWeights, Pair, Side, as_bits
-from gmt_tune.deltas.indices import BLOCK
 from gmt_tune.errors import UserError
 
 
@@ -47,7 +46,7 @@ class Source:
             UserError: at the end, if these were not the entries that the delta was made from.
         """
         name, dtype = pair.of(self._side), self._delta.dtype(pair)
-        slices = iter(()) if name is None else self._weights.slices(name, BLOCK)
+        slices = self._weights.blocks(name)
         for block in self._delta.blocks(pair):
             yield as_bits(next(slices, None), dtype, block.numel), block
         next(slices, None)  # at whose end the digest is known

@@ -65,12 +65,12 @@ def _files(path: Path) -> list[Path]:
             raise UserError(f"{path} lacks {missing[0]}, which its index names: copy it again")
         return [path / name for name in names]
     # Folders of some models hold the same weights a second time, under other names, in consolidated*.safetensors
-    found = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     delta = path / DELTA
-    if found == [delta]:
-        raise UserError(f"{path} holds no weights, only a delta: make them with `gmt-tune apply BASE {delta} DIR`")
+    found = sorted(path.glob("model*.safetensors")) or sorted({*path.glob("*.safetensors")} - {delta})
     if found:
-        return [file for file in found if file != delta]
+        return found
+    if delta.is_file():
+        raise UserError(f"{path} holds no weights, only a delta: make them with `gmt-tune apply BASE {delta} DIR`")
     inner = sorted({file.parent for file in path.glob("*/*.safetensors")}, key=lambda folder: folder.stat().st_mtime)
     if inner:
         raise UserError(f"{path} holds no *.safetensors itself: did you mean {inner[-1]}?")
