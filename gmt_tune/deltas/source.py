@@ -37,7 +37,7 @@ class Source:
     def is_another(self, why: str) -> UserError:
         """The error for a model that the delta was not made from."""
         kind = "the tuned model" if self._side == "tuned" else f"the base, {self._delta.base_name},"
-        return UserError(f"{self.path} is not {kind} that {self._delta.path} was made from: {why}")
+        return UserError(f"{self.path} is not {kind} that {self._delta.path} was made from: {why}; name that folder")
 
     def blocks(self, pair: Pair) -> Iterator[tuple[np.ndarray, Block]]:
         """The bits of a pair's entries, which may be changed in place, and what changes in each block.
