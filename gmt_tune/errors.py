@@ -28,7 +28,8 @@ def did_you_mean(
     ``prefix``, such as a section, stands before a right word; ``most`` are named, at least ``cutoff`` near, 0 to 1.
     """
     known = sorted(known)
-    near = get_close_matches(word, known, n=most, cutoff=cutoff)
+    but_for_case = [name for name in known if name.lower() == word.lower()]
+    near = but_for_case[:most] or get_close_matches(word, known, n=most, cutoff=cutoff)
     if near:
         return f"did you mean {' or '.join(prefix + match for match in near)}?"
     return otherwise or f"it takes {', '.join(known) or 'none'}"

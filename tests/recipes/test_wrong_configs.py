@@ -103,6 +103,11 @@ WRONG = [
         "torch.optim.AdamWW",
         r"optimizer\._component_ 'torch\.optim\.AdamWW' cannot be imported .*: did you mean torch\.optim\.AdamW\?",
     ),
+    (
+        "optimizer._component_",
+        "torch.optim.Adamw",  # which is also nearer to Adam
+        r"optimizer\._component_ 'torch\.optim\.Adamw' .*: did you mean torch\.optim\.AdamW\?",
+    ),
     ("seed", "${oc.env:NO_SUCH_SEED}", r"seed cannot be resolved: Environment variable 'NO_SUCH_SEED' not found$"),
     ("model._component_", "torchtun.models.x", r"model\._component_ 'torchtun\.models\.x' cannot be imported"),
     # a module in place of what is in it
