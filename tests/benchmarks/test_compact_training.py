@@ -22,6 +22,7 @@ def compact_training():
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_measures_each_method_in_a_process_and_writes_what_it_prints(compact_training, tmp_path, capsys):
     methods = ["torch AdamW, fused", "CompactAdamW, 32 bits, density 0.05"]
     path = tmp_path / "numbers.json"

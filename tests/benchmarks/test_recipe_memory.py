@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipe_memory.py"
 
 
+@pytest.mark.slow
 def test_a_config_is_run_and_its_log_read(tmp_path):
     command = [sys.executable, FILE, "llama3_1/8B_gmt_compact", "--tiny", "--steps", "2", "--folder", tmp_path]
     process = subprocess.run([*command, "--json", tmp_path / "found.json"], capture_output=True, text=True)

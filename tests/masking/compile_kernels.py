@@ -23,6 +23,7 @@ from gmt_tune.masking.search.triton import BINS
 from gmt_tune.optim.kernels import carry, gather, update
 
 backend, arch = sys.argv[1].split(":")
+IS_FEW = "few" in sys.argv
 TARGET = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
 NOT_INT64_POINTERS = {"chunk_tensors": "*i32", "largest": "*i32", "smallest": "*i32", "search_steps": "i32"}
 
@@ -57,7 +58,7 @@ CASES = [
     (torch.float32, make_table([[torch.ones(64).half()]], [torch.ones(64)])),
 ]
 
-for dtype, table in CASES[: 2 if "few" in sys.argv else None]:
+for dtype, table in CASES[: 2 if IS_FEW else None]:
     constants, bins = table.constants, BINS
     unaligned = {name: value for name, value in constants.items() if name != "SECOND_ALIGNED"}
     key_bits = 31 if dtype == torch.float32 else 15
@@ -83,14 +84,14 @@ FLOATS = [tl.float32, tl.bfloat16, tl.float16]
 LOOKUP = {"SEGMENT": SEGMENT, "RUN": RUN}
 NUMBERS = {"tensors": "i32"}
 for dtype, is_sparse, (adds, checks) in itertools.product(
-    [tl.bfloat16] if "few" in sys.argv else FLOATS, (True, False), [(False, False), (False, True), (True, True)]
+    FLOATS[1:2] if IS_FEW else FLOATS, (True, False), [(False, False), (False, True), (True, True)]
 ):
     constants = dict(GRAD=dtype, ADDS=adds, CHECKS=checks, IS_SPARSE=is_sparse, TILE=gather.TILE, TILES=gather.TILES)
     gathering = compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=True, **LOOKUP)
     assert wide_loads(gathering) or not (checks or is_sparse), (constants, "narrow loads")
 compile_kernel(gather._gather_kernel, 4, NUMBERS, **constants, IS_ALIGNED=False, **LOOKUP)
 for dtype, places, block, lr_on_device in itertools.product(
-    [tl.bfloat16] if "few" in sys.argv else FLOATS, ("offsets", "bits", "all"), (0, 256), (True, False)
+    FLOATS[1:2] if IS_FEW else FLOATS, ("offsets", "bits", "all"), (0, 256), (True,) if IS_FEW else (True, False)
 ):
     numbers = ("lr", "decay", "weight1", "weight2", "log_beta1", "log_beta2", "eps")
     types = NUMBERS | dict.fromkeys(numbers, "fp32") | {"first_qmap": "*fp32", "second_qmap": "*fp32"}
@@ -106,7 +107,7 @@ for dtype, places, block, lr_on_device in itertools.product(
     )
     assert wide_loads(updating, r"v[24]"), (constants, "narrow loads")  # of bfloat16, 4 entries a thread
 kinds = list(itertools.product((True, False), (True, False), (0, 256)))  # now, before, block
-for is_sparse, was_sparse, block in [(True, False, 256), (False, True, 0)] if "few" in sys.argv else kinds:
+for is_sparse, was_sparse, block in [(True, False, 256), (False, True, 0)] if IS_FEW else kinds:
     types = NUMBERS | {"first_qmap": "*fp32", "second_qmap": "*fp32"}
     constants = dict(IS_SPARSE=is_sparse, WAS_SPARSE=was_sparse, BLOCK=block, STATE=tl.uint8 if block else tl.float32)
     tiles = {"TILE": carry.TILE, "TILES": carry.TILES, "AGE": tl.int32 if block else tl.int16}

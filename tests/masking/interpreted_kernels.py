@@ -1,5 +1,7 @@
 """Triton's kernels in its interpreter, on CPU tensors: run by test_triton.py in a process of its own.
 
+What is marked ``slow`` runs only where the slow case of test_triton.py asks for it.
+
 What is checked is the public functions, led to the kernels instead of to the CPU's search.
 """
 
@@ -94,8 +96,14 @@ def test_mask_by_saliency_equals_full_sort(small, grads, density, data):
         assert full_sort.same_bits(p.grad, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("misled", [False, True])
+@pytest.mark.parametrize(
+    ("misled", "dtype"),
+    [
+        pytest.param(misled, dtype, marks=[pytest.mark.slow] * (misled != (dtype == DTYPES[1])))
+        for misled, dtype in itertools.product((False, True), DTYPES)
+    ],
+    ids=str,
+)
 def test_threshold_is_exact_at_full_size_however_bad_the_sample(dtype, misled, monkeypatch, on_kernels):
     if misled or dtype != torch.bfloat16:  # more counts: in few large tiles, which the interpreter is faster with
         monkeypatch.setattr(count, "TILE", 1 << 14)
@@ -153,7 +161,8 @@ class PerColumn(GradientMask):
 @pytest.mark.parametrize(
     "mask_class, score, refresh_every",
     [
-        *itertools.product([GradientMask], ["magnitude", "saliency", "random"], [1, 2]),
+        *itertools.product([GradientMask], ["saliency", "random"], [1, 2]),
+        *(pytest.param(GradientMask, "magnitude", every, marks=pytest.mark.slow) for every in (1, 2)),
         (PerColumn, "random", 2),  # whichever score is asked for, its own is used
     ],
 )

@@ -32,10 +32,10 @@ def run(*arguments, **environment):
     return process.stdout
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_kernels_select_what_a_full_sort_selects(examples):
+@pytest.mark.parametrize(("examples", "which"), [(4, "not slow"), pytest.param(50, "", marks=pytest.mark.slow)])
+def test_kernels_select_what_a_full_sort_selects(examples, which):
     """In a process of its own: the interpreter replaces the compiler when Triton is imported."""
-    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", HERE / "interpreted_kernels.py"]
+    command = ["-m", "pytest", "-q", "-n", "0", "-m", which, "-p", "no:cacheprovider", HERE / "interpreted_kernels.py"]
     # It shares strategies with test_selection
     output = run(*command, TRITON_INTERPRET="1", PYTHONPATH=str(HERE), EXAMPLES=str(examples))
     assert " passed" in output and "skipped" not in output

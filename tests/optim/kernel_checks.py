@@ -1,5 +1,5 @@
 """Triton's kernels against torch, in processes of their own: of test_kernels.py in the interpreter, on CPU tensors;
-of test_gpu.py on a GPU.
+of test_gpu.py on a GPU. Those marked ``slow`` take the interpreter long; a GPU takes them all.
 
 Two things the interpreter does otherwise than a GPU: it rounds a fused multiplication and addition twice, so that
 moments can be off by 1 unit in the last place of what they are made of; and it cuts float32 off to make bfloat16, which
@@ -241,7 +241,9 @@ def places_of(n: int, density: float) -> Places:
     return Places(pack_selection(selection_of(n, density)), n)
 
 
-@pytest.mark.parametrize(("state_bits", "age"), [(32, torch.int32), (8, torch.int16)], ids=str)
+@pytest.mark.parametrize(
+    ("state_bits", "age"), [pytest.param(32, torch.int32, marks=pytest.mark.slow), (8, torch.int16)], ids=str
+)
 def test_states_of_what_stays_are_carried_over_as_torch_does_it(state_bits, age, launches):
     """From bits and offsets to bits and offsets, some kept and some not; and where nothing was selected before."""
     torch.manual_seed(0)
@@ -308,9 +310,14 @@ def update_by_torch(member: tuple, group: dict) -> None:
     places.scatter_(values, weight)
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0)])
-@pytest.mark.parametrize("state_bits", [32, 8])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "state_bits", "betas"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[1:] not in ((8, (0.9, 0.999)), (32, (0.0, 0.0)))))
+        for case in itertools.product(DTYPES, (32, 8), [(0.9, 0.999), (0.0, 0.0)])
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # with a beta of 0, in what is not taken
 def test_updates_equal_those_of_torch(dtype, state_bits, betas, launches):
     """With betas of 0 nothing is rounded but as torch rounds it: bit for bit."""
@@ -420,7 +427,9 @@ def test_stochastic_rounding_takes_a_neighbour_by_chance_and_repeats_itself():
 
 
 @interpreted
-@pytest.mark.parametrize("key", ["refresh 7, accumulation 1, torch.bfloat16", "saliency"])
+@pytest.mark.parametrize(
+    "key", ["refresh 7, accumulation 1, torch.bfloat16", pytest.param("saliency", marks=pytest.mark.slow)]
+)
 def test_whole_steps_equal_the_dense_oracle(key, launches):
     oracle_tests["test_equals_dense_tensors_with_a_mask"](key)
     assert launches["gather_"] > 8 and launches["update_"] == 18  # selected entries, the dense norm

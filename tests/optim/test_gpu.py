@@ -41,7 +41,7 @@ def test_equals_dense_tensors_with_a_mask(key, device, launches):
 
 @pytest.mark.needs_gpu
 def test_kernels_do_what_torch_does():
-    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")]
+    command = ["-m", "pytest", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")]
     process = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
     )

@@ -21,9 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_kernels_do_what_torch_does():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("", marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_kernels_do_what_torch_does(which):
     """In a process of its own: the interpreter replaces the compiler when Triton is imported."""
-    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")]
+    command = ["-m", "pytest", "-q", "-n", "0", "-m", which, "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     process = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]

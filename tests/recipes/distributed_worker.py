@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ def main(jobs_file: str) -> None:
         store = dist.FileStore(f"{jobs_file}.{i}", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         if "resume" in job and rank == 0:
+            while not Path(job["resume"]).is_dir():  # other ranks may still be at the run that writes it
+                time.sleep(0.05)
             shutil.copytree(job["resume"], Path(job["config"]["output_dir"]) / Path(job["resume"]).name)
         dist.barrier()
         cfg = OmegaConf.create(job["config"])

@@ -91,7 +91,9 @@ RUNS = {
     "AdamW8bit on 2x2": ([0, 1, 2, 3], dict(low_bit("AdamW8bit"), **GRID)),
     "AdamW8bit resumed on 2x2": ([0, 1, 2, 3], dict(low_bit("AdamW8bit"), **GRID)),
 }
-SLOW = [name for name in RUNS if name.startswith(("AdamW4bit", "AdamWFp8"))]
+# The last of them show what others do, in another combination
+SLOW = [name for name in RUNS if name.startswith(("AdamW4bit", "AdamWFp8", "linear loss", "offload"))]
+SLOW += ["tensor parallel on two", "compact tensor parallel on two", "AdamW8bit on 2x2", "AdamW8bit resumed on 2x2"]
 
 
 def each(names: list[str]) -> list:
@@ -209,7 +211,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("one", "several", "base"), PAIRS)
+@pytest.mark.parametrize(
+    ("one", "several", "base"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] in SLOW)) for pair in PAIRS]
+)
 def test_from_one_to_several_losses_and_weights_differ_as_little_as_torchtunes(one, several, base, losses, weights):
     def differences(a, b):
         by_loss = max(abs(x - y) for x, y in zip(losses(a), losses(b), strict=True))
@@ -237,7 +241,7 @@ def test_as_many_entries_are_selected_on_any_number_of_processes(score, runs, lo
     assert len(found[0]) == STEPS and found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", ["compact on two", "compact on 2x2", "compact tensor parallel on two"])
+@pytest.mark.parametrize("name", each(["compact on two", "compact on 2x2", "compact tensor parallel on two"]))
 def test_selected_entries_are_as_many_as_old_and_of_the_same_norm_on_any_number_of_processes(
     name, runs, logged_metrics
 ):

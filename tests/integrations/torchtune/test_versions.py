@@ -43,15 +43,15 @@ print("imported with", version("torchao"))
 """
 
 
-# 0.15.0 is imported below too, and the installed one by every test that trains
-OTHERS = [pytest.param(version, marks=pytest.mark.needs_network) for version in ("0.11.0", "0.16.0")]
+# The oldest always; 0.15.0 is imported below too, and the installed one, of the newer kind, by every test that trains
+OLDEST = pytest.param("0.11.0", marks=pytest.mark.needs_network)
 SEEN_ELSEWHERE = [
-    pytest.param("0.15.0", marks=[pytest.mark.slow, pytest.mark.needs_network]),
+    *(pytest.param(v, marks=[pytest.mark.slow, pytest.mark.needs_network]) for v in ("0.15.0", "0.16.0")),
     pytest.param("installed", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("version", [*OTHERS, *SEEN_ELSEWHERE])
+@pytest.mark.parametrize("version", [OLDEST, *SEEN_ELSEWHERE])
 def test_torchtune_imports_with_old_and_new_torchao(version, torchao_folder, tmp_path):
     environment = {} if version == "installed" else {"PYTHONPATH": torchao_folder(version)}
     done = run([sys.executable, "-c", USE_EVERYTHING], tmp_path, **environment)
