@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.quality import overview, reasons, results
 from benchmarks.quality.experiment import Method, Suite, load_method, load_suite, suite_names
 from benchmarks.quality.statistics import Estimate, estimate, paired_difference
-from benchmarks.quality.tables import by_chance, count, interval, table
+from benchmarks.quality.tables import ACCURACY, by_chance, count, interval, table
 from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
 from gmt_tune.reporting.theme import LIGHT, series_color
@@ -211,7 +211,7 @@ def _choice_table(suite: Suite, rows: list[Row]) -> str:
 def _other_rates_table(suite: Suite, rows: list[Row], base: dict | None) -> str:
     """Whole runs at rates besides the one above: what the choice of the rate did."""
     names = list(base["texts"]) if base is not None else []
-    head = ["at other learning rates", "lr", "seeds", "validation loss", "test loss", "accuracy, %"]
+    head = ["at each learning rate", "lr", "seeds", "validation loss", "test loss", "accuracy, %"]
     head += [f"forgetting, {name}" for name in names] + ["run again with"]
     lines = [head]
     for row in rows:
@@ -346,11 +346,15 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
     if base is None or len(shown) < 2:
         return None
     name = next(iter(base["texts"]))
+    _, measure = overview.TASKS.get(suite.name, ("", ACCURACY))
+
+    def values(row: Row) -> dict[int, float]:
+        return row.values(lambda run: measure.of_run(run, base))
 
     def draw(canvas) -> None:
         axes = canvas.add_subplot()
         for index, row in enumerate(shown):
-            x = estimate(list(row.values(_accuracy).values()))
+            x = estimate(list(values(row).values()))
             y = estimate(list(row.values(forgetting(base, name)).values()))
             axes.errorbar(
                 [x.mean],
@@ -362,19 +366,20 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
                 label=row.method.title,
                 capsize=2,
             )
-        axes.set_xlabel("accuracy on the test split, %")
+        axes.set_xlabel("accuracy on the test split, %" if measure is ACCURACY else measure.title)
         axes.set_ylabel(f"rise of the loss on {name}")
         canvas.legend(loc="outside lower left", handlelength=1.5)
 
     sentences = []
     for row in shown:
-        x, y = row.values(_accuracy), row.values(forgetting(base, name))
-        sentences.append(f"{row.method.title} {_mean(x, 1)}% and {_mean(y, 3)}")
+        x, y = values(row), row.values(forgetting(base, name))
+        sentences.append(f"{row.method.title} {_mean(x, measure.digits)} and {_mean(y, 3)}")
+    what, better = measure.title.removesuffix(", %"), "right" if measure is ACCURACY else "left"
     return Figure(
         key=f"{suite.name}_forgetting",
-        title="Forgetting against accuracy",
-        note=f"Low and to the right is better. Bars: 95% interval of the mean over seeds. Forgetting: of {name}.",
-        alt=f"Accuracy and rise of the loss: {'; '.join(sentences)}.",
+        title=f"Forgetting against {what}",
+        note=f"Low and to the {better} is better. Bars: 95% interval of the mean over seeds. Forgetting: of {name}.",
+        alt=f"{what.capitalize()} and rise of the loss on {name}: {'; '.join(sentences)}.",
         draw=draw,
         height=240 + legend_height(len(shown)),
     )
