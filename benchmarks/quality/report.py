@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.quality import overview, reasons, results
 from benchmarks.quality.experiment import Method, Suite, load_method, load_suite, suite_names
 from benchmarks.quality.statistics import Estimate, estimate, paired_difference
-from benchmarks.quality.tables import ACCURACY, by_chance, count, interval, table
+from benchmarks.quality.tables import ACCURACY, FORGETTING, Measure, by_chance, count, interval, table
 from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
 from gmt_tune.reporting.theme import LIGHT, series_color
@@ -209,7 +209,7 @@ def _choice_table(suite: Suite, rows: list[Row]) -> str:
 
 
 def _other_rates_table(suite: Suite, rows: list[Row], base: dict | None) -> str:
-    """Whole runs at rates besides the one above: what the choice of the rate did."""
+    """Whole runs at each rate, of methods that ran at more than the one above: what the choice of the rate did."""
     names = list(base["texts"]) if base is not None else []
     head = ["at each learning rate", "lr", "seeds", "validation loss", "test loss", "accuracy, %"]
     head += [f"forgetting, {name}" for name in names] + ["run again with"]
@@ -348,14 +348,13 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
     name = next(iter(base["texts"]))
     _, measure = overview.TASKS.get(suite.name, ("", ACCURACY))
 
-    def values(row: Row) -> dict[int, float]:
-        return row.values(lambda run: measure.of_run(run, base))
+    def values(row: Row, of: Measure) -> dict[int, float]:
+        return row.values(lambda run: of.of_run(run, base))
 
     def draw(canvas) -> None:
         axes = canvas.add_subplot()
         for index, row in enumerate(shown):
-            x = estimate(list(values(row).values()))
-            y = estimate(list(row.values(forgetting(base, name)).values()))
+            x, y = (estimate(list(values(row, of).values())) for of in (measure, FORGETTING))
             axes.errorbar(
                 [x.mean],
                 [y.mean],
@@ -372,8 +371,8 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
 
     sentences = []
     for row in shown:
-        x, y = values(row), row.values(forgetting(base, name))
-        sentences.append(f"{row.method.title} {_mean(x, measure.digits)} and {_mean(y, 3)}")
+        x, y = (_mean(values(row, of), of.digits) for of in (measure, FORGETTING))
+        sentences.append(f"{row.method.title} {x} and {y}")
     what, better = measure.title.removesuffix(", %"), "right" if measure is ACCURACY else "left"
     return Figure(
         key=f"{suite.name}_forgetting",

@@ -102,7 +102,7 @@ def kill_until_done(
 
 # Rank 0 makes about 30 changes until its first save, and about 20 in each; rank 1 writes its part and its mark in each
 FEW = {
-    1: [(0, number) for number in range(26, 106, 14)],
+    1: [(0, number) for number in range(26, 106, 9)],
     2: [*((0, number) for number in range(30, 100, 17)), (1, 12), (1, 14)],
 }
 ALL = {
