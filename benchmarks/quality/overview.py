@@ -102,4 +102,4 @@ def build_claims() -> str:
 def _tasks(methods: list[str]) -> list[tuple[Compared, Measure]]:
     measures = {title: measure for title, measure in TASKS.values()}
     found = compare({name: title for name, (title, _) in TASKS.items()}, list(dict.fromkeys(methods)))
-    return [(task, measures[task.title]) for task in found if len(task.runs) > 1]  # one method is no comparison
+    return [(task, measures[task.title]) for task in found if len(task.methods) > 1]  # one method is no comparison

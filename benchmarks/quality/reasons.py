@@ -131,9 +131,9 @@ def _control_table(regimes: list[Compared]) -> str:
     head += [f"{measure.title}: {regime.title}" for measure in measures for regime in regimes]
     lines = [head]
     for name in (name for group in GROUPS.values() for name in group):
-        if any(name in regime.runs for regime in regimes):
+        if any(name in regime.methods for regime in regimes):
             cells = [load_method(name).title, ", ".join(_rate(regime, name) for regime in regimes)]
-            cells += [", ".join(count(regime.runs.get(name, {})) for regime in regimes)]
+            cells += [", ".join(_seeds(regime, name) for regime in regimes)]
             cells += [
                 mean(regime.estimate(name, measure), measure.digits) for measure in measures for regime in regimes
             ]
@@ -165,10 +165,14 @@ def _count_comparisons(regimes: list[Compared]) -> str:
 
 
 def _rate(regime: Compared, name: str) -> str:
-    if name not in regime.rates:
+    if name not in regime.methods:
         return ""
-    rate = regime.rates[name]
-    return f"{rate:g}" + ("*" if rate in (regime.ladder[0], regime.ladder[-1]) else "")
+    rate, ladder = regime.methods[name].learning_rate, regime.suite.choose["learning_rates"]
+    return f"{rate:g}" + ("*" if rate in (float(ladder[0]), float(ladder[-1])) else "")
+
+
+def _seeds(regime: Compared, name: str) -> str:
+    return count(regime.methods[name].runs) if name in regime.methods else "0"
 
 
 # ---------------------------------------------------------------------- figure
@@ -179,7 +183,7 @@ def _figure(regimes: list[Compared]) -> Figure:
     groups = {
         title: shown
         for title, group in GROUPS.items()
-        if (shown := {name: label for name, label in group.items() if any(name in r.runs for r in regimes)})
+        if (shown := {name: label for name, label in group.items() if any(name in r.methods for r in regimes)})
     }
     labels: list[str] = []
     headings: list[int] = []

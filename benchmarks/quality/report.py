@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.quality import overview, reasons, results
-from benchmarks.quality.experiment import Method, Suite, load_method, load_suite, suite_names
-from benchmarks.quality.statistics import Estimate, estimate, paired_difference
-from benchmarks.quality.tables import ACCURACY, FORGETTING, Measure, by_chance, count, interval, table
+from benchmarks.quality.experiment import Suite, load_suite, suite_names
+from benchmarks.quality.statistics import Estimate
+from benchmarks.quality.tables import (
+    ACCURACY,
+    CHANGED,
+    FORGETTING,
+    TEST_LOSS,
+    Compared,
+    Measure,
+    Measured,
+    by_chance,
+    compare,
+    count,
+    forgetting,
+    interval,
+    table,
+)
 from gmt_tune.reporting.drawing import Figure, to_png
 from gmt_tune.reporting.plots import Curve, draw_curves, legend_height
 from gmt_tune.reporting.theme import LIGHT, series_color
@@ -22,20 +35,6 @@ PAGE = results.RESULTS / "tables.md"
 FIGURES = results.RESULTS / "figures"
 # The methods whose learning curves are drawn: more of them hide each other.
 _CURVES = ("sft", "gmt_0.2", "rmt_0.2", "oneoff_0.2", "half", "lora", "compact_0.2_refresh10", "compact_0.2_refresh1")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method's measured runs in a suite."""
-
-    method: Method
-    learning_rate: float
-    runs: dict[int, dict]
-
-    def values(self, get: Callable[[dict], float | None]) -> dict[int, float]:
-        """A number by seed, of the runs that have it."""
-        found = {seed: get(run) for seed, run in self.runs.items() if not run["failed"]}
-        return {seed: value for seed, value in found.items() if value is not None}
 
 
 def write_report() -> list[Path]:
@@ -57,13 +56,10 @@ def write_report() -> list[Path]:
     parts += [reasons_text]
     files += [to_png(figure, FIGURES) for figure in reasons_figures]
     for name in suite_names():
-        suite = load_suite(name)
-        rows = read_rows(suite)
-        if not rows:
-            continue
-        figures = build_figures(suite, rows)
-        files += [to_png(figure, FIGURES) for figure in figures]
-        parts.append(_section(suite, rows, figures))
+        for task in compare({name: load_suite(name).title}):
+            figures = build_figures(task)
+            files += [to_png(figure, FIGURES) for figure in figures]
+            parts.append(_section(task, figures))
     results.RESULTS.mkdir(parents=True, exist_ok=True)
     parts.insert(3, _comparisons("\n".join(parts)))
     PAGE.write_text("\n".join(parts), encoding="utf-8")
@@ -77,33 +73,21 @@ def _comparisons(page: str) -> str:
     return f"This page makes {found:,} comparisons with an interval, {by_chance(found, marked)}\n"
 
 
-def read_rows(suite: Suite) -> list[Row]:
-    """The methods of a suite that have results, in its order."""
-    rows = []
-    for name in suite.methods:
-        method = load_method(name)
-        runs = results.measured(suite, method)
-        if runs:
-            rows.append(Row(method, results.chosen_learning_rate(suite, method), runs))
-    return rows
-
-
 # ---------------------------------------------------------------------- tables
 
 
-def _section(suite: Suite, rows: list[Row], figures: list[Figure]) -> str:
-    base = results.read(f"{suite.name}/base/measure_lr0_seed0")
-    text = [f"## {suite.title}\n"]
-    if base is not None:
-        texts = ", ".join(f"loss on {name} {value:.3f}" for name, value in base["texts"].items())
-        text.append(
-            f"Before training: test loss {base['losses']['test']:.3f}, accuracy {base['accuracy']:.1%} "
-            f"({base['questions']} questions), {texts}.\n"
-        )
-    text.append(_effort(suite))
-    text += [_quality_table(rows, base), _difference_table(rows, base), _convergence_table(rows)]
-    text += [_cost_table(suite, rows), _choice_table(suite, rows)]
-    other_rates = _other_rates_table(suite, rows, base)
+def _section(task: Compared, figures: list[Figure]) -> str:
+    base = task.base
+    texts = ", ".join(f"loss on {name} {value:.3f}" for name, value in base["texts"].items())
+    text = [
+        f"## {task.title}\n",
+        f"Before training: test loss {base['losses']['test']:.3f}, accuracy {base['accuracy']:.1%} "
+        f"({base['questions']} questions), {texts}.\n",
+        _effort(task.suite),
+    ]
+    text += [_quality_table(task), _difference_table(task), _convergence_table(task), _cost_table(task)]
+    text += [_choice_table(task)]
+    other_rates = _other_rates_table(task)
     text += [other_rates] if other_rates else []
     text += [f"![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n" for figure in figures]
     return "\n".join(text)
@@ -116,77 +100,53 @@ def _effort(suite: Suite) -> str:
     return f"{len(runs)} runs, {seconds / 3600:.1f} hours of CPU time.\n"
 
 
-def _quality_table(rows: list[Row], base: dict | None) -> str:
-    names = list(base["texts"]) if base is not None else []
-    head = ["method", "lr", "seeds", "test loss", "accuracy, %"]
-    head += [f"forgetting, {name}" for name in names] + ["weights changed, %"]
-    lines = [head]
-    for row in rows:
+def _quality_table(task: Compared) -> str:
+    measures = [_TEST_LOSS, ACCURACY, *_forgetting_of_each(task), _CHANGED]
+    lines = [["method", "lr", "seeds", *(measure.title for measure in measures)]]
+    for row in task.methods.values():
         cells = [row.method.title, f"{row.learning_rate:g}", count(row.runs)]
-        cells += [_mean(row.values(_test_loss), 4), _mean(row.values(_accuracy), 1)]
-        cells += [_mean(row.values(forgetting(base, name)), 3) for name in names]
-        cells += [_mean(row.values(_changed), 1)]
-        lines.append(cells)
+        lines.append(cells + [_mean(row, measure) for measure in measures])
     return table(lines)
 
 
-def _difference_table(rows: list[Row], base: dict | None) -> str:
+def _difference_table(task: Compared) -> str:
     """Each method against plain fine-tuning and against the default mask, by seed."""
-    head, against = ["paired difference of"], []
-    text = next(iter(base["texts"]), None) if base is not None else None
-    for name in BASELINES:
-        other = next((row for row in rows if row.method.name == name), None)
-        if other is not None:
-            head += [f"test loss, minus {BASELINES[name]}", f"accuracy, minus {BASELINES[name]}"]
-            head += [f"forgetting, {text}, minus {BASELINES[name]}"] if text else []
-            against.append(other)
-    lines = [head]
-    for row in rows:
-        cells = [row.method.title]
-        for other in against:
-            cells += [_difference(row, other, _test_loss, 4), _difference(row, other, _accuracy, 1)]
-            cells += [_difference(row, other, forgetting(base, text), 3)] if text else []
-        lines.append(cells)
+    text = next(iter(task.base["texts"]))
+    measures = (_TEST_LOSS, replace(ACCURACY, title="accuracy"), forgetting(text, f"forgetting, {text}"))
+    columns = [(task.methods[name], m) for name in BASELINES if name in task.methods for m in measures]
+    head = [f"{measure.title}, minus {BASELINES[other.method.name]}" for other, measure in columns]
+    lines = [["paired difference of", *head]]
+    for row in task.methods.values():
+        lines.append([row.method.title, *(_difference(row, other, measure) for other, measure in columns)])
     return table(lines)
 
 
-def _convergence_table(rows: list[Row]) -> str:
+def _convergence_table(task: Compared) -> str:
     """Validation loss on the way, and its paired difference to plain fine-tuning, where a recipe validates."""
+    rows = task.methods.values()
     validated = [row for row in rows if any(run["validation_loss"] for run in row.runs.values() if not run["failed"])]
     if not validated:
         return ""
     steps = [step for step, _ in next(iter(validated[0].runs.values()))["validation_loss"]]
-    shown = sorted({steps[0], steps[(len(steps) - 1) // 2], steps[-1]})
+    measures = [_validation(step) for step in sorted({steps[0], steps[(len(steps) - 1) // 2], steps[-1]})]
     baseline = next((row for row in validated if row.method.name == "sft"), None)
-    head = ["validation loss"] + [text for step in shown for text in (f"step {step}", "minus SFT")]
-    lines = [head]
+    lines = [["validation loss"] + [text for measure in measures for text in (measure.title, "minus SFT")]]
     for row in validated:
-        cells = [row.method.title]
-        for step in shown:
-            cells += [_mean(row.values(_validation(step)), 4), _difference(row, baseline, _validation(step), 4)]
-        lines.append(cells)
+        cells = [(_mean(row, measure), _difference(row, baseline, measure)) for measure in measures]
+        lines.append([row.method.title, *(cell for both in cells for cell in both)])
     return table(lines)
 
 
-def _cost_table(suite: Suite, rows: list[Row]) -> str:
-    head = ["method", "s / step", "of it the mask, s", "training, CPU s", "peak memory, GiB", "run again with"]
-    lines = [head]
-    for row in rows:
-        command = f"`python -m benchmarks.quality run {suite.name} {row.method.name} --again`"
-        lines.append(
-            [
-                row.method.title,
-                _mean(row.values(lambda run: run["seconds_per_step"]), 3),
-                _mean(row.values(lambda run: run["mask_seconds"]), 4),
-                _mean(row.values(lambda run: run["train_cpu_seconds"]), 1),
-                _mean(row.values(lambda run: run["peak_memory_gib"]), 2),
-                command,
-            ]
-        )
+def _cost_table(task: Compared) -> str:
+    lines = [["method", *(measure.title for measure in _COSTS), "run again with"]]
+    for row in task.methods.values():
+        command = f"`python -m benchmarks.quality run {task.suite.name} {row.method.name} --again`"
+        lines.append([row.method.title, *(_mean(row, measure) for measure in _COSTS), command])
     return table(lines, text=(0, -1))
 
 
-def _choice_table(suite: Suite, rows: list[Row]) -> str:
+def _choice_table(task: Compared) -> str:
+    suite, rows = task.suite, task.methods.values()
     tried = {rate for row in rows for rate in results.choosing_losses(suite, row.method)}
     rates = sorted(tried or map(float, suite.choose["learning_rates"]))
     choosers = [row for row in rows if row.method.learning_rate_of == row.method.name]
@@ -208,83 +168,68 @@ def _choice_table(suite: Suite, rows: list[Row]) -> str:
     return table(lines) + "\n" + note
 
 
-def _other_rates_table(suite: Suite, rows: list[Row], base: dict | None) -> str:
+def _other_rates_table(task: Compared) -> str:
     """Whole runs at each rate, of methods that ran at more than the one above: what the choice of the rate did."""
-    names = list(base["texts"]) if base is not None else []
-    head = ["at each learning rate", "lr", "seeds", "validation loss", "test loss", "accuracy, %"]
-    head += [f"forgetting, {name}" for name in names] + ["run again with"]
-    lines = [head]
-    for row in rows:
-        others = results.measured_at_other_rates(suite, row.method)
+    measures = [_VALIDATION_LOSS, _TEST_LOSS, ACCURACY, *_forgetting_of_each(task)]
+    lines = [["at each learning rate", "lr", "seeds", *(measure.title for measure in measures), "run again with"]]
+    for row in task.methods.values():
+        others = results.measured_at_other_rates(task.suite, row.method)
         if not others:
             continue
         for rate, runs in sorted((others | {row.learning_rate: row.runs}).items()):
-            one = Row(row.method, rate, runs)
-            cells = [row.method.title, f"{rate:g}", count(one.runs)]
-            cells += [_mean(one.values(lambda run: run["losses"]["validation"]), 4)]
-            cells += [_mean(one.values(_test_loss), 4), _mean(one.values(_accuracy), 1)]
-            cells += [_mean(one.values(forgetting(base, name)), 3) for name in names]
-            command = f"run {suite.name} {row.method.name} --again --lr {rate:g}"
+            one = replace(row, learning_rate=rate, runs=runs)
+            cells = [row.method.title, f"{rate:g}", count(one.runs), *(_mean(one, measure) for measure in measures)]
+            command = f"run {task.suite.name} {row.method.name} --again --lr {rate:g}"
             lines.append([*cells, f"`python -m benchmarks.quality {command}`"])
     return table(lines, text=(0, -1)) if len(lines) > 1 else ""
 
 
-def _mean(values: dict[int, float], digits: int) -> str:
-    if not values:
+def _mean(row: Measured, measure: Measure) -> str:
+    found = row.estimate(measure)
+    if found is None:
         return ""
-    found = estimate(list(values.values()))
-    spread = f" ± {found.sd:.{digits}f}" if found.sd is not None else ""
-    return f"{found.mean:.{digits}f}{spread}"
+    spread = f" ± {found.sd:.{measure.digits}f}" if found.sd is not None else ""
+    return f"{found.mean:.{measure.digits}f}{spread}"
 
 
-def _difference(row: Row, other: Row | None, get, digits: int) -> str:
-    if other is None or row is other:
-        return ""
-    found = paired_difference(row.values(get), other.values(get))
-    return interval(found, digits)
+def _difference(row: Measured, other: Measured | None, measure: Measure) -> str:
+    return "" if other is None or row is other else interval(row.minus(other, measure), measure.digits)
 
 
 # ---------------------------------------------------------------------- numbers of a run
 
-
-def _test_loss(run: dict) -> float:
-    return run["losses"]["test"]
-
-
-def _accuracy(run: dict) -> float:
-    return 100 * run["accuracy"]
-
-
-def _validation(step: int) -> Callable[[dict], float | None]:
-    return lambda run: dict(map(tuple, run["validation_loss"])).get(step)
+_TEST_LOSS = replace(TEST_LOSS, digits=4)
+_VALIDATION_LOSS = Measure("validation loss", 4, lambda run, base: run["losses"]["validation"])
+_CHANGED = replace(CHANGED, digits=1)
+_COSTS = (
+    Measure("s / step", 3, lambda run, base: run["seconds_per_step"]),
+    Measure("of it the mask, s", 4, lambda run, base: run["mask_seconds"]),
+    Measure("training, CPU s", 1, lambda run, base: run["train_cpu_seconds"]),
+    Measure("peak memory, GiB", 2, lambda run, base: run["peak_memory_gib"]),
+)
 
 
-def _changed(run: dict) -> float:
-    return 100 * run["change"]["fraction_changed"]
+def _validation(step: int) -> Measure:
+    return Measure(f"step {step}", 4, lambda run, base: dict(map(tuple, run["validation_loss"])).get(step))
 
 
-def forgetting(base: dict, name: str) -> Callable[[dict], float]:
-    """Function of a run: how much its loss on the text of that name rose."""
-    return lambda run: run["texts"][name] - base["texts"][name]
+def _forgetting_of_each(task: Compared) -> list[Measure]:
+    """Of each text that training does not show."""
+    return [forgetting(name, f"forgetting, {name}") for name in task.base["texts"]]
 
 
 # ---------------------------------------------------------------------- figures
 
 
-def build_figures(suite: Suite, rows: list[Row]) -> list[Figure]:
+def build_figures(task: Compared) -> list[Figure]:
     """Learning curves; accuracy against density; forgetting against accuracy; both of compact states."""
-    figures = [
-        _learning_curves(suite, rows),
-        _by_density(suite, rows),
-        _forgetting_figure(suite, rows),
-        _compact_figure(suite, rows),
-    ]
+    figures = [_learning_curves(task), _by_density(task), _forgetting_figure(task), _compact_figure(task)]
     return [figure for figure in figures if figure is not None]
 
 
-def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
+def _learning_curves(task: Compared) -> Figure | None:
     curves, sentences = [], []
-    for row in rows:
+    for row in task.methods.values():
         series = [run["validation_loss"] for run in row.runs.values() if not run["failed"] and run["validation_loss"]]
         if row.method.name not in _CURVES or not series:
             continue
@@ -297,7 +242,7 @@ def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
     if not curves:
         return None
     return Figure(
-        key=f"{suite.name}_curves",
+        key=f"{task.suite.name}_curves",
         title="Held-out loss over training",
         note="Validation loss; line: mean over seeds, band: their range. torchtune's LoRA recipe validates nothing.",
         alt=f"Curves of the validation loss: {'; '.join(sentences)}.",
@@ -306,8 +251,8 @@ def _learning_curves(suite: Suite, rows: list[Row]) -> Figure | None:
     )
 
 
-def _by_density(suite: Suite, rows: list[Row]) -> Figure | None:
-    points = [row for row in rows if row.method.density is not None and row.values(_accuracy)]
+def _by_density(task: Compared) -> Figure | None:
+    points = [row for row in task.methods.values() if row.method.density is not None and row.values(ACCURACY)]
     line = sorted(
         (row for row in points if row.method.name.startswith("gmt_") or row.method.name == "sft"),
         key=lambda row: row.method.density,
@@ -319,19 +264,16 @@ def _by_density(suite: Suite, rows: list[Row]) -> Figure | None:
     def draw(canvas) -> None:
         axes = canvas.add_subplot()
         x = [row.method.density for row in line]
-        _error_bars(
-            axes, x, [estimate(list(row.values(_accuracy).values())) for row in line], 0, "GMT; 1.0 is SFT", "-"
-        )
+        _error_bars(axes, x, [row.estimate(ACCURACY) for row in line], 0, "GMT; 1.0 is SFT", "-")
         for index, row in enumerate(others, start=1):
-            found = estimate(list(row.values(_accuracy).values()))
-            _error_bars(axes, [row.method.density], [found], index, row.method.title, "none")
+            _error_bars(axes, [row.method.density], [row.estimate(ACCURACY)], index, row.method.title, "none")
         axes.set_xlabel("density")
         axes.set_ylabel("accuracy on the test split, %")
         canvas.legend(loc="outside lower left", handlelength=2.2)
 
-    sentences = [f"{row.method.density:g}: {estimate(list(row.values(_accuracy).values())).mean:.1f}%" for row in line]
+    sentences = [f"{row.method.density:g}: {row.estimate(ACCURACY).mean:.1f}%" for row in line]
     return Figure(
-        key=f"{suite.name}_density",
+        key=f"{task.suite.name}_density",
         title="Accuracy against density",
         note="Exact match on the test split; bars: 95% interval of the mean over seeds.",
         alt=f"Accuracy at density {', '.join(sentences)}.",
@@ -340,21 +282,18 @@ def _by_density(suite: Suite, rows: list[Row]) -> Figure | None:
     )
 
 
-def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
-    base = results.read(f"{suite.name}/base/measure_lr0_seed0")
-    shown = [row for row in rows if row.values(_accuracy) and row.method.learning_rate_of == row.method.name]
-    if base is None or len(shown) < 2:
+def _forgetting_figure(task: Compared) -> Figure | None:
+    rows = task.methods.values()
+    shown = [row for row in rows if row.values(ACCURACY) and row.method.learning_rate_of == row.method.name]
+    if len(shown) < 2:
         return None
-    name = next(iter(base["texts"]))
-    _, measure = overview.TASKS.get(suite.name, ("", ACCURACY))
-
-    def values(row: Row, of: Measure) -> dict[int, float]:
-        return row.values(lambda run: of.of_run(run, base))
+    name = next(iter(task.base["texts"]))
+    _, measure = overview.TASKS.get(task.suite.name, ("", ACCURACY))
 
     def draw(canvas) -> None:
         axes = canvas.add_subplot()
         for index, row in enumerate(shown):
-            x, y = (estimate(list(values(row, of).values())) for of in (measure, FORGETTING))
+            x, y = (row.estimate(of) for of in (measure, FORGETTING))
             axes.errorbar(
                 [x.mean],
                 [y.mean],
@@ -371,11 +310,11 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
 
     sentences = []
     for row in shown:
-        x, y = (_mean(values(row, of), of.digits) for of in (measure, FORGETTING))
+        x, y = (_mean(row, of) for of in (measure, FORGETTING))
         sentences.append(f"{row.method.title} {x} and {y}")
     what, better = measure.title.removesuffix(", %"), "right" if measure is ACCURACY else "left"
     return Figure(
-        key=f"{suite.name}_forgetting",
+        key=f"{task.suite.name}_forgetting",
         title=f"Forgetting against {what}",
         note=f"Low and to the {better} is better. Bars: 95% interval of the mean over seeds. Forgetting: of {name}.",
         alt=f"{what.capitalize()} and rise of the loss on {name}: {'; '.join(sentences)}.",
@@ -387,10 +326,9 @@ def _forgetting_figure(suite: Suite, rows: list[Row]) -> Figure | None:
 _MARKERS = ("o", "s", "^")
 
 
-def _compact_figure(suite: Suite, rows: list[Row]) -> Figure | None:
+def _compact_figure(task: Compared) -> Figure | None:
     """Accuracy and forgetting at each density: compact states with each refresh, the mask with AdamW, and SFT."""
-    base = results.read(f"{suite.name}/base/measure_lr0_seed0")
-    named = {row.method.name: row for row in rows if row.values(_accuracy)}
+    named = {name: row for name, row in task.methods.items() if row.values(ACCURACY)}
     lines = {
         f"{kind}, refreshed every {'step' if every == 1 else f'{every} steps'}": of_line
         for kind, every, names in (
@@ -402,32 +340,28 @@ def _compact_figure(suite: Suite, rows: list[Row]) -> Figure | None:
         )
         if len(of_line := [named[name] for name in names if name in named]) == len(names)
     }
-    if base is None or len(lines) < 2 or "sft" not in named:
+    if len(lines) < 2 or "sft" not in named:
         return None
-    name = next(iter(base["texts"]))
-    panels = (
-        ("accuracy on the test split, %", _accuracy),
-        (f"rise of the loss on {name}", forgetting(base, name)),
-    )
+    name = next(iter(task.base["texts"]))
+    panels = (("accuracy on the test split, %", ACCURACY), (f"rise of the loss on {name}", FORGETTING))
 
     def draw(canvas) -> None:
-        for axes, (label, get) in zip(canvas.subplots(1, 2), panels, strict=True):
+        for axes, (label, measure) in zip(canvas.subplots(1, 2), panels, strict=True):
             for index, (title, of_line) in enumerate(lines.items()):
-                found = [estimate(list(row.values(get).values())) for row in of_line]
+                found = [row.estimate(measure) for row in of_line]
                 places = [place + 0.06 * index - 0.09 for place in range(len(of_line))]  # bars beside one another
                 _error_bars(axes, places, found, index, title, "-")
-            axes.axhline(estimate(list(named["sft"].values(get).values())).mean, color=LIGHT["muted"], linestyle="--")
+            axes.axhline(named["sft"].estimate(measure).mean, color=LIGHT["muted"], linestyle="--")
             axes.set_xticks(range(3), [f"{row.method.config['gradient_mask']['density']:g}" for row in of_line])
             axes.set_xlabel("density; dashed: SFT")
             axes.set_ylabel(label)
         canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower left", handlelength=2.2)
 
     sentences = [
-        f"{title}: {', '.join(_mean(row.values(_accuracy), 1) + '%' for row in of_line)}"
-        for title, of_line in lines.items()
+        f"{title}: {', '.join(_mean(row, ACCURACY) + '%' for row in of_line)}" for title, of_line in lines.items()
     ]
     return Figure(
-        key=f"{suite.name}_compact",
+        key=f"{task.suite.name}_compact",
         title="Compact states: accuracy and forgetting",
         note=f"Bars: 95% interval of the mean over seeds. Forgetting: of {name}. Higher on the left, and lower on the "
         "right, is better.",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality import results
-from benchmarks.quality.experiment import load_method, load_suite
+from benchmarks.quality.experiment import Method, Suite, load_method, load_suite
 from benchmarks.quality.statistics import Estimate, estimate, paired_difference
 
 
@@ -15,22 +15,23 @@ class Measure:
     """A number of a run: its title in tables, digits behind the point, and how it is read off.
 
     Attributes:
-        of_run: function of a run and of the model before training.
+        of_run: function of a run and of the model before training; None where the run has no such number.
     """
 
     title: str
     digits: int
-    of_run: Callable[[dict, dict], float]
+    of_run: Callable[[dict, dict], float | None]
+
+
+def forgetting(text: str, title: str = "forgetting") -> Measure:
+    """How much the loss on the text of that name rose."""
+    return Measure(title, 3, lambda run, base: run["texts"][text] - base["texts"][text])
 
 
 ACCURACY = Measure("accuracy, %", 1, lambda run, base: 100 * run["accuracy"])
 TEST_LOSS = Measure("test loss", 3, lambda run, base: run["losses"]["test"])
-FORGETTING = Measure("forgetting", 3, lambda run, base: _rise(run, base, next(iter(base["texts"]))))
+FORGETTING = Measure("forgetting", 3, lambda run, base: forgetting(next(iter(base["texts"]))).of_run(run, base))
 CHANGED = Measure("weights changed, %", 0, lambda run, base: 100 * run["change"]["fraction_changed"])
-
-
-def _rise(run: dict, base: dict, text: str) -> float:
-    return run["texts"][text] - base["texts"][text]
 
 
 def by_chance(found: int, marked: int) -> str:
@@ -42,41 +43,58 @@ def by_chance(found: int, marked: int) -> str:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A suite's measured runs: learning rates by method, and runs by method and seed."""
+class Measured:
+    """A method's measured runs at one learning rate, by seed, and the model before training."""
 
-    title: str
-    ladder: tuple[float, ...]
+    method: Method
+    learning_rate: float
+    runs: dict[int, dict]
     base: dict
-    rates: dict[str, float]
-    runs: dict[str, dict[int, dict]]
 
-    def values(self, method: str, measure: Measure) -> dict[int, float]:
-        """By seed, of the runs that did not diverge."""
-        runs = self.runs.get(method, {})
-        return {seed: measure.of_run(run, self.base) for seed, run in runs.items() if not run["failed"]}
+    def values(self, measure: Measure) -> dict[int, float]:
+        """By seed, of the runs that did not diverge and have the number."""
+        found = {seed: measure.of_run(run, self.base) for seed, run in self.runs.items() if not run["failed"]}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def estimate(self, measure: Measure) -> Estimate | None:
+        """The mean over seeds; None without a run that has the number."""
+        values = self.values(measure)
+        return estimate(list(values.values())) if values else None
+
+    def minus(self, other: Measured, measure: Measure) -> Estimate | None:
+        """The difference seed by seed; None without a seed that both have."""
+        return paired_difference(self.values(measure), other.values(measure))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A suite's methods by name, in the order asked for, and the model before training."""
+
+    suite: Suite
+    title: str
+    base: dict
+    methods: dict[str, Measured]
 
     def estimate(self, method: str, measure: Measure) -> Estimate | None:
         """The mean over seeds; None without a run."""
-        values = self.values(method, measure)
-        return estimate(list(values.values())) if values else None
+        return self.methods[method].estimate(measure) if method in self.methods else None
 
     def difference(self, method: str, other: str, measure: Measure) -> Estimate | None:
         """The first minus the second, seed by seed; None without a seed that both have."""
-        return paired_difference(self.values(method, measure), self.values(other, measure))
+        both = [self.methods.get(name) for name in (method, other)]
+        return both[0].minus(both[1], measure) if all(both) else None
 
 
-def compare(titles: Mapping[str, str], methods: list[str]) -> list[Compared]:
-    """The suites, by name with a title for columns, that have runs of these methods."""
+def compare(titles: Mapping[str, str], methods: Sequence[str] | None = None) -> list[Compared]:
+    """The suites, by name with a title, that have runs of these methods or, without a list, of their own."""
     found = []
     for name, title in titles.items():
-        suite, rates, runs = load_suite(name), {}, {}
-        base = results.read(f"{name}/base/measure_lr0_seed0")
-        for method in map(load_method, methods):
-            if of_method := results.measured(suite, method):
-                runs[method.name], rates[method.name] = of_method, results.chosen_learning_rate(suite, method)
-        if base is not None and runs:
-            found.append(Compared(title, tuple(map(float, suite.choose["learning_rates"])), base, rates, runs))
+        suite, base, of_suite = load_suite(name), results.read(f"{name}/base/measure_lr0_seed0"), {}
+        for method in map(load_method, suite.methods if methods is None else methods):
+            if base is not None and (runs := results.measured(suite, method)):
+                of_suite[method.name] = Measured(method, results.chosen_learning_rate(suite, method), runs, base)
+        if of_suite:
+            found.append(Compared(suite, title, base, of_suite))
     return found
 
 
