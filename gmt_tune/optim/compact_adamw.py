@@ -258,6 +258,12 @@ class CompactAdamW(CompactOptimizer):
             self._update_dense(dense, [gradients[p].local for p in dense], group)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "CompactAdamW cannot be copied or pickled, for its states belong to a mask's selection: load the "
+            "state_dict() of both into a new mask and a new optimizer"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of every optimizer (``set_to_none`` too); selected entries that were taken in are dropped."""
         self._waiting.clear()

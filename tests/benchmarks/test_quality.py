@@ -128,6 +128,7 @@ def test_rates_are_tried_beyond_the_first_ones_while_the_best_is_at_their_edge(o
     assert set(results.measured(suite, method)) == {0}  # the seed that chose is measured by it
 
 
+@pytest.mark.slow  # reads all of SymPy
 def test_functions_are_code_and_no_file_is_in_two_splits():
     rows = tasks.task("functions").rows(None)
     assert all(len(rows[split]) > 300 for split in tasks.SPLITS)

@@ -378,10 +378,11 @@ LOSSES = {
     ("family", "checkpointing", "loss"),
     [
         ("llama3", True, "chunked"),
-        ("llama3", False, "whole"),
-        ("qwen3", True, "linear"),
-        ("gemma2", True, "chunked"),
         ("gemma2", False, "linear"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("llama3", False, "whole"), ("qwen3", True, "linear"), ("gemma2", True, "chunked")]
+        ),
     ],
 )
 def test_peak_of_a_micro_batch_is_what_torch_tracks(family, checkpointing, loss):

@@ -1,7 +1,9 @@
 """CompactAdamW against dense tensors with a boolean mask: in one process, and sharded over several."""
 
+import copy
 import functools
 import math
+import pickle
 import runpy
 from pathlib import Path
 
@@ -308,6 +310,9 @@ def test_wrong_arguments_and_uses_are_answered_in_a_sentence():
     with pytest.raises(RuntimeError, match="CompactAdamW takes no GradScaler: train in bfloat16"):
         scaler.scale(p.sum()).backward()
         scaler.step(optimizer)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled, .* load the state_dict"):
+            copied(optimizer)
     handle.remove()
     with pytest.raises(ValueError, match="scope 'global' does not work with CompactAdamW: use scope 'tensor'"):
         GradientMask([("p", p)], 0.5, scope="global").register(optimizer)
