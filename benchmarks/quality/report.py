@@ -55,11 +55,10 @@ def write_report() -> list[Path]:
         reasons_text += f"\n![{figure.alt}](figures/{figure.key}.png)\n\n{figure.note}\n"
     parts += [reasons_text]
     files += [to_png(figure, FIGURES) for figure in reasons_figures]
-    for name in suite_names():
-        for task in compare({name: load_suite(name).title}):
-            figures = build_figures(task)
-            files += [to_png(figure, FIGURES) for figure in figures]
-            parts.append(_section(task, figures))
+    for task in compare({name: load_suite(name).title for name in suite_names()}):
+        figures = build_figures(task)
+        files += [to_png(figure, FIGURES) for figure in figures]
+        parts.append(_section(task, figures))
     results.RESULTS.mkdir(parents=True, exist_ok=True)
     parts.insert(3, _comparisons("\n".join(parts)))
     PAGE.write_text("\n".join(parts), encoding="utf-8")
