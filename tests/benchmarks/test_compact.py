@@ -22,6 +22,7 @@ def compact():
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_measures_and_writes_what_it_prints(compact, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(compact.MODELS, "smollm2_135m", SHAPES)
     monkeypatch.setattr(compact, "METHODS", {name: m for name, m in compact.METHODS.items() if "torchao" not in name})

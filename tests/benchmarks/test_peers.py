@@ -37,7 +37,14 @@ def test_missing_package_is_a_sentence_with_the_remedy(own_results):
         runs.versions(["torch", "no-such-thing"])
 
 
-@pytest.mark.parametrize("name", ["adamw", "gmt_0.2", "compact_0.2", "lift_0.05", "lora_16", "shira_16", "badam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "compact_0.2",
+        "shira_16",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("adamw", "gmt_0.2", "lift_0.05", "lora_16", "badam")),
+    ],
+)
 def test_a_trainer_learns_and_accumulates(name, tmp_path):
     if not _is_installed(name):
         pytest.skip(f"needs {', '.join(METHODS[name].packages)}")

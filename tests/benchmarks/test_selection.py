@@ -41,6 +41,7 @@ def test_gradients_have_the_tails_of_real_ones(selection):
     assert abs(gradients["0.q"].sign().mean()) < 0.05
 
 
+@pytest.mark.slow
 def test_measures_every_method_and_writes_what_it_prints(selection, tmp_path, monkeypatch, capsys):
     shapes = {"embedding": (2000, 96), "0.q": (96, 96), "norm": (96,)}
     monkeypatch.setitem(selection.MODELS, "smollm2_135m", shapes)

@@ -46,7 +46,7 @@ def torchrun(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[(1,), (2,), (3,), (4,), (2, True)],
+    params=[(1,), (2,), (3,), pytest.param((4,), marks=pytest.mark.slow), (2, True)],
     ids=lambda run: f"{run[0]} processes" + ", by Triton's kernels" * len(run[1:]),
 )
 def results(request, torchrun):

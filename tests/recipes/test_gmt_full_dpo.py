@@ -322,6 +322,7 @@ def test_data_of_another_kind_is_named_before_the_model_is_loaded(
     assert "Instantiating model" not in caplog.text
 
 
+@pytest.mark.slow
 def test_quickstart_learns_what_answers_the_question(dpo_recipe, train_by, tmp_path, logged_metrics, capfd):
     accuracy = _quickstart_accuracy(_run_quickstart(tmp_path, dpo_recipe, train_by) or capfd.readouterr().out)
     assert 0.4 < accuracy["before"] < 0.6

@@ -131,8 +131,17 @@ def test_a_compact_run_that_is_killed_20_times_ends_with_the_same_weights(
     kill_until_done(tmp_path, tiny_config, final_weights, moments, processes=processes, **COMPACT)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 1),
+        (signal.SIGUSR1, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(signal.SIGTERM, 2), (signal.SIGINT, 2)]),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_asked_to_stop_a_run_saves_says_how_to_go_on_and_does(number, processes, tmp_path, tiny_config, logged_metrics):
     config = tiny_config(tmp_path / "out", gradient_mask=MASK, max_steps_per_epoch=None, epochs=50)
     run = ForkedRun(write_config(tmp_path, config), processes=processes)
