@@ -15,6 +15,7 @@ import hypothesis.strategies as st
 import numpy
 import pytest
 import torch
+from quick_interpreter import patch_once_a_launch
 from test_selection import DTYPES, clone_with_strides, densities, parameters_with, tensors
 
 from gmt_tune import GradientMask, kth_largest_magnitude, mask_grads_
@@ -30,6 +31,7 @@ hypothesis.settings.register_profile(
     "interpreter", deadline=None, max_examples=int(os.environ["EXAMPLES"]), derandomize=True
 )
 hypothesis.settings.load_profile("interpreter")
+patch_once_a_launch()
 COUNTED = ("kth_largest", "apply_thresholds_", "pack_thresholds", "apply_packed_selections_", "apply_random_draws_")
 FIXTURE = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 

@@ -441,9 +441,12 @@ def load_states(ranks: Unsharded) -> list[dict[str, str]]:
 
 def serve_by_kernels() -> list[int]:
     """Let Triton's kernels, in its interpreter, count and apply what is on the CPU; the widths of digits counted."""
+    from quick_interpreter import patch_once_a_launch
+
     from gmt_tune.masking.search import devices
     from gmt_tune.masking.search import triton as kernels
 
+    patch_once_a_launch()
     devices._SERVED = ("cpu",)
     launches, count = [], kernels.Counter.count
 

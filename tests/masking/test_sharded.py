@@ -35,7 +35,7 @@ def torchrun(tmp_path_factory):
         folder = tmp_path_factory.mktemp("sharded")
         if by_kernels:  # the interpreter replaces the compiler when Triton is imported: in fresh processes
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-            environment = {**os.environ, "TRITON_INTERPRET": "1"}
+            environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(WORKER.parents[1])}
             subprocess.run([*command, WORKER, folder / "results.pt"], env=environment, check=True)
         else:
             launch.torchrun(WORKER, folder / "results.pt", processes=n, log_dir=folder)

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 from optim.launches import count_launches
+from quick_interpreter import patch_once_a_launch
 from torch import nn
 
 from gmt_tune import CompactAdamW, GradientMask
@@ -36,6 +37,8 @@ from gmt_tune.optim.kernels import carry, gather
 oracle_tests = runpy.run_path(str(Path(__file__).with_name("test_compact_adamw.py")))
 DTYPES = [torch.float32, torch.bfloat16]
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if IS_INTERPRETED:
+    patch_once_a_launch()
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="test_gpu.py has the same on a GPU")
 # Entries and density: one entry, bits with a part of a word, offsets and bits over segments of which some are empty
 SIZES = {
