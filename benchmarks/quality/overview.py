@@ -21,7 +21,6 @@ PAGE = results.RESULTS.parent / "results.md"
 # How columns call a suite, and the number that says how well its task is done.
 TASKS = {
     "reviews_cpu": ("film reviews", ACCURACY),
-    "sentiment_cpu": ("film reviews, 40 steps", ACCURACY),
     "gsm8k_cpu": ("GSM8K, 60 steps", TEST_LOSS),
     "gsm8k_small_cpu": ("GSM8K, 64 problems", TEST_LOSS),
     "functions_cpu": ("functions", TEST_LOSS),

@@ -96,7 +96,7 @@ def _effort(suite: Suite) -> str:
     """How many runs there are of a suite, those that chose a rate included, and their CPU time."""
     runs = [run for run in results.read_all(suite.name).values() if run.get("train_cpu_seconds") is not None]
     seconds = sum(run["train_cpu_seconds"] + (run.get("evaluation_seconds") or 0) for run in runs)
-    return f"{len(runs)} runs, {seconds / 3600:.1f} hours of CPU time.\n"
+    return f"{len(runs)} runs, {seconds / 3600:.1f} hours of CPU time (of an interrupted run, since its last start).\n"
 
 
 def _quality_table(task: Compared) -> str:
