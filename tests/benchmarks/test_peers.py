@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from slow_cases import slow_where
 
 from benchmarks.peers import __main__ as cli
 from benchmarks.peers import checks, runs, table, training
@@ -37,14 +38,10 @@ def test_missing_package_is_a_sentence_with_the_remedy(own_results):
         runs.versions(["torch", "no-such-thing"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "compact_0.2",
-        "shira_16",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("adamw", "gmt_0.2", "lift_0.05", "lora_16", "badam")),
-    ],
-)
+TRAINED = ["adamw", "gmt_0.2", "compact_0.2", "lift_0.05", "lora_16", "shira_16", "badam"]
+
+
+@pytest.mark.parametrize("name", slow_where(lambda name: name not in ("compact_0.2", "shira_16"), TRAINED))
 def test_a_trainer_learns_and_accumulates(name, tmp_path):
     if not _is_installed(name):
         pytest.skip(f"needs {', '.join(METHODS[name].packages)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from slow_cases import slow_where
 from tiny_families import FAMILIES
 from torchtune import config as torchtune_config
 from torchtune.data import Message
@@ -191,7 +192,7 @@ QUICK = (
 QUICK += ("phi4/14B_gmt", "qwen2_5/0.5B_gmt", "qwen2_5/7B_gmt", "qwen3/0.6B_gmt")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CONFIGS])
+@pytest.mark.parametrize("name", slow_where(lambda name: name not in QUICK, CONFIGS))
 def test_the_small_model_is_of_the_same_family(name):
     section = OmegaConf.to_container(OmegaConf.load(CONFIGS[name]).model)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from slow_cases import slow_where
 from tiny_families import FAMILIES
 
 from gmt_tune.integrations.torchtune.plugin.assets import register_resolver
@@ -38,7 +39,7 @@ def _is_slow(name: str) -> bool:
     return _has_smaller(name) or f"{name}_single_device" in ALL
 
 
-TRAINED = [pytest.param(n, marks=pytest.mark.slow if _is_slow(n) else ()) for n in FULL_SIZE]
+TRAINED = slow_where(_is_slow, FULL_SIZE)
 
 
 @pytest.mark.parametrize("name", ALL)

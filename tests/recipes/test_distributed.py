@@ -12,6 +12,7 @@ import launch
 import pytest
 import torch
 from omegaconf import OmegaConf
+from slow_cases import slow_where
 
 from gmt_tune.errors import UserError
 from gmt_tune.integrations.torchtune.config.check import check_config
@@ -94,11 +95,7 @@ RUNS = {
 # The last of them show what others do, in another combination
 SLOW = [name for name in RUNS if name.startswith(("AdamW4bit", "AdamWFp8", "linear loss", "offload"))]
 SLOW += ["tensor parallel on two", "compact tensor parallel on two", "AdamW8bit on 2x2", "AdamW8bit resumed on 2x2"]
-
-
-def each(names: list[str]) -> list:
-    """Parameters of a test: names of runs, of which the slow ones make it slow."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+each = functools.partial(slow_where, SLOW.__contains__)  # of names of runs
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow_cases import slow_where
 from tiny_families import FAMILIES, Family
 from torchtune.training import FullModelHFCheckpointer
 
@@ -52,9 +53,7 @@ def saved_and_trained(family: Family, recipe, folder: Path):
 QUICK = ("gemma2", "mistral_v0_3", "phi4", "qwen2_5", "qwen3")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", slow_where(lambda name: name not in QUICK, FAMILIES))
 def test_a_saved_model_loads_in_transformers_with_the_logits_of_the_trained_one(name, config_of, tmp_path, run_recipe):
     family = FAMILIES[name]
     recipe = run_recipe(config_of(family))

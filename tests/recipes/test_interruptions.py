@@ -137,8 +137,10 @@ def test_a_compact_run_that_is_killed_20_times_ends_with_the_same_weights(
         (signal.SIGTERM, 1),
         (signal.SIGINT, 1),
         (signal.SIGUSR1, 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(signal.SIGTERM, 2), (signal.SIGINT, 2)]),
-        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGUSR1, 1)]
+        ),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

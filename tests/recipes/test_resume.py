@@ -10,6 +10,7 @@ import torch
 import yaml
 from forked_run import ForkedRun
 from safetensors.torch import load_file
+from slow_cases import slow_where
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gmt_tune.errors import UserError
@@ -66,11 +67,6 @@ SLOW = (
 )
 
 
-def with_slow(variants: dict) -> list:
-    """The names of variants, as parameters of a test."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in variants]
-
-
 # The others are resumed within the first epoch alone: what is saved at its end is the same
 AT_AN_EPOCHS_END_TOO = [
     name for name in VARIANTS if name == "refresh 1, adamw" or "left over" in name or "packed" in name
@@ -93,7 +89,7 @@ def with_data(config: dict, packed: bool) -> dict:
     return config
 
 
-@pytest.mark.parametrize("variant", with_slow(VARIANTS))
+@pytest.mark.parametrize("variant", slow_where(SLOW.__contains__, VARIANTS))
 def test_resumed_run_equals_uninterrupted_one(
     variant, tmp_path, tiny_config, run_recipe, logged_metrics, final_weights, eager
 ):
@@ -196,7 +192,7 @@ ON_TWO = {
 }
 
 
-@pytest.mark.parametrize("variant", with_slow(ON_TWO))
+@pytest.mark.parametrize("variant", slow_where(SLOW.__contains__, ON_TWO))
 def test_a_run_of_two_processes_goes_on(variant, tmp_path, tiny_world, tiny_config, logged_metrics, final_weights):
     processes, changes = ON_TWO[variant]
     changes = dict(epochs=2, max_steps_per_epoch=5, save_every_n_steps=3, batch_size=2, lr_scheduler=None) | changes
@@ -237,10 +233,7 @@ OTHER_RANKS = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(o, marks=pytest.mark.slow) if o != "CompactAdamW" else o for o in OTHER_RANKS],
-)
+@pytest.fixture(scope="module", params=slow_where("CompactAdamW".__ne__, OTHER_RANKS))
 def runs_on_two_and_four(request, tmp_path_factory, tiny_world, tiny_config):
     """The folder of an optimizer's runs: "on 2", "on 4" (ranks), and from step 3 on "on 4 to 2" and "on 2 to 4"."""
     optimizer, root = request.param, tmp_path_factory.mktemp("two_and_four")
